@@ -1,0 +1,409 @@
+"""Every setting of a run: frozen, typed, documented under the field, loaded from YAML plus dotted overrides.
+
+`load(path, overrides)` is the only entrance. It refuses unknown keys (naming the nearest), wrong types and settings
+that contradict one another, each with the value and what to change. It must not import torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or contradicts another; the message says what to change."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=False, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
+Path_ = Annotated[str, Field(min_length=1)]
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Directory name below `dir`."""
+    dir: Path_ = "runs"
+    """Where run directories live."""
+    seed: NonNegativeInt = 1
+    """Seeds the data order, sampling and any random initialisation."""
+
+
+class ModelConfig(Section):
+    path: Path_
+    """HF directory: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameters and activations of the learner; the optimizer keeps fp32 masters."""
+    override_transformer_config: dict[str, Any] = {}
+    """Passed to megatron-core's TransformerConfig; names are checked against it."""
+
+
+class DataConfig(Section):
+    train: Path_ | None = None
+    """JSONL or parquet with `prompt` (text or chat messages), `answer`, any other fields."""
+    eval: Path_ | None = None
+    """Held-out problems in the same format."""
+    prompt_key: str = "prompt"
+    messages_key: str = "messages"
+    answer_key: str = "answer"
+    apply_chat_template: bool = False
+    """Render text prompts as one user message with the tokenizer's chat template; `messages` always are."""
+    system_prompt: str | None = None
+    """Put before the messages when the chat template is applied."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are an error (`overlong: error`) or left out (`overlong: drop`), counted."""
+    overlong: Literal["error", "drop"] = "error"
+    shuffle: bool = True
+    """A new order every epoch, from run.seed; resumes exactly."""
+
+
+class RewardSpec(Section):
+    name: str
+    """math | exact_match | format | http, or `package.module:function` (async, or plain and run in a worker process)."""
+    weight: Annotated[float, Field(strict=False, allow_inf_nan=False)] = 1.0
+    options: dict[str, Any] = {}
+    """Keyword arguments of the reward, such as `url` of http or `pattern` of format."""
+
+
+class RewardConfig(Section):
+    rewards: Annotated[tuple[RewardSpec, ...], Field(min_length=1, strict=False)] = (RewardSpec(name="math"),)
+    timeout_s: PositiveFloat = 10.0
+    """A grader that takes longer counts as failed."""
+    on_error: Literal["error", "zero"] = "zero"
+    """A grader that raises or hangs: stop the run, or score 0 and count it in reward/grader_errors."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """What `spawn` starts."""
+    servers: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """URLs of running servers; empty: start `spawn` of them on this machine."""
+    spawn: PositiveInt = 1
+    """Servers started (and restarted when they die) by the run when `servers` is empty."""
+    spawn_command: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """For engine sglang: the command that starts a server; {model} {port} are filled in. Empty: python -m sglang.launch_server."""
+    server_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Flags appended to the server's command line."""
+    max_restarts: NonNegativeInt = 3
+    """How often each spawned server may be restarted before the run stops."""
+    start_timeout_s: PositiveFloat = 300.0
+    """A server not healthy after this long stops the run."""
+    api_key_file: str | None = None
+    """File that holds the servers' API key; never put the key itself into a config."""
+    prompts_per_step: PositiveInt = 32
+    """Groups in one rollout batch, over all data-parallel ranks."""
+    group_size: PositiveInt = 8
+    """Samples of one prompt."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
+    top_k: int = -1
+    max_new_tokens: PositiveInt = 1024
+    stop_token_ids: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Beside the tokenizer's end-of-sequence token."""
+    max_staleness: NonNegativeInt = 0
+    """0: on-policy. k: groups may have been sampled with weights up to k versions old; generation overlaps learning."""
+    max_in_flight: PositiveInt = 256
+    """Requests in flight from one data-parallel leader."""
+    request_timeout_s: PositiveFloat = 600.0
+    retry_for_s: PositiveFloat = 600.0
+    """A request that has failed for this long, retries included, stops the run."""
+    drop_zero_variance: bool = False
+    """Drop groups whose rewards are all equal and draw new ones in their place (DAPO); counted either way."""
+    deterministic: bool = True
+    """Embedded server at max_staleness 0: the same run gives the same samples bit for bit (one request a leader and step,
+    seeded, run by itself). False: requests mix freely, which is faster."""
+    publish: Literal["disk", "distributed"] = "disk"
+    """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""
+    publish_bucket_mb: PositiveFloat = 256.0
+    """Most bytes of full tensors gathered at once."""
+
+
+class AlgoConfig(Section):
+    objective: Literal["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"] = "sapo"
+    tau_pos: PositiveFloat = 1.0
+    """SAPO temperature where the advantage is positive."""
+    tau_neg: PositiveFloat = 1.05
+    """SAPO temperature where it is not."""
+    clip_low: NonNegativeFloat | None = None
+    """Clip range below 1; empty: the objective's own (ALGORITHMS.md)."""
+    clip_high: NonNegativeFloat | None = None
+    normalisation: Literal["auto", "sequence", "token", "constant"] = "auto"
+    """Who divides by what (ALGORITHMS.md); auto: the objective's own."""
+    constant_length: PositiveInt | None = None
+    """L_const of normalisation `constant`; empty: rollout.max_new_tokens."""
+    advantage: Literal["auto", "group", "group_no_std", "leave_one_out"] = "auto"
+    """Group mean with or without division by std, or leave-one-out; auto: group (dr_grpo: group_no_std)."""
+    advantage_eps: PositiveFloat = 1e-6
+    mini_batches: PositiveInt = 1
+    """Optimizer steps a rollout batch."""
+    old_logprobs: Literal["learner", "rollout"] = "learner"
+    """Ratios are measured from the learner's own recomputed logprobs, or from the server's."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 KL to the starting model."""
+    entropy_coef: Annotated[float, Field(strict=False, allow_inf_nan=False)] = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: PositiveFloat | None = None
+    """Truncated importance sampling: the objective times min(exp(old - rollout), cap); empty: off."""
+    tis_mask: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """Drop tokens whose exp(old - rollout) lies outside [lo, hi]; empty: off."""
+    overlong_penalty_tokens: NonNegativeInt = 0
+    """DAPO's soft over-long punishment: the reward falls linearly to -1 over the last this many tokens; 0: off."""
+
+
+class ParallelConfig(Section):
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    ep: PositiveInt = 1
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """In optimizer steps."""
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm; 0: off."""
+    max_skipped_steps: NonNegativeInt = 10
+    """Steps with a NaN or infinite gradient are skipped and counted; more than this many stop the run."""
+    override_optimizer_config: dict[str, Any] = {}
+    """Passed to megatron-core's OptimizerConfig; names are checked against it."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 100
+    """Rollout batches."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Most tokens packed into one micro-batch; a longer sequence is an error."""
+    save_every: PositiveInt = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: PositiveInt = 2
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations on data.eval; 0: off."""
+    export_every: NonNegativeInt = 0
+    """Steps between HF exports below RUN/hf/; 0: only at the end."""
+
+
+class SftConfig(Section):
+    data: Path_ | None = None
+    """JSONL or parquet with `prompt` or `messages`, and `response`."""
+    response_key: str = "response"
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    """Sequences in one optimizer step, over all data-parallel ranks."""
+    max_tokens: PositiveInt = 2048
+    """Longer examples are an error."""
+    out: Path_ | None = None
+    """HF directory to write at the end; empty: RUN/hf."""
+
+
+class EvalConfig(Section):
+    samples: PositiveInt = 4
+    """Responses a problem."""
+    k: Annotated[tuple[int, ...], Field(strict=False)] = (1,)
+    """Which pass@k."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
+    max_problems: PositiveInt | None = None
+
+
+class LogConfig(Section):
+    sinks: Annotated[tuple[Literal["console", "jsonl", "tensorboard"], ...], Field(strict=False)] = (
+        "console",
+        "jsonl",
+        "tensorboard",
+    )
+    samples_per_step: NonNegativeInt = 2
+    """Rollouts shown as text in TensorBoard each step."""
+    keep_rollouts: bool = True
+    """Write every scored sample to RUN/rollouts/step_*.jsonl."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algo: AlgoConfig = AlgoConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        for check in (_check_mini_batches, _check_lengths, _check_algo, _check_rollout, _check_eval):
+            check(self)
+        return self
+
+
+def _check_mini_batches(cfg: Config) -> None:
+    if cfg.algo.mini_batches > cfg.rollout.prompts_per_step:
+        raise ValueError(
+            f"algo.mini_batches={cfg.algo.mini_batches} is more than rollout.prompts_per_step="
+            f"{cfg.rollout.prompts_per_step}: each mini-batch needs a group; lower the first or raise the second"
+        )
+
+
+def _check_lengths(cfg: Config) -> None:
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    if longest > cfg.train.micro_batch_tokens:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {cfg.data.max_prompt_tokens} + "
+            f"{cfg.rollout.max_new_tokens} = {longest} does not fit train.micro_batch_tokens="
+            f"{cfg.train.micro_batch_tokens}: raise the latter to at least {longest}"
+        )
+
+
+def _check_algo(cfg: Config) -> None:
+    a = cfg.algo
+    if a.advantage in ("auto", "group", "leave_one_out") and cfg.rollout.group_size == 1 and a.objective != "reinforce":
+        raise ValueError(
+            "rollout.group_size=1 gives every advantage the value 0: use a group of at least 2, "
+            "or algo.objective=reinforce"
+        )
+    if a.tis_cap is not None and a.tis_mask is not None:
+        raise ValueError("algo.tis_cap and algo.tis_mask exclude one another: keep one")
+    if a.tis_mask is not None and not 0 <= a.tis_mask[0] < a.tis_mask[1]:
+        raise ValueError(f"algo.tis_mask={list(a.tis_mask)} is not a range [lo, hi] with 0 <= lo < hi")
+    if a.old_logprobs == "rollout" and (a.tis_cap is not None or a.tis_mask is not None):
+        raise ValueError(
+            "algo.old_logprobs=rollout makes exp(old - rollout) = 1 everywhere, so algo.tis_cap and algo.tis_mask "
+            "do nothing: use old_logprobs=learner or remove them"
+        )
+    if a.overlong_penalty_tokens >= cfg.rollout.max_new_tokens:
+        raise ValueError(
+            f"algo.overlong_penalty_tokens={a.overlong_penalty_tokens} must be below rollout.max_new_tokens="
+            f"{cfg.rollout.max_new_tokens}"
+        )
+
+
+def _check_rollout(cfg: Config) -> None:
+    r = cfg.rollout
+    if r.top_p < 1 or r.top_k != -1:
+        if cfg.algo.old_logprobs == "learner" and cfg.algo.tis_cap is None and cfg.algo.tis_mask is None:
+            return
+        raise ValueError(
+            f"rollout.top_p={r.top_p}, top_k={r.top_k} truncate the sampling distribution, but servers report "
+            "logprobs of the full one: train/inference correction and old_logprobs=rollout would be wrong; "
+            "use top_p=1 and top_k=-1"
+        )
+    if r.top_k != -1 and r.top_k < 1:
+        raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
+
+
+def _check_eval(cfg: Config) -> None:
+    too_many = [k for k in cfg.eval.k if not 1 <= k <= cfg.eval.samples]
+    if too_many:
+        raise ValueError(f"eval.k={too_many} needs at least that many eval.samples (now {cfg.eval.samples})")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in a YAML file with `a.b=value` overrides (values are YAML). Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return from_dict(raw, overrides, source=str(path))
+
+
+def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
+    """The same from a plain dictionary, which is not changed."""
+    raw = copy.deepcopy(raw)
+    for item in overrides:
+        _apply_override(raw, item)
+    try:
+        return Config.model_validate(_numbers(raw))
+    except ValidationError as e:
+        raise ConfigError("\n".join(_explain(source, err) for err in e.errors())) from None
+
+
+def save(cfg: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, sep, value = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {item!r}: expected section.key=value")
+    *sections, last = key.split(".")
+    node = raw
+    for name in sections:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {item!r}: {name} is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML: {e}") from e
+
+
+def _numbers(node: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(node, dict):
+        return {k: _numbers(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return tuple(_numbers(v) for v in node)
+    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
+        try:
+            number = float(node)
+        except ValueError:
+            return node
+        return number if math.isfinite(number) else node
+    return node
+
+
+def _explain(source: str, err: Any) -> str:
+    where = ".".join(str(p) for p in err["loc"])
+    if err["type"] == "extra_forbidden":
+        return f"{source}: unknown key {where!r}{_nearest(err['loc'])}"
+    if err["type"] == "missing":
+        return f"{source}: {where} is required"
+    message = err["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{source}: {message}"
+    return f"{source}: {where}={err['input']!r}: {message}"
+
+
+def _nearest(loc: tuple[Any, ...]) -> str:
+    section: Any = Config
+    for name in loc[:-1]:
+        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
+        section = field.annotation if field is not None else None
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return ""
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*map(str, loc[:-1]), close[0]])!r}?"
+    elsewhere = [f"{s}.{loc[-1]}" for s, f in Config.model_fields.items() if loc[-1] in f.annotation.model_fields]
+    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known keys: {', '.join(names)}"

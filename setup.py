@@ -1,0 +1,47 @@
+"""Packaging of megasapo. Megatron-core, SGLang, TransformerEngine and Apex stay dependencies, never copies."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "torch>=2.9",
+    "megatron-core>=0.16.1,<0.20",
+    "transformers>=5.10,<6",
+    "safetensors>=0.6",
+    "numpy",
+    "psutil",  # megatron-core's dist_checkpointing imports it without declaring it
+    "packaging",
+    "pydantic>=2.7",
+    "pyyaml",
+    "httpx>=0.27",
+    "starlette>=0.40",
+    "uvicorn>=0.30",
+    "jinja2>=3.1",  # chat templates
+    "pyarrow>=15",
+    "math-verify>=0.7",
+    "tensorboard>=2.16",
+    "tqdm",
+    "matplotlib>=3.8",
+]
+EXTRAS = {
+    # TransformerEngine is compiled against the torch that is installed: see README "On GPUs". NVIDIA's Apex is not on
+    # PyPI (the package of that name there is unrelated); megatron-core needs it only for gradient_accumulation_fusion.
+    "gpu": ["transformer-engine[pytorch]>=2.11", "nvidia-ml-py"],
+    # SGLang is a separate process and pins its own torch: install it into an environment of its own.
+    "sglang": ["sglang>=0.5.18"],
+    "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "trl"],
+}
+
+setup(
+    name="megasapo",
+    version="0.1.0",
+    description="Megatron-style RL post-training for Mixture-of-Experts language models: SAPO, SGLang, routing replay",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megasapo", "megasapo.*"]),
+    python_requires=">=3.11",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megasapo = megasapo.cli:main"]},
+)
