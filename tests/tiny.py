@@ -1,0 +1,90 @@
+"""Tiny random models on disk in HF format, with a byte-level BPE tokenizer: what tests and benchmarks run on.
+
+`make_model` is the only entrance; it needs transformers and tokenizers, no network, and takes well under a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+}
+MOE_SHAPE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def make_model(
+    directory: str | Path,
+    kind: Literal["moe", "dense"] = "moe",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **over: Any,
+) -> Path:
+    """Write a random Qwen3-MoE or dense Qwen3 with tokenizer to `directory` (512 ids, 4 layers); `over` are config fields.
+
+    Matrices are scaled up from transformers' initialisation so that logits, and with them greedy tokens, are well apart.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "moe":
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SHAPE, **MOE_SHAPE, **over}))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **over}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(5)
+                else:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)  # a norm weight of exactly one hides mistakes
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer: any text round-trips, at most 508 ids."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=508,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = ["the quick brown fox jumps over the lazy dog 0123456789 hello world"] * 10
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
