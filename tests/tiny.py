@@ -49,9 +49,9 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     **over: Any,
 ) -> Path:
-    """Write a random Qwen3-MoE or dense Qwen3 with tokenizer to `directory` (512 ids, 4 layers); `over` are config fields.
+    """Write a random Qwen3-MoE or dense Qwen3 (512 ids, 4 layers) with tokenizer; `over` are config fields.
 
-    Matrices are scaled up from transformers' initialisation so that logits, and with them greedy tokens, are well apart.
+    Matrices are scaled up from transformers' initialisation so that logits, and so greedy tokens, are well apart.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
