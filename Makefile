@@ -1,0 +1,38 @@
+# make train: from a fresh clone to a trained tiny MoE.   make test: every test that needs no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+
+.PHONY: install train test lint test-py312 clean
+
+install: $(VENV)/.installed
+
+# The index's CPU build of this torch wins where it offers one; elsewhere PyPI's CUDA build comes, which also runs on a CPU.
+$(VENV)/.installed: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "megasapo needs python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@
+
+train: install
+	$(PY) examples/arithmetic/run.py
+
+test: install
+	bash tests/sglang/setup.sh
+	$(PY) -m pytest -m 'not gpu' $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The same learner on megatron-core 0.19 (python 3.12 or newer resolves to it).
+test-py312:
+	$(MAKE) install VENV=.venv312 PYTHON=$(PYTHON312)
+	.venv312/bin/python -m pytest tests/unit tests/dist -m 'not gpu and not slow' $(ARGS)
+
+clean:
+	rm -rf .venv .venv312 .venv-sglang build *.egg-info runs examples/arithmetic/out

@@ -1,0 +1,54 @@
+"""The `megasapo` command: picks the subcommand and turns a user's mistake into one line instead of a traceback.
+
+Nothing heavy is imported before the subcommand is known, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from megasapo import __version__
+from megasapo.config import ConfigError
+
+COMMANDS = {
+    "train": ("megasapo.train", "CONFIG.yaml [a.b=c ...] [--nproc N]", "reinforcement learning with SAPO or a baseline"),
+    "sft": ("megasapo.sft", "CONFIG.yaml [a.b=c ...] [--nproc N]", "supervised cold start with the same learner"),
+    "serve": ("megasapo.rollout.local", "--model HF_DIR --port P [...]", "the embedded rollout server (SGLang's HTTP API)"),
+    "evaluate": ("megasapo.evaluate", "CONFIG.yaml [a.b=c ...] [--url URL]", "pass@k on held-out problems"),
+    "score": ("megasapo.score", "--model HF_DIR --data IN --out OUT [a.b=c ...] [--nproc N]", "teacher-forced logprobs"),
+    "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
+}
+
+
+def usage() -> str:
+    lines = [f"megasapo {__version__}: SAPO on megatron-core with SGLang rollouts", "", "usage: megasapo COMMAND ...", ""]
+    for name, (_module, arguments, what) in COMMANDS.items():
+        lines += [f"  {name:9} {what}", f"  {'':9}   megasapo {name} {arguments}".rstrip()]
+    return "\n".join([*lines, "", "megasapo COMMAND --help says more."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit code (2 for a mistake in the arguments or the configuration)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"megasapo: unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        return int(module.main(argv[1:]) or 0)
+    except ConfigError as e:
+        print(f"megasapo {argv[0]}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Training checkpoints: megatron-core's dist_checkpointing under RUN/checkpoints/, complete or absent.
+
+Called by train.py and sft.py through Policy. A checkpoint is written into `step_XXXXXXXX.tmp`, renamed when every rank
+has finished, and only then does `latest` (replaced atomically) name it: kill -9 at any moment leaves the previous one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megasapo.mcore.optim import Optimizer
+from megasapo.mcore.topology import Topology
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or does not fit this run; the message names it and says what to do."""
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None. Raises CheckpointError when `latest` names a missing one."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.exists():
+        return None
+    path = pointer.parent / pointer.read_text().strip()
+    if not (path / "megasapo.json").is_file():
+        raise CheckpointError(
+            f"{pointer} names {path.name}, which is missing or incomplete: write the name of a complete one into it, "
+            "or remove it to start over"
+        )
+    return path
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: list[torch.nn.Module],
+    optimizer: Optimizer,
+    topo: Topology,
+    trainer_state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Collective. Write checkpoint `step`, point `latest` at it, remove all but the newest `keep`.
+
+    `trainer_state` is plain JSON, equal on every rank (step, data position, schedule).
+    """
+    folder = run_dir / "checkpoints"
+    name = f"step_{step:08d}"
+    temporary, final = folder / f"{name}.tmp", folder / name
+    if topo.rank == 0:
+        for left_over in folder.glob("*.tmp"):
+            shutil.rmtree(left_over)
+        temporary.mkdir(parents=True)
+    topo.barrier()
+    dist_checkpointing.save(_state_dict(model, optimizer, topo, is_loading=False), str(temporary))
+    topo.barrier()
+    if topo.rank == 0:
+        record = {"format": FORMAT, "step": step, "world_size": topo.world_size, "trainer": trainer_state}
+        _write_durably(temporary / "megasapo.json", json.dumps(record, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _write_durably(folder / "latest", name)
+        complete = sorted(p for p in folder.glob("step_????????") if (p / "megasapo.json").is_file())
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    topo.barrier()
+    return final
+
+
+def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology) -> dict[str, Any]:
+    """Collective. Restore model, optimizer and random state in place; returns the trainer state."""
+    record = json.loads((path / "megasapo.json").read_text())
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}")
+    if record["world_size"] != topo.world_size:
+        raise CheckpointError(
+            f"{path} was written by {record['world_size']} ranks and this run has {topo.world_size}: resume with "
+            f"--nproc {record['world_size']}"
+        )
+    template = _state_dict(model, optimizer, topo, is_loading=True)
+    state = dist_checkpointing.load(template, str(path), strict=StrictHandling.RAISE_ALL)
+    for name, chunk in _named(model):
+        chunk.load_state_dict(state[name], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_schedule_state(state["schedule"])
+    _set_random_state(state["random"])
+    return record["trainer"]
+
+
+def _state_dict(model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading)
+    state["schedule"] = optimizer.schedule_state()
+    state["random"] = ShardedObject("random", _random_state(), (topo.world_size,), (topo.rank,))
+    return state
+
+
+def _named(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    # the keys megatron-core's optimizers expect
+    return [("model", model[0])] if len(model) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(model)]
+
+
+def _random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)

@@ -1,0 +1,139 @@
+"""From the sequences that each data-parallel leader holds to the packed batch that each rank learns from.
+
+Called by train.py and sft.py. Only lengths and identities are global; tokens move once, as bytes, from the leader that
+fetched a sequence to the one that trains on it, and from there to the ranks of its replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megasapo.data.balance import plan, split_mini_batches
+from megasapo.data.packing import pack
+from megasapo.mcore.topology import Topology
+from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
+
+# (number of loss tokens of a sequence, sequences, loss tokens of the optimizer step) -> weight of each of its tokens
+WeightRule = Callable[[int, int, int], float]
+# of each sequence, known to every rank: uid, slots it takes (tokens - 1), loss tokens
+Header = tuple[int, int, int]
+# [rank][micro-batch] -> uids
+Assignment = list[list[list[int]]]
+
+
+def build_batch(
+    mine: Sequence[TrainSequence],
+    topo: Topology,
+    *,
+    mini_batches: int,
+    group_size: int,
+    max_tokens: int,
+    weight_rule: WeightRule,
+) -> Batch:
+    """Collective. Split all ranks' sequences into mini-batches, balance them over data-parallel ranks, pack this rank's.
+
+    `mine`: what this rank's leader fetched (empty on other ranks). A mini-batch is a run of groups in uid order, so its
+    content does not depend on the layout. Raises ValueError for a sequence longer than `max_tokens` slots.
+    """
+    headers = _share_headers(mine, topo)
+    groups = sorted({uid // group_size for uid, _, _ in headers})
+    assignments, counts = [], []
+    for part in split_mini_batches(len(groups), mini_batches):
+        chosen = {groups[i] for i in part}
+        rows = [h for h in headers if h[0] // group_size in chosen]
+        split = plan([slots for _, slots, _ in rows], topo.dp, max_tokens)
+        assignments.append([[[rows[i][0] for i in micro] for micro in rank] for rank in split])
+        counts.append((len(rows), sum(loss for _, _, loss in rows)))
+    held = _move(mine, assignments, topo)
+    mini = []
+    for assignment, (num_sequences, num_loss_tokens) in zip(assignments, counts, strict=True):
+        micro = tuple(
+            _pack([held[uid] for uid in uids], topo, weight_rule, num_sequences, num_loss_tokens)
+            for uids in assignment[topo.dp_rank]
+        )
+        mini.append(MiniBatch(micro, num_sequences, num_loss_tokens))
+    return Batch(tuple(mini))
+
+
+def _pack(
+    rows: list[TrainSequence], topo: Topology, rule: WeightRule, num_sequences: int, num_loss_tokens: int
+) -> MicroBatch:
+    weights = [rule(int(row.loss_mask.sum()), num_sequences, num_loss_tokens) for row in rows]
+    mb = pack(rows, weights, pad_to=topo.tp)
+    tensors = {name: getattr(mb, name) for name in MicroBatch.__slots__}
+    return mb.with_(**{n: t.to(topo.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:
+    local = [(row.uid, len(row.tokens) - 1, int(row.loss_mask.sum())) for row in mine]
+    everyones: list[list[Header]] = [[] for _ in range(topo.world_size)]
+    dist.all_gather_object(everyones, local, group=topo.world_group_cpu)
+    headers = sorted(h for one in everyones for h in one)
+    uids = [h[0] for h in headers]
+    assert len(set(uids)) == len(uids), "two leaders hold the same sequence"
+    return headers
+
+
+def _move(mine: Sequence[TrainSequence], assignments: list[Assignment], topo: Topology) -> dict[int, TrainSequence]:
+    """Collective. The sequences that this rank trains on, by uid."""
+    payload = torch.empty(0, dtype=torch.uint8)
+    if topo.is_leader:
+        by_uid = {row.uid: row for row in mine}
+        owner = {
+            uid: rank for each in assignments for rank, micros in enumerate(each) for uids in micros for uid in uids
+        }
+        outgoing = [encode([row for uid, row in by_uid.items() if owner[uid] == rank]) for rank in range(topo.dp)]
+        payload = torch.cat(_all_to_all(outgoing, topo))
+    size = torch.tensor([payload.numel()])
+    leader = dist.get_global_rank(topo.replica_group, 0)
+    dist.broadcast(size, leader, group=topo.replica_group)
+    if not topo.is_leader:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(payload, leader, group=topo.replica_group)
+    return {row.uid: row for row in decode(payload)}
+
+
+def _all_to_all(outgoing: list[torch.Tensor], topo: Topology) -> list[torch.Tensor]:
+    send_sizes = torch.tensor([t.numel() for t in outgoing])
+    receive_sizes = torch.empty_like(send_sizes)
+    dist.all_to_all_single(receive_sizes, send_sizes, group=topo.leaders_group)
+    received = torch.empty(int(receive_sizes.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(
+        received, torch.cat(outgoing), receive_sizes.tolist(), send_sizes.tolist(), group=topo.leaders_group
+    )
+    return list(received.split(receive_sizes.tolist()))
+
+
+# The wire format of some sequences: their number, then (uid, tokens, advantage) of each, then their fields end to end.
+_HEAD = np.dtype([("uid", "<i8"), ("tokens", "<i8"), ("advantage", "<f8")])
+
+
+def encode(rows: Sequence[TrainSequence]) -> torch.Tensor:
+    """[bytes] uint8, read back by `decode`; several encodings may be concatenated."""
+    head = np.array([(row.uid, len(row.tokens), row.advantage) for row in rows], dtype=_HEAD)
+    fields = [np.array([len(rows)], dtype="<i8"), head]
+    for row in rows:
+        fields += [row.tokens.astype("<i4"), row.rollout_logp.astype("<f4"), row.loss_mask.astype("u1")]
+    return torch.from_numpy(np.frombuffer(b"".join(f.tobytes() for f in fields), dtype=np.uint8).copy())
+
+
+def decode(payload: torch.Tensor) -> list[TrainSequence]:
+    """The sequences in one or more encodings end to end."""
+    data, at, rows = payload.numpy().tobytes(), 0, []
+
+    def take(dtype: str | np.dtype, count: int) -> np.ndarray:
+        nonlocal at
+        values = np.frombuffer(data, dtype=dtype, count=count, offset=at)
+        at += values.nbytes
+        return values
+
+    while at < len(data):
+        for head in take(_HEAD, int(take("<i8", 1)[0])):
+            n = int(head["tokens"])
+            tokens, logp, mask = take("<i4", n), take("<f4", n), take("u1", n)
+            rows.append(TrainSequence(int(head["uid"]), tokens, mask.astype(bool), logp, float(head["advantage"])))
+    return rows

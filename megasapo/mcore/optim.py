@@ -1,0 +1,152 @@
+"""The optimizer of the learner: megatron-core's DDP, distributed optimizer and schedule from our configuration.
+
+Called by policy.py. Owns the rule for a step whose gradient is not finite: skip, count, stop at a ceiling.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megasapo.config import ConfigError, OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer step did: the global gradient norm before clipping, and whether the step was taken."""
+
+    grad_norm: float
+    taken: bool
+    lr: float
+
+
+def wrap_ddp(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """Wrap model chunks: gradients are summed over data-parallel ranks, in fp32, never divided.
+
+    The weights of ALGORITHMS.md already normalise the loss, so the token count that megatron-core would divide by is
+    dropped before its finalisation.
+    """
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped = [
+        DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+    def finalize(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, None, **kwargs)
+
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize
+    return wrapped
+
+
+class Optimizer:
+    """megatron-core's optimizer and learning-rate schedule, with skipped steps counted."""
+
+    def __init__(self, cfg: OptimConfig, model: list[DistributedDataParallel], total_steps: int):
+        """`total_steps`: optimizer steps of the whole run, over which the schedule decays."""
+        self._cfg = cfg
+        self._inner: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(cfg, model), model)
+        if model[0].config.grad_scale_func is None:
+            for chunk in model:
+                chunk.config.grad_scale_func = self._inner.scale_loss
+        self._schedule = OptimizerParamScheduler(
+            self._inner,
+            init_lr=0.0 if cfg.warmup_steps else cfg.lr,
+            max_lr=cfg.lr,
+            min_lr=min(cfg.min_lr, cfg.lr),
+            lr_warmup_steps=cfg.warmup_steps,
+            lr_decay_steps=max(total_steps, cfg.warmup_steps + 1),
+            lr_decay_style=cfg.schedule,
+            start_wd=cfg.weight_decay,
+            end_wd=cfg.weight_decay,
+            wd_incr_steps=max(total_steps, 1),
+            wd_incr_style="constant",
+        )
+        self._schedule.step(1)  # the first step must not have learning rate 0 when there is a warm-up
+        self.skipped = 0
+
+    def zero_grad(self) -> None:
+        self._inner.zero_grad()
+
+    def step(self) -> StepOutcome:
+        """Clip and step, or skip when the global gradient norm is NaN or infinite.
+
+        Raises FloatingPointError once more than `optim.max_skipped_steps` steps were skipped.
+        """
+        lr = self.lr
+        self._inner.prepare_grads()
+        norm = float(self._inner.get_grad_norm() or 0.0)
+        taken = _everywhere_finite(norm)
+        if taken:
+            self._inner.step()
+        else:
+            self.skipped += 1
+        self._schedule.step(1)
+        if self.skipped > self._cfg.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped} optimizer steps had a NaN or infinite gradient (norm {norm} in the last one), more than "
+                f"optim.max_skipped_steps={self._cfg.max_skipped_steps}: lower optim.lr, or look at ratio/max and "
+                "mismatch/kl in TensorBoard before this step"
+            )
+        return StepOutcome(norm, taken, lr)
+
+    @property
+    def lr(self) -> float:
+        return float(self._inner.param_groups[0]["lr"]) if self._inner.param_groups else float("nan")
+
+    def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        # of the formats that survive a change of layout this is the one neither 0.16 nor 0.19 deprecates
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+        return self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
+    def schedule_state(self) -> dict[str, Any]:
+        return {"schedule": self._schedule.state_dict(), "skipped": self.skipped}
+
+    def load_schedule_state(self, state: dict[str, Any]) -> None:
+        # load_state_dict steps from where the object stands; it must start from 0
+        self._schedule.num_steps = 0
+        self._schedule.load_state_dict(state["schedule"])
+        self.skipped = state["skipped"]
+
+
+def _everywhere_finite(norm: float) -> bool:
+    """The same answer on every rank: ranks that disagree about taking a step would hang at the next collective."""
+    flag = torch.tensor([0 if math.isfinite(norm) else 1], device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(flag)
+    return int(flag) == 0
+
+
+def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) -> OptimizerConfig:
+    dtype = model[0].config.params_dtype
+    values: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": cfg.lr,
+        "min_lr": min(cfg.min_lr, cfg.lr),
+        "weight_decay": cfg.weight_decay,
+        "adam_beta1": cfg.beta1,
+        "adam_beta2": cfg.beta2,
+        "adam_eps": cfg.eps,
+        "clip_grad": cfg.clip_grad,
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "use_distributed_optimizer": True,
+    }
+    known = [f.name for f in fields(OptimizerConfig)]
+    for name, value in cfg.override_optimizer_config.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"optim.override_optimizer_config: megatron-core has no {name!r}{hint}")
+        values[name] = value
+    return OptimizerConfig(**values)

@@ -1,0 +1,154 @@
+"""The policy being trained: model, reference weights, optimizer, checkpoints, behind the handful of calls a loop needs.
+
+Called by train.py and sft.py. The rest of the program sees tensors of token ids and HF names, never megatron-core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megasapo import metrics
+from megasapo.algo.loss import policy_loss
+from megasapo.algo.objectives import ResolvedAlgo
+from megasapo.config import Config
+from megasapo.data.packing import sequence_mean
+from megasapo.mcore import bridge, checkpoint, model, step
+from megasapo.mcore.optim import Optimizer, wrap_ddp
+from megasapo.mcore.topology import Topology
+from megasapo.metrics import Max, Mean, Metrics, Sum
+from megasapo.types import Batch, MicroBatch, MiniBatch
+
+
+class Policy:
+    """A megatron-core model on this rank, ready to learn."""
+
+    def __init__(self, cfg: Config, topo: Topology, algo: ResolvedAlgo, *, temperature: float, total_steps: int):
+        """`temperature`: that of sampling, by which logits are divided; `total_steps`: optimizer steps of the run."""
+        self._cfg, self._topo, self._algo, self._temperature = cfg, topo, algo, temperature
+        torch.manual_seed(cfg.run.seed)
+        model_parallel_cuda_manual_seed(cfg.run.seed)
+        self.hf_config = model.read_hf_config(cfg.model.path)
+        self._chunks = model.build_model(cfg.model, self.hf_config, topo)
+        bridge.load_hf(self._chunks, cfg.model.path, topo)
+        self._reference = self._copy_weights() if algo.kl_coef else None
+        self._ddp = wrap_ddp(self._chunks)
+        self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)
+
+    def with_old_logprobs(self, batch: Batch) -> Batch:
+        """Set old_logp (and ref_logp when KL is on) of every micro-batch, with the weights as they are now.
+
+        `algo.old_logprobs: rollout` takes the server's logprobs instead and needs no pass over the batch.
+        """
+        return Batch(tuple(self._mini_with_old(mini) for mini in batch.mini))
+
+    def _mini_with_old(self, mini: MiniBatch) -> MiniBatch:
+        if self._cfg.algo.old_logprobs == "rollout":
+            old: list[torch.Tensor | None] = [mb.rollout_logp for mb in mini.micro]
+        else:
+            old = self._logprobs(mini.micro)
+        reference: list[torch.Tensor | None] = [None] * len(old)
+        if self._reference is not None:
+            with self._weights_swapped(self._reference):
+                reference = self._logprobs(mini.micro)
+        micro = tuple(mb.with_(old_logp=o, ref_logp=r) for mb, o, r in zip(mini.micro, old, reference, strict=True))
+        return MiniBatch(micro, mini.num_sequences, mini.num_loss_tokens)
+
+    def _logprobs(self, micro: tuple[MicroBatch, ...]) -> list[torch.Tensor | None]:
+        return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature)
+
+    def update(self, batch: Batch) -> Metrics:
+        """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks."""
+        return metrics.merge([self._step(mini, self._policy_loss) for mini in batch.mini])
+
+    def update_supervised(self, mini: MiniBatch) -> Metrics:
+        """One optimizer step on the weighted negative log-likelihood of the loss tokens."""
+        return self._step(mini, _supervised_loss)
+
+    def _step(self, mini: MiniBatch, loss_function: step.LossFunction) -> Metrics:
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        parts = step.forward_backward(
+            self._ddp,
+            mini.micro,
+            self._topo,
+            loss_function,
+            temperature=self._temperature,
+            with_entropy=loss_function == self._policy_loss,
+        )
+        outcome = self._optimizer.step()
+        counted: dict[str, metrics.Metric] = {}
+        if self._topo.tp_rank == 0:  # tensor-parallel ranks hold the same tokens: count them once
+            counted |= metrics.to_host(metrics.merge(parts))
+        if self._topo.rank == 0:  # equal on all ranks
+            counted["grad/norm"] = Mean(outcome.grad_norm, 1.0) if outcome.taken else Mean(0.0, 0.0)
+            counted["grad/skipped_steps"] = Sum(0.0 if outcome.taken else 1.0)
+            counted["optim/lr"] = Max(outcome.lr)
+        return counted
+
+    def _policy_loss(
+        self, logp: torch.Tensor, entropy: torch.Tensor | None, mb: MicroBatch
+    ) -> tuple[torch.Tensor, Metrics]:
+        assert mb.old_logp is not None, "with_old_logprobs comes before update"
+        return policy_loss(
+            self._algo,
+            logp=logp,
+            old_logp=mb.old_logp,
+            rollout_logp=mb.rollout_logp,
+            advantages=mb.advantage,
+            weight=mb.weight,
+            loss_mask=mb.loss_mask,
+            sequence_mean=sequence_mean(mb),
+            ref_logp=mb.ref_logp,
+            entropy=entropy,
+        )
+
+    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """Collective. Full tensors under HF names, bucket by bucket, on rank 0; empty lists elsewhere."""
+        return bridge.export_hf(self._chunks, self.hf_config, self._topo, bucket_bytes=bucket_bytes)
+
+    def save_hf(self, out: Path) -> None:
+        """Collective. Write an HF directory, complete or not at all."""
+        bucket = int(self._cfg.rollout.publish_bucket_mb * 2**20)
+        bridge.save_hf(self._chunks, self._cfg.model.path, out, self._topo, bucket_bytes=bucket)
+
+    def save(self, run_dir: Path, number: int, trainer_state: dict[str, Any]) -> Path:
+        keep = self._cfg.train.keep_checkpoints
+        return checkpoint.save(run_dir, number, self._ddp, self._optimizer, self._topo, trainer_state, keep=keep)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        return checkpoint.load(path, self._ddp, self._optimizer, self._topo)
+
+    def _copy_weights(self) -> list[dict[str, torch.Tensor]]:
+        return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in self._chunks]
+
+    @contextmanager
+    def _weights_swapped(self, other: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+        mine = self._copy_weights()
+        self._set_weights(other)
+        try:
+            yield
+        finally:
+            self._set_weights(mine)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
+        for chunk, values in zip(self._chunks, weights, strict=True):
+            for name, parameter in chunk.named_parameters():
+                parameter.copy_(values[name])
+
+
+def _supervised_loss(
+    logp: torch.Tensor, _entropy: torch.Tensor | None, mb: MicroBatch
+) -> tuple[torch.Tensor, Metrics]:
+    nll = -(torch.where(mb.loss_mask, logp, 0.0))
+    tokens = mb.loss_mask.sum()
+    return (mb.weight * nll).sum(), {"loss/nll": Mean(nll.detach().sum(), tokens)}
+
+

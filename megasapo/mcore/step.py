@@ -1,0 +1,97 @@
+"""One pass of megatron-core's pipeline schedule over the micro-batches of a mini-batch, with or without gradients.
+
+Called by policy.py. Knows the schedule and the loss; knows nothing of optimizers, checkpoints or rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megasapo.mcore.model import forward_micro_batch
+from megasapo.mcore.topology import Topology
+from megasapo.metrics import Metrics
+from megasapo.types import MicroBatch
+
+# (logp [T] fp32, entropy [T] fp32 or None, the micro-batch) -> (loss 0-dim, statistics)
+LossFunction = Callable[[torch.Tensor, torch.Tensor | None, MicroBatch], tuple[torch.Tensor, Metrics]]
+
+
+def logprobs(
+    model: list[torch.nn.Module], micro: Sequence[MicroBatch], topo: Topology, *, temperature: float
+) -> list[torch.Tensor | None]:
+    """Logprobs of the targets of each micro-batch, without gradient: [T] float32 on the last stage, None elsewhere."""
+
+    def keep(mb: MicroBatch, output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+        logp, _ = output
+        return logp.sum(), _no_tokens(), {"logp": logp.detach()}
+
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        out = _schedule(model, micro, topo, keep, temperature=temperature, with_entropy=False, forward_only=True)
+    for chunk, training in zip(model, was_training, strict=True):
+        chunk.train(training)
+    if not topo.is_last_stage:
+        return [None] * len(micro)
+    return [kept["logp"] for kept in out]
+
+
+def forward_backward(
+    model: list[torch.nn.Module],
+    micro: Sequence[MicroBatch],
+    topo: Topology,
+    loss_function: LossFunction,
+    *,
+    temperature: float,
+    with_entropy: bool,
+) -> list[Metrics]:
+    """Add the gradient of the summed loss of all micro-batches to the gradient buffers and reduce them.
+
+    Returns the statistics of each micro-batch on the last pipeline stage, an empty list on the others.
+    """
+
+    def loss(mb: MicroBatch, output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+        value, stats = loss_function(*output, mb)
+        return value, _no_tokens(), stats  # type: ignore[return-value]
+
+    return _schedule(model, micro, topo, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
+
+
+def _no_tokens() -> torch.Tensor:
+    # the loss is already normalised (ALGORITHMS.md): nothing is left to divide by
+    return torch.tensor(0, dtype=torch.int)
+
+
+def _schedule(
+    model: list[torch.nn.Module],
+    micro: Sequence[MicroBatch],
+    topo: Topology,
+    loss: Callable[..., tuple[torch.Tensor, ...]],
+    *,
+    temperature: float,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list[Any]:
+    assert len(micro) > 0, "a rank without samples still runs one empty micro-batch, or collectives hang"
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
+        mb = next(batches)
+        output = forward_micro_batch(chunk, mb, temperature=temperature, topo=topo, with_entropy=with_entropy)
+        return output, partial(loss, mb)
+
+    iterators = [iter(micro) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(micro),
+        seq_length=max(mb.tokens.numel() for mb in micro),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
