@@ -1,0 +1,144 @@
+"""Makes everything the arithmetic example needs: a tokenizer, a random Qwen3-MoE model, and three data files.
+
+The task is adding digits with the running totals written out: `7+8+5=` is answered `15>20`. The demonstrations in
+sft.jsonl are those of a careless pupil: each total is off by one or two with probability --slip, and the slip is
+carried on. A model that imitates them knows how to add but is right only now and then; reinforcement learning, which
+sees nothing but whether the last number is right, removes the slips.
+
+    python examples/arithmetic/make_task.py --out examples/arithmetic/out --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+    "<|reserved_2|>",  # 256 bytes and 8 special tokens: a vocabulary that any usual tensor-parallel size divides
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MIN_TERMS, MAX_TERMS = 3, 6
+
+
+def make_tokenizer(out: Path) -> None:
+    """A byte-level tokenizer: one token a byte, so that it can read any text, and a chat template of single tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    ).save_pretrained(out)
+
+
+def make_model(out: Path, seed: int) -> None:
+    """A random Qwen3-MoE: 4 layers, hidden size 64, 8 experts of which each token takes 2."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=256 + len(SPECIAL_TOKENS),
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.05,  # 0.02 suits wide layers; at hidden size 64 it only delays the start
+        eos_token_id=256 + SPECIAL_TOKENS.index("<|end|>"),
+        pad_token_id=256 + SPECIAL_TOKENS.index("<|pad|>"),
+        bos_token_id=None,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    Qwen3MoeForCausalLM(config).save_pretrained(out)
+
+
+def draw_problem(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(d) for d in rng.integers(1, 10, size=rng.integers(MIN_TERMS, MAX_TERMS + 1)))
+
+
+def problem_text(terms: tuple[int, ...]) -> str:
+    return "+".join(map(str, terms)) + "="
+
+
+def demonstration(terms: tuple[int, ...], slip: float, rng: np.random.Generator) -> str:
+    """The running totals as the careless pupil writes them."""
+    total, totals = terms[0], []
+    for term in terms[1:]:
+        total += term
+        if rng.random() < slip:
+            total += int(rng.choice((-2, -1, 1, 2)))
+        totals.append(total)
+    return ">".join(map(str, totals))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, slip: float) -> None:
+    """Three files; no problem occurs in two of them, nor twice in train.jsonl or eval.jsonl."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    problems: dict[tuple[int, ...], None] = {}
+    while len(problems) < num_eval + num_train + num_sft:
+        problems[draw_problem(rng)] = None
+    order = list(problems)
+    held_out, train, sft = order[:num_eval], order[num_eval : num_eval + num_train], order[num_eval + num_train :]
+    for name, part in (("eval", held_out), ("train", train)):
+        write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in part])
+    write_jsonl(out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, slip, rng)} for p in sft])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the arithmetic example's tokenizer, model and data.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to fill: model/ and three .jsonl files")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num-sft", type=int, default=12000)
+    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-eval", type=int, default=200)
+    parser.add_argument("--slip", type=float, default=0.15, help="how often a demonstrated total is wrong")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.slip)
+    make_tokenizer(args.out / "model")
+    make_model(args.out / "model", args.seed)
+    print(
+        f"{args.out}: model/, sft.jsonl ({args.num_sft}), train.jsonl ({args.num_train}), eval.jsonl ({args.num_eval})"
+    )
+
+
+if __name__ == "__main__":
+    main()
