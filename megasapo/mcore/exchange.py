@@ -6,7 +6,8 @@ fetched a sequence to the one that trains on it, and from there to the ranks of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +18,14 @@ from megasapo.data.packing import pack
 from megasapo.mcore.topology import Topology
 from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
 
-# (number of loss tokens of a sequence, sequences, loss tokens of the optimizer step) -> weight of each of its tokens
-WeightRule = Callable[[int, int, int], float]
+
+
+class WeightRule(Protocol):
+    """algo.weights.token_weights with the settings of the run filled in."""
+
+    def __call__(self, loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray: ...
+
+
 # of each sequence, known to every rank: uid, slots it takes (tokens - 1), loss tokens
 Header = tuple[int, int, int]
 # [rank][micro-batch] -> uids
@@ -62,7 +69,8 @@ def build_batch(
 def _pack(
     rows: list[TrainSequence], topo: Topology, rule: WeightRule, num_sequences: int, num_loss_tokens: int
 ) -> MicroBatch:
-    weights = [rule(int(row.loss_mask.sum()), num_sequences, num_loss_tokens) for row in rows]
+    loss_tokens = np.array([row.loss_mask.sum() for row in rows], dtype=np.int64)
+    weights = rule(loss_tokens, num_sequences=num_sequences, num_loss_tokens=num_loss_tokens)
     mb = pack(rows, weights, pad_to=topo.tp)
     tensors = {name: getattr(mb, name) for name in MicroBatch.__slots__}
     return mb.with_(**{n: t.to(topo.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})

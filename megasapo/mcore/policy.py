@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megasapo import metrics
 from megasapo.algo.loss import policy_loss
-from megasapo.algo.objectives import ResolvedAlgo
+from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
 from megasapo.data.packing import sequence_mean
 from megasapo.mcore import bridge, checkpoint, model, step
@@ -64,13 +64,13 @@ class Policy:
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks."""
-        return metrics.merge([self._step(mini, self._policy_loss) for mini in batch.mini])
+        return metrics.merge([self._step(mini, self._policy_loss, with_entropy=True) for mini in batch.mini])
 
     def update_supervised(self, mini: MiniBatch) -> Metrics:
         """One optimizer step on the weighted negative log-likelihood of the loss tokens."""
-        return self._step(mini, _supervised_loss)
+        return self._step(mini, _supervised_loss, with_entropy=False)
 
-    def _step(self, mini: MiniBatch, loss_function: step.LossFunction) -> Metrics:
+    def _step(self, mini: MiniBatch, loss_function: step.LossFunction, *, with_entropy: bool) -> Metrics:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -80,7 +80,7 @@ class Policy:
             self._topo,
             loss_function,
             temperature=self._temperature,
-            with_entropy=loss_function == self._policy_loss,
+            with_entropy=with_entropy,
         )
         outcome = self._optimizer.step()
         counted: dict[str, metrics.Metric] = {}
