@@ -1,0 +1,86 @@
+"""The algorithm's settings once every `auto` is decided: one table of what each objective takes by default.
+
+`resolve` is called once at start; the record it returns is all that batch making and the loss see of the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megasapo.config import AlgoConfig, RolloutConfig
+
+ObjectiveName = Literal["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"]
+Normalisation = Literal["sequence", "token", "constant"]
+AdvantageKind = Literal["group", "group_no_std", "leave_one_out", "raw"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAlgo:
+    objective: ObjectiveName
+    tau_pos: float
+    tau_neg: float
+    clip_low: float | None  # None: the objective has no such bound
+    clip_high: float | None
+    normalisation: Normalisation
+    constant_length: int  # L_const, used by normalisation "constant" only
+    advantage: AdvantageKind
+    advantage_eps: float
+    kl_coef: float
+    entropy_coef: float
+    tis_cap: float | None
+    tis_mask: tuple[float, float] | None
+    overlong_penalty_tokens: int
+    max_new_tokens: int
+
+
+class _Defaults(NamedTuple):
+    clip_low: float | None
+    clip_high: float | None
+    normalisation: Normalisation
+    advantage: AdvantageKind = "group"
+
+
+_DEFAULTS: dict[ObjectiveName, _Defaults] = {
+    "sapo": _Defaults(None, None, "sequence"),
+    "grpo": _Defaults(0.2, 0.27, "sequence"),  # the ranges of the SAPO paper's comparison
+    "gspo": _Defaults(3e-4, 4e-4, "sequence"),
+    "dapo": _Defaults(0.2, 0.28, "token"),
+    "dr_grpo": _Defaults(0.2, 0.27, "constant", "group_no_std"),
+    "cispo": _Defaults(None, 4.0, "token"),  # weights up to 5, as ScaleRL (arXiv 2510.13786) uses it
+    "gmpo": _Defaults(0.4, 0.4, "sequence"),  # on the log-ratio, arXiv 2507.20673
+    "reinforce": _Defaults(None, None, "sequence"),
+}
+
+
+def resolve(algo: AlgoConfig, rollout: RolloutConfig) -> ResolvedAlgo:
+    """Decide every `auto` and empty setting. ValueError when a clip range is given to an objective that has none."""
+    default = _DEFAULTS[algo.objective]
+    _refuse_unused_clip(algo, default)
+    advantage: AdvantageKind = default.advantage if algo.advantage == "auto" else algo.advantage
+    if algo.objective == "reinforce" and rollout.group_size == 1:
+        advantage = "raw"  # nothing to compare with inside a group of one
+    return ResolvedAlgo(
+        objective=algo.objective,
+        tau_pos=algo.tau_pos,
+        tau_neg=algo.tau_neg,
+        clip_low=default.clip_low if algo.clip_low is None else algo.clip_low,
+        clip_high=default.clip_high if algo.clip_high is None else algo.clip_high,
+        normalisation=default.normalisation if algo.normalisation == "auto" else algo.normalisation,
+        constant_length=algo.constant_length or rollout.max_new_tokens,
+        advantage=advantage,
+        advantage_eps=algo.advantage_eps,
+        kl_coef=algo.kl_coef,
+        entropy_coef=algo.entropy_coef,
+        tis_cap=algo.tis_cap,
+        tis_mask=algo.tis_mask,
+        overlong_penalty_tokens=algo.overlong_penalty_tokens,
+        max_new_tokens=rollout.max_new_tokens,
+    )
+
+
+def _refuse_unused_clip(algo: AlgoConfig, default: _Defaults) -> None:
+    for name in ("clip_low", "clip_high"):
+        given = getattr(algo, name)
+        if given is not None and getattr(default, name) is None:
+            raise ValueError(f"algo.{name}={given} has no meaning for algo.objective={algo.objective}: remove it")
