@@ -1,0 +1,305 @@
+"""A megatron-core GPTModel from an HF directory's config, and its forward pass over packed micro-batches.
+
+policy.py and score.py build with `build_model` and run `forward_micro_batch` inside megatron-core's schedules; weights
+come from the bridge. Families are dispatched by exact HF `model_type`. It knows nothing of losses or optimizers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megasapo.config import ConfigError, ModelConfig
+from megasapo.mcore.attention import PackedAttention, PackedRotaryEmbedding, pack
+from megasapo.mcore.compat import transformer_engine_usable
+from megasapo.mcore.head import token_logprobs
+from megasapo.mcore.topology import Topology
+from megasapo.types import MicroBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_hf_config(path: str | Path) -> Any:
+    """The transformers config of a local HF directory; ConfigError when there is none or it cannot be read."""
+    from transformers import AutoConfig
+
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path={str(path)!r}: no config.json there; give the directory of an HF model")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"{path}/config.json: transformers cannot read it: {e}") from e
+
+
+def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology) -> list[nn.Module]:
+    """This rank's model chunks (one, without virtual pipelining), with random weights, on `topo.device`.
+
+    Each chunk is an unwrapped GPTModel with `hf_vocab_size` (columns beyond it are padding). Raises ConfigError when
+    the model does not divide by the layout, or the family is not supported.
+    """
+    config = transformer_config(cfg, hf_config, topo)
+    use_te = transformer_engine_usable()
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization=config.normalization)
+    if not use_te:
+        _use_own_modules(spec)
+    tied = bool(hf_config.tie_word_embeddings)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(hf_config.vocab_size, topo.tp),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=topo.is_first_stage,
+        post_process=topo.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+        rotary_base=_rope_theta(hf_config),
+    )
+    if not use_te:
+        model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, _rope_theta(hf_config))
+    model.hf_vocab_size = hf_config.vocab_size
+    return [model.to(topo.device)]
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of tp."""
+    return -(-vocab_size // tp) * tp
+
+
+def transformer_config(cfg: ModelConfig, hf_config: Any, topo: Topology) -> TransformerConfig:
+    """megatron-core's configuration of a supported HF model, with `cfg.override_transformer_config` applied last."""
+    family = FAMILIES.get(hf_config.model_type)
+    if family is None:
+        raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    check_divisible(hf_config, topo)
+    fields = _common_fields(cfg, topo) | family(hf_config)
+    return TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
+
+
+def check_divisible(hf_config: Any, topo: Topology) -> None:
+    """Refuse a model that the layout cannot cut (ConfigError with the numbers)."""
+    must_divide = [
+        ("num_attention_heads", hf_config.num_attention_heads, "tp", topo.tp),
+        ("num_key_value_heads", hf_config.num_key_value_heads, "tp", topo.tp),
+        ("num_hidden_layers", hf_config.num_hidden_layers, "pp", topo.pp),
+        ("num_experts", getattr(hf_config, "num_experts", None), "ep", topo.ep),
+    ]
+    for name, size, degree_name, degree in must_divide:
+        if size is None and degree > 1:
+            raise ConfigError(f"parallel.ep={degree}, but model_type={hf_config.model_type!r} has no experts; use ep=1")
+        if size is not None and size % degree:
+            raise ConfigError(
+                f"parallel.{degree_name}={degree} does not divide the model's {name}={size}; "
+                f"use one of {[d for d in range(1, size + 1) if size % d == 0]}"
+            )
+
+
+def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:
+    dtype = DTYPES[cfg.dtype]
+    on_gpu = topo.device.type == "cuda"
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": topo.tp,
+        "pipeline_model_parallel_size": topo.pp,
+        "expert_model_parallel_size": topo.ep,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": topo.tp > 1,  # MoE needs it, and norms are not repeated on every rank
+        "variable_seq_lengths": True,  # packed micro-batches differ in length between pipeline stages' steps
+        "calculate_per_token_loss": True,  # the loss carries its own weights: gradients are sums over ranks
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": transformer_engine_usable(),
+        "gradient_accumulation_fusion": False,  # needs NVIDIA's Apex
+    }
+
+
+def _qwen3(hf: Any) -> dict[str, Any]:
+    _require(hf, hidden_act="silu", attention_bias=False)
+    if getattr(hf, "use_sliding_window", False):
+        raise ConfigError("use_sliding_window=true is not supported; only full attention is")
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": hf.head_dim,
+        "init_method_std": hf.initializer_range,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "qk_layernorm": True,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+    }
+
+
+def _qwen3_moe(hf: Any) -> dict[str, Any]:
+    dense = set(hf.mlp_only_layers or ())
+    is_moe = [
+        int(i not in dense and hf.num_experts > 0 and (i + 1) % hf.decoder_sparse_step == 0)
+        for i in range(hf.num_hidden_layers)
+    ]
+    return _qwen3(hf) | {
+        "num_moe_experts": hf.num_experts,
+        "moe_layer_freq": is_moe,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_router_topk": hf.num_experts_per_tok,
+        # HF takes the softmax over all experts; normalising the chosen ones afterwards is the softmax over those.
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": transformer_engine_usable(),
+    }
+
+
+FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {"qwen3_moe": _qwen3_moe, "qwen3": _qwen3}
+
+
+def _require(hf: Any, **wanted: Any) -> None:
+    for name, value in wanted.items():
+        if getattr(hf, name) != value:
+            raise ConfigError(f"{name}={getattr(hf, name)!r} is not supported for {hf.model_type}; only {value!r} is")
+
+
+def _rope_theta(hf: Any) -> float:
+    rope = hf.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_type={rope['rope_type']!r} is not supported; only 'default' is")
+    return float(rope["rope_theta"])
+
+
+def _overridden(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"model.override_transformer_config: TransformerConfig has no field {name!r}{hint}")
+        if name in OWN_FIELDS:
+            raise ConfigError(f"model.override_transformer_config: {name} follows from `{OWN_FIELDS[name]}`; set that")
+    return fields | overrides
+
+
+# Fields that other settings decide; overriding them here would contradict the process groups or the parameters.
+OWN_FIELDS = {
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.ep",
+    "context_parallel_size": "parallel",
+    "sequence_parallel": "parallel.tp",
+    "virtual_pipeline_model_parallel_size": "parallel.pp",
+    "calculate_per_token_loss": "algo.normalisation",
+    "params_dtype": "model.dtype",
+    "pipeline_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32 whose weight takes part in sequence parallelism; torch's wrapper refuses that."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def _use_own_modules(block: TransformerBlockSubmodules) -> None:
+    """Put our norms and attention into megatron-core's local spec, which refuses sequence parallel and packing."""
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) not in (None, IdentityOp):
+                setattr(attention, name, RMSNorm)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What the last pipeline stage returns: [T] fp32 each, aligned with the micro-batch's targets."""
+
+    logp: Tensor
+    entropy: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """Read by megatron-core's schedules, which take a stage's output for a tensor."""
+        return self.logp.device
+
+
+def forward_micro_batch(
+    model: nn.Module, mb: MicroBatch, *, temperature: float, topo: Topology, with_entropy: bool = False
+) -> Tensor | TokenScores:
+    """One micro-batch through this stage's chunk: hidden states before the last stage, TokenScores on it.
+
+    For use inside a schedule's forward step, training or forward only; the schedule hands over hidden states.
+    """
+    num_tokens = mb.tokens.shape[0]
+    assert num_tokens % topo.tp == 0, f"{num_tokens} packed tokens are not a multiple of tp={topo.tp}"
+    out = model(
+        input_ids=mb.tokens[None],
+        position_ids=mb.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=_packed_seq_params(mb),
+    )
+    if not topo.is_last_stage:
+        return out
+    logp, entropy = token_logprobs(
+        out[0],
+        mb.targets,
+        vocab_size=_unwrapped(model).hf_vocab_size,
+        temperature=temperature,
+        tp_group=topo.tp_group,
+        with_entropy=with_entropy,
+    )
+    return TokenScores(logp, entropy)
+
+
+def _packed_seq_params(mb: MicroBatch) -> PackedSeqParams:
+    if not transformer_engine_usable():
+        return pack(mb.cu_seqlens, mb.max_seqlen, mb.position_ids)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=mb.cu_seqlens,
+        cu_seqlens_kv=mb.cu_seqlens,
+        max_seqlen_q=mb.max_seqlen,
+        max_seqlen_kv=mb.max_seqlen,
+    )
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model

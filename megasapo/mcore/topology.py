@@ -1,0 +1,167 @@
+"""Which rank does what: process groups and coordinates, made once at start and passed explicitly.
+
+`Topology.init` is the only place that reads torchrun's environment, and this is the only file that reads megatron-core's
+parallel_state. It knows nothing of models or data. Ranks are laid out tp fastest, then dp, then pp. Experts are never
+cut by tensor parallelism: expert parallelism spreads them whole over the tp x dp ranks of a pipeline stage.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megasapo.config import ConfigError, ParallelConfig
+
+# A rank may wait for a whole rollout of its peers inside a collective.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Topology:
+    rank: int
+    world_size: int
+    tp: int
+    pp: int
+    ep: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    ep_rank: int
+    is_first_stage: bool
+    is_last_stage: bool
+    is_leader: bool  # talks to the rollout servers for its replica: tp_rank 0 and pp_rank 0
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # gloo; the tp x pp ranks that share a dp_rank, the leader is its rank 0
+    leaders_group: dist.ProcessGroup | None  # gloo; the leaders in dp order, None on other ranks
+    world_group_cpu: dist.ProcessGroup  # gloo; all ranks, apart from megatron-core's traffic
+
+    @staticmethod
+    def init(parallel: ParallelConfig, *, seed: int = 1) -> Topology:
+        """Join the process group that RANK, WORLD_SIZE and MASTER_* describe (one process without them).
+
+        `seed` feeds megatron-core's random number tracker. Raises ConfigError on an impossible layout, before any
+        group is made.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_layout(parallel, world_size)
+        device = _init_process_group(world_size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        return _read_parallel_state(parallel, device)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.world_group_cpu)
+
+    def any(self, flag: bool) -> bool:
+        """Collective: whether `flag` is true on some rank."""
+        total = torch.tensor([int(flag)])
+        dist.all_reduce(total, group=self.world_group_cpu)
+        return bool(total)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: every rank's (small, picklable) value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.world_group_cpu)
+        return values
+
+    def destroy(self) -> None:
+        """Leave the process group; gloo aborts at interpreter exit otherwise."""
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse parallel sizes that `world_size` ranks cannot form (ConfigError)."""
+    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"parallel: tp({tp})*pp({pp})={tp * pp} does not divide world size {world_size}; "
+            f"start a multiple of {tp * pp} processes or lower tp or pp"
+        )
+    stage = world_size // pp
+    if stage % ep:
+        raise ConfigError(
+            f"parallel: ep({ep}) does not divide the {stage} ranks of a pipeline stage (world size {world_size} / "
+            f"pp({pp})); use an ep that divides {stage} or start more processes"
+        )
+
+
+def _init_process_group(world_size: int) -> torch.device:
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # every rank would take all cores of the machine
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return device
+
+
+def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topology:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    dp_rank = parallel_state.get_data_parallel_rank()
+    world_cpu = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    where: list[tuple[int, int, int]] = [(0, 0, 0)] * world_size  # (dp, pp, tp) of each rank
+    dist.all_gather_object(where, (dp_rank, pp_rank, tp_rank), group=world_cpu)
+    dp = parallel_state.get_data_parallel_world_size()
+    replicas = [[r for r in range(world_size) if where[r][0] == d] for d in range(dp)]
+    leaders = [replica[0] for replica in replicas]
+    assert all(where[r] == (d, 0, 0) for d, r in enumerate(leaders)), f"leaders {leaders} of {where}"
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        ep=parallel.ep,
+        dp=dp,
+        tp_rank=tp_rank,
+        pp_rank=pp_rank,
+        dp_rank=dp_rank,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        is_first_stage=pp_rank == 0,
+        is_last_stage=pp_rank == parallel.pp - 1,
+        is_leader=rank in leaders,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        replica_group=_own_group(replicas, rank),
+        leaders_group=_own_group([leaders], rank),
+        world_group_cpu=world_cpu,
+    )
+
+
+def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make all `groups` over gloo, as every rank must; the one `rank` is in, or None."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=TIMEOUT, backend="gloo")
+        if rank in ranks:
+            own = group
+    return own
