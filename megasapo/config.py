@@ -303,6 +303,8 @@ def _check_algo(cfg: Config) -> None:
 
 def _check_rollout(cfg: Config) -> None:
     r = cfg.rollout
+    if r.top_k != -1 and r.top_k < 1:
+        raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
     if r.top_p < 1 or r.top_k != -1:
         if cfg.algo.old_logprobs == "learner" and cfg.algo.tis_cap is None and cfg.algo.tis_mask is None:
             return
@@ -311,8 +313,6 @@ def _check_rollout(cfg: Config) -> None:
             "logprobs of the full one: train/inference correction and old_logprobs=rollout would be wrong; "
             "use top_p=1 and top_k=-1"
         )
-    if r.top_k != -1 and r.top_k < 1:
-        raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
 
 
 def _check_eval(cfg: Config) -> None:

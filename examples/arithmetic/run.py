@@ -1,0 +1,91 @@
+"""The whole arithmetic example, as `make train` runs it: task, cold start, Pass@1, SAPO, Pass@1 again, the curve.
+
+Every step is one command of megasapo, printed before it runs; each is skipped when it has already finished, so that
+running this again after an interruption continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="where task, runs and figures go")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings for `megasapo train`")
+    args = parser.parse_args()
+    started = time.monotonic()
+    out = args.out.resolve()
+    if not (out / "eval.jsonl").exists():
+        call(sys.executable, str(HERE / "make_task.py"), "--out", str(out), "--seed", "1")
+    where = [f"run.dir={out / 'runs'}", f"data.eval={out / 'eval.jsonl'}"]
+    cold = out / "cold_start"
+    if not (cold / "config.json").exists():
+        megasapo("sft", "sft.yaml", *where, f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}")
+    learning = [*where, f"model.path={cold}", f"data.train={out / 'train.jsonl'}", *args.overrides]
+    before = evaluate(out / "before.json", *where, f"model.path={cold}")
+    megasapo("train", "sapo.yaml", *learning)
+    run = out / "runs" / "sapo"
+    if not (run / "done").exists():
+        print(f"\nstopped before the end; the same command continues from {run / 'checkpoints'}")
+        return 1
+    after = evaluate(out / "after.json", *where, f"model.path={run / 'hf'}")
+    draw_curve(run, before, after, out / "curve.png")
+    print(f"\nPass@1 on {after['problems']} held-out problems: {before['pass@1']:.1%} -> {after['pass@1']:.1%}")
+    print(f"whole example: {(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"TensorBoard:   tensorboard --logdir {run / 'tensorboard'}")
+    print(f"metrics:       {run / 'metrics.jsonl'}")
+    print(f"checkpoint:    {run / 'checkpoints'} (training), {run / 'hf'} (HF format)")
+    print(f"curve:         {out / 'curve.png'}")
+    return 0
+
+
+def call(*command: str) -> None:
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
+
+
+def megasapo(command: str, config: str, *settings: str) -> None:
+    call(sys.executable, "-m", "megasapo.cli", command, str(HERE / config), *settings)
+
+
+def evaluate(result: Path, *settings: str) -> dict[str, float]:
+    if not result.exists():
+        megasapo("evaluate", "sapo.yaml", "--out", str(result), *settings)
+    return json.loads(result.read_text())
+
+
+def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], picture: Path) -> None:
+    """Training reward by step with the held-out Pass@1 before, during and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [(0, before["pass@1"])]
+    held_out += [(row["step"], row["eval/pass@1"]) for row in rows if "eval/pass@1" in row]
+    held_out.append((rows[-1]["step"], after["pass@1"]))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot([row["step"] for row in rows], [row["reward/mean"] for row in rows], color="tab:blue", label="training reward")
+    axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out Pass@1")
+    axes.set(xlabel="step (one rollout batch, 4 optimizer steps)", ylabel="share of right answers", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

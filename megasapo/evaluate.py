@@ -1,0 +1,86 @@
+"""`megasapo evaluate`: pass@k on held-out problems, sampled from a rollout server.
+
+The same function measures during training. A response counts as right when the first of the run's rewards gives it at
+least 0.5; pass@k is the unbiased estimator of ALGORITHMS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megasapo import config
+from megasapo.algo.estimators import pass_at_k
+from megasapo.config import Config, ConfigError
+from megasapo.types import Engine, Prompt, SamplingParams
+
+EVAL_STREAM = 0x5EED  # keeps the seeds of evaluation apart from those of training
+RIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What evaluation found for one problem."""
+
+    index: int
+    right: tuple[bool, ...]  # of each sample
+    length: float  # mean tokens of a response
+    texts: tuple[str, ...]
+
+
+async def evaluate(
+    engine: Engine, prompts: Sequence[Prompt], scorer: Any, decode: Callable[[tuple[int, ...]], str], cfg: Config
+) -> list[Problem]:
+    """Sample eval.samples responses to each prompt and grade them."""
+    count = cfg.eval.samples
+    inputs = [p.input_ids for p in prompts for _ in range(count)]
+    completions = await engine.generate(inputs, [_sampling(cfg, p, i) for p in prompts for i in range(count)])
+    texts = [decode(c.output_ids) for c in completions]
+    first = cfg.reward.rewards[0].name
+
+    async def grade(at: int, prompt: Prompt) -> Problem:
+        rows = slice(at * count, (at + 1) * count)
+        scores = await scorer.score(prompt, texts[rows])
+        length = float(np.mean([len(c.output_ids) for c in completions[rows]]))
+        return Problem(prompt.index, tuple(s.parts[first] >= RIGHT for s in scores), length, tuple(texts[rows]))
+
+    return list(await asyncio.gather(*(grade(i, prompt) for i, prompt in enumerate(prompts))))
+
+
+def summary(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, float]:
+    """{"pass@1": ..., "problems": ..., "samples": ..., "response_length": ...}."""
+    result = {
+        f"pass@{k}": float(np.mean([pass_at_k(len(p.right), sum(p.right), k) for p in problems])) for k in ks
+    }
+    return result | {
+        "problems": len(problems),
+        "samples": len(problems[0].right),
+        "response_length": float(np.mean([p.length for p in problems])),
+    }
+
+
+def _sampling(cfg: Config, prompt: Prompt, index: int) -> SamplingParams:
+    seed = int(np.random.SeedSequence([cfg.run.seed, EVAL_STREAM, prompt.index, index]).generate_state(1)[0] >> 1)
+    return SamplingParams(
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        temperature=cfg.eval.temperature,
+        top_p=cfg.eval.top_p,
+        stop_token_ids=cfg.rollout.stop_token_ids,
+        sampling_seed=seed if cfg.rollout.deterministic else None,
+    )
+
+
+def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
+    """The problems of data.eval, at most eval.max_problems of them."""
+    from megasapo.data.prompts import PromptDataset
+
+    if cfg.data.eval is None:
+        raise ConfigError("data.eval is required to evaluate: JSONL or parquet with prompt (or messages) and answer")
+    return PromptDataset(cfg.data.eval, tokenizer, cfg.data).prompts[: cfg.eval.max_problems]

@@ -1,0 +1,88 @@
+"""Configuration: what is refused and with which words, what overrides do, what is written is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megasapo import config
+from megasapo.config import ConfigError
+
+MODEL = {"model": {"path": "m"}}
+
+
+def refused(overrides: list[str], raw: dict | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.from_dict(raw or MODEL, overrides)
+    return str(caught.value)
+
+
+def test_yaml_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\noptim: {lr: 1e-3}\nrollout: {group_size: 4}\n")
+    cfg = config.load(path, ["rollout.group_size=16", "rollout.servers=[http://a, http://b]", "data.eval=x.jsonl"])
+    assert cfg.optim.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert cfg.rollout.group_size == 16
+    assert cfg.rollout.servers == ("http://a", "http://b")
+    assert cfg.data.eval == "x.jsonl"
+
+
+def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
+    cfg = config.from_dict(MODEL, ["reward.rewards=[{name: math, weight: 2}]", "algo.tis_mask=[0.5, 2]"])
+    config.save(cfg, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.groupsize=4", "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'?"),
+        ("train.lr=1e-3", "did you mean 'optim.lr'?"),
+        ("trian.steps=1", "did you mean 'train'?"),
+        ("train.steps=many", "train.steps='many'"),
+        ("train.steps=1.5", "train.steps=1.5"),
+        ("train.steps=true", "train.steps=True"),
+        ("parallel.tp=0", "parallel.tp=0"),
+        ("optim.lr=.nan", "optim.lr=nan"),
+        ("model.dtype=fp8", "model.dtype='fp8'"),
+        ("run.name=../elsewhere", "run.name='../elsewhere'"),
+        ("noequals", "expected section.key=value"),
+        ("train=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, words: str) -> None:
+    assert words in refused([override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algo.mini_batches=64"], "algo.mini_batches=64 is more than rollout.prompts_per_step=32"),
+        (["rollout.max_new_tokens=9000"], "raise the latter to at least 10024"),
+        (["rollout.group_size=1"], "use a group of at least 2"),
+        (["algo.tis_cap=2", "algo.tis_mask=[0.5,2]"], "exclude one another"),
+        (["algo.tis_mask=[2,0.5]"], "is not a range"),
+        (["algo.old_logprobs=rollout", "algo.tis_cap=2"], "do nothing"),
+        (["rollout.top_p=0.9", "algo.tis_cap=2"], "use top_p=1 and top_k=-1"),
+        (["rollout.top_k=0"], "rollout.top_k=0"),
+        (["eval.k=[8]", "eval.samples=4"], "needs at least that many eval.samples"),
+    ],
+)
+def test_contradictions_say_what_to_change(overrides: list[str], words: str) -> None:
+    assert words in refused(overrides)
+
+
+def test_missing_model_and_missing_file(tmp_path: Path) -> None:
+    assert "model is required" in refused([], {"train": {"steps": 1}})
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        config.load(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        config.load(tmp_path / "list.yaml")
+
+
+def test_nothing_can_be_changed_after_loading() -> None:
+    cfg = config.from_dict(MODEL)
+    with pytest.raises(Exception, match="frozen"):
+        cfg.train.steps = 3  # type: ignore[misc]
