@@ -1,0 +1,47 @@
+"""One hash for a whole set of weights, the same on the learner and on a rollout server.
+
+Callers add HF-named full tensors in any order, one at a time, so that no side needs the whole model at once. Used by
+publish and by the embedded server; knows nothing of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+
+class Checksum:
+    """Collects a digest for each tensor; the result depends on names, dtypes, shapes and bytes, not on the order."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, bytes] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in one tensor, of any device and layout. Raises ValueError when the name was added before."""
+        if name in self._digests:
+            raise ValueError(f"checksum: tensor {name!r} was added twice")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+        self._digests[name] = digest.digest()
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits over all tensors added so far."""
+        total = hashlib.sha256()
+        for name in sorted(self._digests):
+            encoded = name.encode()
+            total.update(len(encoded).to_bytes(8, "little") + encoded + self._digests[name])
+        return total.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+
+def weights_checksum(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The Checksum of HF-named tensors, given as a state dict or as pairs."""
+    checksum = Checksum()
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        checksum.add(name, tensor)
+    return checksum.hexdigest()

@@ -1,0 +1,105 @@
+"""Reads boxes of tensors out of an HF directory's safetensors, one file or an index of shards, without whole tensors.
+
+Used by load.py. Every error names the file and the tensor. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megasapo.mcore.bridge.table import Box, BridgeError, Shape
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Entry(NamedTuple):
+    shape: Shape
+    dtype: str
+
+
+class HFFiles:
+    """The tensors of an HF directory by name. `bytes_read` counts what `read` has returned."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        self._headers: dict[str, dict[str, Entry]] = {}
+        self._handles: dict[str, Any] = {}
+        self._file_of = self._locate()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def file(self, name: str) -> Path:
+        """The file that holds (or, by the index, should hold) a tensor."""
+        return self.directory / self._file_of[name]
+
+    def entry(self, name: str) -> Entry:
+        """Shape and dtype. Raises BridgeError when the file is missing, broken, or lacks the tensor."""
+        header = self._header(self._file_of[name], wanted=name)
+        if name not in header:
+            raise BridgeError(f"{self.file(name)}: has no tensor {name!r}, though {INDEX} says so")
+        return header[name]
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A copy of one box of a tensor, in the file's dtype."""
+        file = self._file_of[name]
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(self.directory / file, "pt")
+            full = self._handles[file].get_slice(name)
+            value: torch.Tensor = full[tuple(slice(start, stop) for start, stop in box)]
+        except (SafetensorError, OSError) as e:
+            raise BridgeError(f"{self.file(name)}: cannot read tensor {name!r}: {e}") from e
+        self.bytes_read += value.nbytes
+        return value
+
+    def _locate(self) -> dict[str, str]:
+        if (self.directory / SINGLE).is_file():
+            return dict.fromkeys(self._header(SINGLE, wanted=None), SINGLE)
+        index = self.directory / INDEX
+        if not index.is_file():
+            raise BridgeError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise BridgeError(f"{index}: not an index of safetensors files: {e!r}") from e
+        return dict(weight_map)
+
+    def _header(self, file: str, wanted: str | None) -> dict[str, Entry]:
+        if file not in self._headers:
+            self._headers[file] = _read_header(self.directory / file, wanted)
+            stray = [n for n in self._headers[file] if wanted is not None and self._file_of.get(n) != file]
+            if stray:
+                raise BridgeError(f"{self.directory / file}: holds {stray[0]!r}, which {INDEX} does not place there")
+        return self._headers[file]
+
+
+def _read_header(path: Path, wanted: str | None) -> dict[str, Entry]:
+    """Names, shapes and dtypes of a safetensors file; checks that all of its data is there."""
+    asked = f" (needed for tensor {wanted!r})" if wanted else ""
+    if not path.is_file():
+        raise BridgeError(f"{path}: no such file{asked}")
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise BridgeError(f"{path}: truncated inside its header, {size} bytes{asked}")
+        try:
+            header: dict[str, Any] = json.loads(f.read(length))
+        except ValueError as e:
+            raise BridgeError(f"{path}: not a safetensors file{asked}: {e}") from e
+    header.pop("__metadata__", None)
+    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        end = 8 + length + info["data_offsets"][1]
+        if end > size:
+            raise BridgeError(f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}")
+    return {name: Entry(tuple(info["shape"]), info["dtype"]) for name, info in header.items()}

@@ -1,0 +1,118 @@
+"""HF safetensors -> this rank's shards of a megatron-core model. Called by the policy before the optimizer exists.
+
+Every rank reads only the boxes it holds, piece by piece; nothing is sent between ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
+from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
+from megasapo.mcore.bridge.table import BridgeError, pattern
+
+MOST_PROBLEMS_SHOWN = 5
+
+
+def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> None:
+    """Fill every parameter of this rank's model chunks from an HF directory, cast to the parameter's dtype.
+
+    Padded vocabulary rows become zero. An optimizer with its own master weights must copy them afterwards.
+    Raises BridgeError, before anything is copied, when a tensor is missing, left over, of the wrong shape or dtype, or
+    its file is broken. `topo` is not used: the model knows its groups; it stands here as in `export_hf`.
+    """
+    del topo
+    load_files(chunks, HFFiles(hf_dir), read_config(hf_dir))
+
+
+def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> None:
+    """The same from opened files, which count the bytes read."""
+    mine = place(chunks, hf_config)
+    problems = [*_missing(mine, files), *_left_over(mine, files)] or _misshapen(mine, files)
+    if problems:
+        more = len(problems) - MOST_PROBLEMS_SHOWN
+        shown = problems[:MOST_PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        raise BridgeError("\n".join(shown))
+    for placed in mine.placed:
+        _fill(placed, files)
+
+
+def read_config(hf_dir: str | Path) -> dict[str, Any]:
+    """The contents of config.json. Raises BridgeError when there is none."""
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise BridgeError(f"{path}: no such file; an HF model directory has one")
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+@torch.no_grad()
+def _fill(placed: Placed, files: HFFiles) -> None:
+    filled = sum(prod(stop - start for start, stop in piece.local) for piece in placed.pieces)
+    if filled < placed.tensor.numel():
+        placed.tensor.zero_()
+    for piece in placed.pieces:
+        local = placed.tensor[tuple(slice(start, stop) for start, stop in piece.local)]
+        local.copy_(files.read(placed.names[piece.source], piece.hf))
+
+
+def _missing(mine: Locals, files: HFFiles) -> list[str]:
+    there = set(files.names)
+    return [
+        f"{files.directory}: no tensor {name!r} for the parameter {placed.mcore_name!r} ({nearest(name, files.names)})"
+        for placed in mine.placed
+        for name in placed.names
+        if name not in there
+    ]
+
+
+def _left_over(mine: Locals, files: HFFiles) -> list[str]:
+    """Tensors that no rank wants. Those of other ranks' layers and experts are left to them."""
+    wanted = {name for placed in mine.placed for name in placed.names}
+    unclaimed = [name for name in files.names if name not in wanted and not _is_elsewhere(mine, name)]
+    if not unclaimed:
+        return []
+    candidates = sorted(wanted)
+    return [
+        f"{files.file(name)}: tensor {name!r} belongs to no parameter of this model ({nearest(name, candidates)})"
+        for name in unclaimed
+    ]
+
+
+def _is_elsewhere(mine: Locals, name: str) -> bool:
+    if any(pattern(template).fullmatch(name) for template in mine.family.ignored):
+        return True
+    if mine.is_tied and name == mine.family.tied[0]:
+        return True  # as transformers does: the embedding is used in its place
+    found = find_hf(mine.family, name)
+    if found is None:
+        return False
+    _, layer, expert = found
+    if layer is None:
+        return True  # embedding and head are always wanted by the first and the last stage
+    if layer >= mine.num_layers or (expert is not None and expert >= mine.num_experts):
+        return False
+    return layer not in mine.layers or (expert is not None and expert not in mine.experts)
+
+
+def _misshapen(mine: Locals, files: HFFiles) -> list[str]:
+    problems = []
+    for placed in mine.placed:
+        for name, shape in zip(placed.names, placed.shapes, strict=True):
+            found = files.entry(name)
+            where = f"{files.file(name)}: tensor {name!r} has"
+            if found.shape != shape:
+                problems.append(
+                    f"{where} shape {list(found.shape)}, but {placed.mcore_name!r} needs {list(shape)}: "
+                    "the weights and config.json do not belong together"
+                )
+            elif found.dtype not in FLOATS:
+                problems.append(f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded")
+    return problems

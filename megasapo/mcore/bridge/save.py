@@ -1,0 +1,173 @@
+"""A megatron-core model -> an HF directory that is there in full or not at all. Called by the policy and by converters.
+
+Rank 0 writes safetensors as buckets arrive, so no shard file is ever held in memory; other ranks send and wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megasapo.mcore.bridge.export import Export, TensorSpec
+from megasapo.mcore.bridge.hf_files import INDEX, SINGLE
+from megasapo.mcore.bridge.load import read_config
+from megasapo.mcore.bridge.table import BridgeError
+from megasapo.mcore.topology import Topology
+
+GIB = 2**30
+COMPANIONS = (  # beside config.json, what an HF directory needs to be served
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+)
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def save_hf(
+    chunks: Sequence[nn.Module],
+    hf_config_dir: str | Path,
+    out_dir: str | Path,
+    topo: Topology,
+    *,
+    bucket_bytes: int,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * GIB,
+) -> None:
+    """Write an HF directory: weights, and config.json, tokenizer and generation settings of `hf_config_dir`.
+
+    Collective. Returns on every rank once `out_dir` is complete. An existing `out_dir` is replaced. `dtype` casts;
+    config.json records the dtype written. A tensor larger than `max_shard_bytes` gets a file of its own.
+    """
+    config = read_config(hf_config_dir)
+    out = Path(out_dir)
+    if out.exists() and not (out / "config.json").is_file():
+        raise BridgeError(
+            f"{out}: exists and is not an HF directory, so it is not replaced; remove it or save elsewhere"
+        )
+    export = Export(chunks, config, topo, dtype=dtype)
+    if topo.rank != 0:
+        for _ in export.buckets(bucket_bytes):
+            pass
+    else:
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write_weights(export, unfinished, bucket_bytes, max_shard_bytes)
+        _write_companions(Path(hf_config_dir), config, export.tensors, unfinished)
+        _put_in_place(unfinished, out)
+    dist.barrier(group=topo.world_group_cpu)
+
+
+def _write_weights(export: Export, directory: Path, bucket_bytes: int, max_shard_bytes: int) -> None:
+    files = _assign(export.tensors, max_shard_bytes)
+    file_of = {spec.name: file for file, specs in files.items() for spec in specs}
+    writers = {file: SafetensorsWriter(directory / file, specs) for file, specs in files.items()}
+    for bucket in export.buckets(bucket_bytes):
+        for name, tensor in bucket:
+            writers[file_of[name]].write(name, tensor)
+    for writer in writers.values():
+        writer.finish()
+    if len(files) > 1:
+        total = sum(spec.nbytes for spec in export.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        _write_json(directory / INDEX, index)
+
+
+def _assign(tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File names and what goes into each, in order."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in tensors:
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+class SafetensorsWriter:
+    """One safetensors file written tensor by tensor: the header first, from the specs, then the data in their order."""
+
+    def __init__(self, path: Path, specs: list[TensorSpec]) -> None:
+        self._path = path
+        self._expected = list(reversed(specs))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for spec in specs:
+            offsets = [at, at + spec.nbytes]
+            header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            at += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # data starts on a multiple of 8, as the safetensors library has it
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor; its name, shape and dtype must be those of the next spec."""
+        spec = self._expected.pop()
+        assert (name, tuple(tensor.shape), tensor.dtype) == spec, f"{name} {tensor.shape} {tensor.dtype}, not {spec}"
+        with self._path.open("ab") as f:
+            f.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        """Bring the file to disk. Every tensor must have been written."""
+        assert not self._expected, f"{self._path}: {[spec.name for spec in self._expected]} not written"
+        _sync(self._path)
+
+
+def _write_companions(source: Path, config: dict[str, object], tensors: list[TensorSpec], out: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch(file.name, name) for name in COMPANIONS):
+            shutil.copyfile(file, out / file.name)
+    by_dtype: dict[torch.dtype, int] = {}
+    for spec in tensors:
+        by_dtype[spec.dtype] = by_dtype.get(spec.dtype, 0) + spec.nbytes
+    main = max(by_dtype, key=lambda dtype: by_dtype[dtype])
+    recorded = {key: value for key, value in config.items() if key != "torch_dtype"}  # the old name of `dtype`
+    _write_json(out / "config.json", {**recorded, "dtype": str(main).removeprefix("torch.")})
+
+
+def _put_in_place(unfinished: Path, out: Path) -> None:
+    for file in unfinished.iterdir():
+        _sync(file)
+    if out.exists():
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        unfinished.rename(out)
+        shutil.rmtree(old)
+    else:
+        unfinished.rename(out)
+    _sync(out.parent)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
