@@ -19,6 +19,7 @@ import numpy as np
 from megasapo import config
 from megasapo.algo.estimators import pass_at_k
 from megasapo.config import Config, ConfigError
+from megasapo.rewards.model import RewardModel
 from megasapo.types import Engine, Prompt, SamplingParams
 
 EVAL_STREAM = 0x5EED  # keeps the seeds of evaluation apart from those of training
@@ -36,7 +37,7 @@ class Problem:
 
 
 async def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], scorer: Any, decode: Callable[[tuple[int, ...]], str], cfg: Config
+    engine: Engine, prompts: Sequence[Prompt], scorer: RewardModel, decode: Callable[[tuple[int, ...]], str], cfg: Config
 ) -> list[Problem]:
     """Sample eval.samples responses to each prompt and grade them."""
     count = cfg.eval.samples
@@ -47,7 +48,7 @@ async def evaluate(
 
     async def grade(at: int, prompt: Prompt) -> Problem:
         rows = slice(at * count, (at + 1) * count)
-        scores = await scorer.score(prompt, texts[rows])
+        scores = await scorer.score_group(prompt, texts[rows])
         length = float(np.mean([len(c.output_ids) for c in completions[rows]]))
         return Problem(prompt.index, tuple(s.parts[first] >= RIGHT for s in scores), length, tuple(texts[rows]))
 

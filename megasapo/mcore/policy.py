@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megasapo import metrics
 from megasapo.algo.loss import policy_loss
@@ -19,6 +18,7 @@ from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
 from megasapo.data.packing import sequence_mean
 from megasapo.mcore import bridge, checkpoint, model, step
+from megasapo.mcore.model import TokenScores
 from megasapo.mcore.optim import Optimizer, wrap_ddp
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
@@ -31,8 +31,6 @@ class Policy:
     def __init__(self, cfg: Config, topo: Topology, algo: ResolvedAlgo, *, temperature: float, total_steps: int):
         """`temperature`: that of sampling, by which logits are divided; `total_steps`: optimizer steps of the run."""
         self._cfg, self._topo, self._algo, self._temperature = cfg, topo, algo, temperature
-        torch.manual_seed(cfg.run.seed)
-        model_parallel_cuda_manual_seed(cfg.run.seed)
         self.hf_config = model.read_hf_config(cfg.model.path)
         self._chunks = model.build_model(cfg.model, self.hf_config, topo)
         bridge.load_hf(self._chunks, cfg.model.path, topo)
@@ -92,13 +90,11 @@ class Policy:
             counted["optim/lr"] = Max(outcome.lr)
         return counted
 
-    def _policy_loss(
-        self, logp: torch.Tensor, entropy: torch.Tensor | None, mb: MicroBatch
-    ) -> tuple[torch.Tensor, Metrics]:
+    def _policy_loss(self, scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
         assert mb.old_logp is not None, "with_old_logprobs comes before update"
         return policy_loss(
             self._algo,
-            logp=logp,
+            logp=scores.logp,
             old_logp=mb.old_logp,
             rollout_logp=mb.rollout_logp,
             advantages=mb.advantage,
@@ -106,7 +102,7 @@ class Policy:
             loss_mask=mb.loss_mask,
             sequence_mean=sequence_mean(mb),
             ref_logp=mb.ref_logp,
-            entropy=entropy,
+            entropy=scores.entropy,
         )
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -144,11 +140,7 @@ class Policy:
                 parameter.copy_(values[name])
 
 
-def _supervised_loss(
-    logp: torch.Tensor, _entropy: torch.Tensor | None, mb: MicroBatch
-) -> tuple[torch.Tensor, Metrics]:
+def _supervised_loss(logp: torch.Tensor, _entropy: torch.Tensor | None, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
     nll = -(torch.where(mb.loss_mask, logp, 0.0))
     tokens = mb.loss_mask.sum()
     return (mb.weight * nll).sum(), {"loss/nll": Mean(nll.detach().sum(), tokens)}
-
-

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megasapo.mcore.model import forward_micro_batch
+from megasapo.mcore.model import TokenScores, forward_micro_batch
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Metrics
 from megasapo.types import MicroBatch
 
-# (logp [T] fp32, entropy [T] fp32 or None, the micro-batch) -> (loss 0-dim, statistics)
-LossFunction = Callable[[torch.Tensor, torch.Tensor | None, MicroBatch], tuple[torch.Tensor, Metrics]]
+# -> (0-dim loss, statistics)
+LossFunction = Callable[[TokenScores, MicroBatch], tuple[torch.Tensor, Metrics]]
 
 
 def logprobs(
@@ -26,9 +26,8 @@ def logprobs(
 ) -> list[torch.Tensor | None]:
     """Logprobs of the targets of each micro-batch, without gradient: [T] float32 on the last stage, None elsewhere."""
 
-    def keep(mb: MicroBatch, output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-        logp, _ = output
-        return logp.sum(), _no_tokens(), {"logp": logp.detach()}
+    def keep(_mb: MicroBatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return scores.logp.sum(), _no_tokens(), scores.logp
 
     was_training = [chunk.training for chunk in model]
     for chunk in model:
@@ -39,7 +38,7 @@ def logprobs(
         chunk.train(training)
     if not topo.is_last_stage:
         return [None] * len(micro)
-    return [kept["logp"] for kept in out]
+    return out
 
 
 def forward_backward(
@@ -56,9 +55,9 @@ def forward_backward(
     Returns the statistics of each micro-batch on the last pipeline stage, an empty list on the others.
     """
 
-    def loss(mb: MicroBatch, output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-        value, stats = loss_function(*output, mb)
-        return value, _no_tokens(), stats  # type: ignore[return-value]
+    def loss(mb: MicroBatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        value, stats = loss_function(scores, mb)
+        return value, _no_tokens(), stats
 
     return _schedule(model, micro, topo, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
 
@@ -72,7 +71,7 @@ def _schedule(
     model: list[torch.nn.Module],
     micro: Sequence[MicroBatch],
     topo: Topology,
-    loss: Callable[..., tuple[torch.Tensor, ...]],
+    loss: Callable[[MicroBatch, TokenScores], tuple[torch.Tensor, torch.Tensor, Any]],
     *,
     temperature: float,
     with_entropy: bool,

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megasapo.config import Config
 from megasapo.data.prompts import PromptStream
-from megasapo.rewards import Scorer
-from megasapo.rollout.client import RolloutError
+from megasapo.rewards.model import RewardModel
+from megasapo.rollout.protocol import RolloutError
 from megasapo.types import Engine, Group, Prompt, Sample, SamplingParams
 
 POLL_S = 0.05
@@ -70,7 +70,7 @@ class RolloutSource:
         cfg: Config,
         engine: Engine,
         stream: PromptStream,
-        scorer: Scorer,
+        scorer: RewardModel,
         decode: Callable[[tuple[int, ...]], str],
         ranks: Ranks,
         loop: LoopThread,
@@ -82,6 +82,8 @@ class RolloutSource:
         self._cfg, self._engine, self._stream, self._scorer, self._decode = cfg, engine, stream, scorer, decode
         self._ranks, self._loop, self._stale, self._republish = ranks, loop, stale, republish
         self._pending: deque[_Pending] = deque()
+        # one request for the whole batch is the unit that a deterministic server repeats bit for bit
+        self._together = cfg.rollout.deterministic and cfg.rollout.max_staleness == 0
 
     def next(self, version: int) -> tuple[list[Group], int]:
         """Collective. This leader's groups (none on other ranks) for the step after `version`, and groups dropped here.
@@ -105,7 +107,7 @@ class RolloutSource:
 
     def _submit(self, prompts: int) -> None:
         before = self._stream.state()
-        drawn = self._stream.draw(prompts)
+        drawn = [self._stream.next() for _ in range(prompts)]
         mine = [d for d in drawn if d[0] % self._ranks.dp == self._ranks.dp_rank] if self._ranks.is_leader else []
         self._pending.append(_Pending(before, self._loop.submit(self._sample(mine))))
 
@@ -128,8 +130,7 @@ class RolloutSource:
         )
 
     async def _sample(self, drawn: list[tuple[int, Prompt]]) -> list[Group]:
-        # one request for the whole batch is the unit that a deterministic server repeats bit for bit
-        parts = [drawn] if self._cfg.rollout.deterministic else [[d] for d in drawn]
+        parts = [drawn] if self._together else [[d] for d in drawn]
         done = await asyncio.gather(*(self._sample_together(part) for part in parts if part))
         return [group for groups in done for group in groups]
 
@@ -142,9 +143,9 @@ class RolloutSource:
 
         async def finish(at: int, uid: int, prompt: Prompt) -> Group:
             rows = slice(at * size, (at + 1) * size)
-            scores = await self._scorer.score(prompt, texts[rows])
+            scores = await self._scorer.score_group(prompt, texts[rows])
             samples = tuple(
-                Sample(completion, text, score.reward, score.parts, score.errors)
+                Sample(completion, text, score.reward, score.parts, len(score.errors))
                 for completion, text, score in zip(completions[rows], texts[rows], scores, strict=True)
             )
             return Group(uid, prompt, samples)
@@ -160,7 +161,7 @@ class RolloutSource:
             top_p=r.top_p,
             top_k=r.top_k,
             stop_token_ids=r.stop_token_ids,
-            sampling_seed=seed if r.deterministic else None,
+            sampling_seed=seed if self._together else None,
         )
 
     def _wait(self, future: Future[list[Group]], version: int) -> list[Group]:

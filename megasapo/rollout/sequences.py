@@ -1,0 +1,31 @@
+"""From scored groups to the sequences that the learner trains on: advantages, loss masks. Pure numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megasapo.algo.advantages import group_advantages, overlong_penalty
+from megasapo.algo.settings import ResolvedAlgo
+from megasapo.types import Group, TrainSequence
+
+
+def to_sequences(groups: list[Group], algo: ResolvedAlgo) -> list[TrainSequence]:
+    """One sequence a sample, uid = group uid * G + index in the group; trained on are the response's tokens."""
+    return [sequence for group in groups for sequence in _group_sequences(group, algo)]
+
+
+def _group_sequences(group: Group, algo: ResolvedAlgo) -> list[TrainSequence]:
+    lengths = np.array([len(s.completion.output_ids) for s in group.samples])
+    penalty = overlong_penalty(
+        lengths, max_new_tokens=algo.max_new_tokens, penalty_tokens=algo.overlong_penalty_tokens
+    )
+    advantages = group_advantages(group.rewards() + penalty, algo.advantage, eps=algo.advantage_eps)
+    prompt = group.prompt.input_ids
+    sequences = []
+    for i, (sample, advantage) in enumerate(zip(group.samples, advantages, strict=True)):
+        tokens = np.array([*prompt, *sample.completion.output_ids], dtype=np.int32)
+        mask = np.arange(len(tokens)) >= len(prompt)
+        logp = np.zeros(len(tokens), dtype=np.float32)
+        logp[mask] = sample.completion.logprobs
+        sequences.append(TrainSequence(group.uid * len(group.samples) + i, tokens, mask, logp, float(advantage)))
+    return sequences
