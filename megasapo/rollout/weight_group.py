@@ -1,8 +1,8 @@
 """A process group beside the default one, over which the learner broadcasts weights to rollout servers.
 
-It meets SGLang's own `init_custom_process_group`, so both ends must derive the same store keys: a TCP store, the group's
-name as prefix, then torch's group construction. The learner (publish) is rank 0, the servers follow; the embedded server
-joins through this module too. Neither a default group nor megatron is needed.
+It meets SGLang's own `init_custom_process_group`, so both ends must derive the same store keys: a TCP store, the
+group's name as prefix, then torch's group construction. The learner (publish) is rank 0, the servers follow; the embedded
+server joins through this module too. Neither a default group nor megatron is needed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class WeightGroup:
     ) -> WeightGroup:
         """Join as `rank` of `world_size`; returns when all have joined, raises RuntimeError after `timeout_s`.
 
-        `backend` is gloo or nccl. `store` (rank 0 only) is what `host_store` made; otherwise rank 0 listens on master_port.
+        `backend` is gloo or nccl. `store` (rank 0 only) is what `host_store` made; otherwise rank 0 listens on
+        master_port.
         """
         from torch.distributed import distributed_c10d as c10d
 
@@ -65,7 +66,7 @@ class WeightGroup:
             [],
             c10d.Backend(backend),
             c10d.PrefixStore(group_name, store),
-            group_name=c10d.GroupName(group_name) if hasattr(c10d, "GroupName") else group_name,
+            group_name=group_name,  # type: ignore[arg-type]  # a NewType of str, absent from older torch
             timeout=timeout,
         )
         c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}

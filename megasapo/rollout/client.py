@@ -1,0 +1,287 @@
+"""The client of one rollout server: SGLang's HTTP protocol over httpx, one attempt a call, and the retry loop.
+
+The fleet (generation) and publish (weights) call it. A client belongs to the event loop it is first used in. It knows
+nothing of processes, versions of the learner, or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import httpx
+
+from megasapo.rollout.protocol import (
+    BadAnswer,
+    Refused,
+    Retryable,
+    RolloutError,
+    RoutedShape,
+    generate_request,
+    read_completions,
+)
+from megasapo.types import Completion, SamplingParams
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 3.0
+CONNECT_TIMEOUT_S = 10.0
+QUESTION_TIMEOUT_S = 30.0  # health and info; SGLang's /health takes at least a second
+_jitter = random.Random()  # its own generator: waiting must not move anybody's seeded stream
+
+
+async def retrying(
+    attempt: Callable[[], Awaitable[T]], *, what: str, for_s: float, on_retry: Callable[[Retryable], None] | None = None
+) -> T:
+    """Repeat `attempt` while it raises Retryable, with exponential backoff and jitter; RolloutError after `for_s`.
+
+    The ceiling counts from the first failure, so that a long request that times out once still has its retries.
+    """
+    wait_s, attempts, failing_since = FIRST_WAIT_S, 0, 0.0
+    while True:
+        attempts += 1
+        try:
+            return await attempt()
+        except Retryable as e:
+            now = time.monotonic()
+            failing_since = failing_since or now
+            left_s = failing_since + for_s - now
+            if left_s <= 0:
+                raise RolloutError(
+                    f"{what} failed for {now - failing_since:.1f} s in {attempts} attempts (ceiling {for_s:g} s), "
+                    f"at last: {e}"
+                ) from e
+            if on_retry is not None:
+                on_retry(e)
+            log.warning("%s, attempt %d: %s", what, attempts, e)
+        await asyncio.sleep(min(left_s, wait_s * _jitter.uniform(0.5, 1.0)))
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def read_key(path: str | None) -> str | None:
+    """The API key in a file, without surrounding white space; None for no file."""
+    if path is None:
+        return None
+    key = Path(path).read_text().strip()
+    if not key:
+        raise RolloutError(f"{path}: the API key file is empty")
+    return key
+
+
+class ServerClient:
+    """One server. Every method is one attempt and raises Retryable (try again) or RolloutError (do not)."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        admin_key: str | None = None,
+        request_timeout_s: float = 600.0,
+        control_timeout_s: float = 300.0,
+    ) -> None:
+        """`admin_key` goes to the control endpoints; without one they get `api_key` as well."""
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"server URL {url!r} does not start with http:// or https://")
+        self.url = url.rstrip("/")
+        self._key, self._admin_key = api_key, admin_key or api_key
+        self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
+        # Rollout servers are never behind the machine's web proxy, whatever its environment says.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
+        self._http = httpx.AsyncClient(base_url=self.url, trust_env=False, limits=limits)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # --- generation ---
+
+    async def generate(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        *,
+        routed: RoutedShape | None = None,
+    ) -> list[Completion]:
+        """One list request, one completion for each prompt. An aborted or malformed answer is a BadAnswer."""
+        body = generate_request(input_ids, sampling, return_routed_experts=routed is not None)
+        answer = await self._json("POST", "/generate", body, timeout_s=self._request_timeout_s)
+        try:
+            return read_completions(answer, input_ids, sampling, routed)
+        except RolloutError as e:
+            e.args = (f"{self.url}: {e.args[0]}",)
+            raise
+
+    async def healthy(self) -> bool:
+        """Whether the server is up and its model answers."""
+        try:
+            await self._call("GET", "/health", None, timeout_s=QUESTION_TIMEOUT_S, key=None)
+        except Retryable:
+            return False
+        return True
+
+    async def model_info(self) -> dict[str, Any]:
+        return await self._object("GET", "/model_info", None, timeout_s=QUESTION_TIMEOUT_S)
+
+    async def server_info(self) -> dict[str, Any]:
+        return await self._object("GET", "/server_info", None, timeout_s=QUESTION_TIMEOUT_S)
+
+    # --- control ---
+
+    async def pause(self, mode: Literal["abort", "in_place", "retract"]) -> None:
+        """Stop sampling: abort what runs, or keep it with (in_place) or without (retract) its KV cache."""
+        await self._control("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._control("/continue_generation", {})
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Requests in flight wait, without their KV cache, and go on with the weights that are there afterwards."""
+        await self.pause("retract")
+        try:
+            yield
+        finally:
+            await self.resume()
+
+    async def abort(self, rid: str | None = None) -> None:
+        """Abort one request, or all of them; their answers come with finish_reason abort."""
+        await self._control("/abort_request", {"abort_all": True} if rid is None else {"rid": rid}, parse=False)
+
+    async def flush(self) -> None:
+        """Forget cached prefixes; Refused while requests hold them."""
+        await self._control("/flush_cache", None, parse=False)
+
+    # --- weights ---
+
+    async def update_from_disk(self, path: str | Path, version: int) -> None:
+        """Load an HF directory that the server can read, stamp it; the old weights stay where that fails."""
+        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True}
+        await self._control("/update_weights_from_disk", body)
+
+    async def begin_update(self) -> bool:
+        """Open a session for update_from_distributed; False where the server knows none (SGLang up to 0.5.17)."""
+        try:
+            await self._control("/begin_weight_update", {})
+        except Refused as e:
+            if e.status == 404:
+                return False
+            raise
+        return True
+
+    async def end_update(self) -> None:
+        await self._control("/end_weight_update", {})
+
+    async def init_group(
+        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """Join a WeightGroup; returns when every member has."""
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        await self._control("/init_weights_update_group", body)
+
+    async def destroy_group(self, name: str) -> None:
+        await self._control("/destroy_weights_update_group", {"group_name": name})
+
+    async def update_from_distributed(
+        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, flattened: bool
+    ) -> None:
+        """Receive tensors that rank 0 broadcasts meanwhile: one by one, or all as one uint8 bucket (flattened)."""
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group,
+            # SGLang asserts that this flush succeeds and dies if requests hold the cache: flush() afterwards instead
+            "flush_cache": False,
+            "load_format": "flattened_bucket" if flattened else None,
+        }
+        await self._control("/update_weights_from_distributed", body)
+
+    async def stamp(self, version: int | str) -> None:
+        """Set the version of the weights in place; requests in flight stay."""
+        await self._control("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    async def checksum(self) -> str:
+        """The embedded server's hash of its weights (megasapo.checksum). SGLang's own is another one: RolloutError."""
+        answer = await self._control("/weights_checker", {"action": "checksum"})
+        if not isinstance(answer.get("checksum"), str):
+            raise RolloutError(f"{self.url}: /weights_checker gave no checksum that can be compared: {list(answer)}")
+        return answer["checksum"]
+
+    async def weight(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The first rows of one parameter, by its HF name."""
+        body = {"name": name, "truncate_size": truncate_size}
+        return await self._json(
+            "POST", "/get_weights_by_name", body, timeout_s=self._control_timeout_s, key=self._admin_key
+        )
+
+    # --- transport ---
+
+    async def _control(self, path: str, body: dict[str, Any] | None, *, parse: bool = True) -> dict[str, Any]:
+        if not parse:
+            await self._call("POST", path, body, timeout_s=self._control_timeout_s, key=self._admin_key)
+            return {}
+        answer = await self._object("POST", path, body, timeout_s=self._control_timeout_s, key=self._admin_key)
+        if answer.get("success") is False:
+            raise Refused(f"{self.url}{path}: {answer.get('message')}", 200)
+        return answer
+
+    async def _object(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        answer = await self._json(*args, **kwargs)
+        if not isinstance(answer, dict):
+            raise BadAnswer(f"{self.url}{args[1]}: expected a JSON object, got {type(answer).__name__}")
+        return answer
+
+    async def _json(
+        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None = None
+    ) -> Any:
+        response = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._key)
+        try:
+            return response.json()
+        except ValueError as e:
+            raise BadAnswer(f"{self.url}{path}: {len(response.content)} bytes that are not JSON: {e}") from e
+
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None
+    ) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None)
+        try:
+            # httpx's read timeout starts anew with every chunk; the request as a whole has one too.
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
+        except TimeoutError as e:
+            raise Retryable(f"{self.url}{path}: no answer in {timeout_s:g} s") from e
+        except httpx.RequestError as e:
+            raise Retryable(f"{self.url}{path}: {type(e).__name__}: {e}") from e
+        if response.status_code == 429 or response.status_code >= 500:
+            raise Retryable(f"{self.url}{path}: {response.status_code}: {_message(response)}")
+        if response.status_code >= 400:
+            raise Refused(f"{self.url}{path}: {response.status_code}: {_message(response)}", response.status_code)
+        return response
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own words: SGLang says them as error.message, message or detail, or as plain text."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:500]
+    if isinstance(body, dict):
+        error = body.get("error")
+        found = error.get("message") if isinstance(error, dict) else error
+        return str(found or body.get("message") or body.get("detail") or body)[:500]
+    return str(body)[:500]

@@ -1,0 +1,254 @@
+"""The fleet of rollout servers: who is up, which weights each has, and where a request goes (types.Engine).
+
+The learner's rank 0 starts it (`Fleet.start`): it spawns or connects, watches from a thread of its own, restarts what
+died. The other data-parallel leaders only connect to its URLs (`Fleet.connect`). The rollout source calls `generate`
+from its event loop, publish calls the rest from the main thread. It must not import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from megasapo.config import RolloutConfig
+from megasapo.metrics import Metric, Sum
+from megasapo.rollout.client import ServerClient, read_key, retrying
+from megasapo.rollout.limits import ModelLimits
+from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
+from megasapo.rollout.spawn import free_port
+from megasapo.rollout.watch import Server, Watch
+from megasapo.types import Completion, SamplingParams
+
+T = TypeVar("T")
+
+
+class Fleet:
+    """All servers of a run, as one Engine. Make it with `start` or `connect`; `stop` it, or use it as a context."""
+
+    def __init__(self, cfg: RolloutConfig, urls: Sequence[str], limits: ModelLimits, leader_index: int) -> None:
+        self.cfg = cfg
+        self.urls = tuple(urls)
+        self.version: int | None = None  # what `generate` accepts; None until the first publish: anything
+        self.servers = [Server(index=i, url=url) for i, url in enumerate(self.urls)]
+        self.deterministic = cfg.deterministic and cfg.max_staleness == 0
+        self._limits = limits
+        self._leader_index = leader_index
+        self._key = read_key(cfg.api_key_file)
+        self._watch: Watch | None = None
+        self._counts: dict[str, float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._clients: list[ServerClient] = []
+        self._slots: asyncio.Semaphore | None = None
+
+    @classmethod
+    def start(cls, cfg: RolloutConfig, model_path: str | Path, run_dir: str | Path, *, leader_index: int = 0) -> Fleet:
+        """Spawn `rollout.spawn` servers, or connect to `rollout.servers`, and wait until all answer.
+
+        Raises RolloutError with the log's tail when one does not in rollout.start_timeout_s. One process of a run
+        calls it.
+        """
+        urls = cfg.servers or tuple(f"http://127.0.0.1:{free_port()}" for _ in range(cfg.spawn))
+        fleet = cls(cfg, urls, ModelLimits.read(model_path), leader_index)
+        watch = Watch(cfg, fleet.servers, Path(model_path), Path(run_dir), fleet._key)
+        fleet._watch = watch
+        try:
+            watch.start()
+        except BaseException:
+            watch.stop()
+            raise
+        fleet.urls = tuple(s.url for s in fleet.servers)  # a port that was taken meanwhile has been replaced
+        return fleet
+
+    @classmethod
+    def connect(
+        cls, cfg: RolloutConfig, urls: Sequence[str], model_path: str | Path, *, leader_index: int = 0
+    ) -> Fleet:
+        """A fleet that another process started; it only generates."""
+        fleet = cls(cfg, urls, ModelLimits.read(model_path), leader_index)
+        for server in fleet.servers:
+            server.ready = True
+        return fleet
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop what this fleet started. Twice is once."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    async def close(self) -> None:
+        """Close the connections of `generate`, in the event loop that used it."""
+        clients, self._clients, self._loop = self._clients, [], None
+        for client in clients:
+            await client.close()
+
+    # --- generation ---
+
+    async def generate(
+        self,
+        input_ids: list[tuple[int, ...]],
+        sampling: list[SamplingParams],
+        *,
+        return_routed_experts: bool = False,
+    ) -> list[Completion]:
+        """One completion for each prompt, in order; see types.Engine.
+
+        Deterministic fleets send one list request to the server that `leader_index` names, others one request a prompt
+        to the server with the fewest tokens outstanding. RolloutError after rollout.retry_for_s of failures.
+        """
+        self._limits.check(input_ids, sampling)
+        self._enter_loop()
+        if not input_ids:
+            return []
+        if self.deterministic:
+            return await self._request(input_ids, sampling, return_routed_experts)
+        tasks = [
+            asyncio.create_task(self._one(ids, s, return_routed_experts))
+            for ids, s in zip(input_ids, sampling, strict=True)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _one(self, ids: tuple[int, ...], sampling: SamplingParams, routed: bool) -> Completion:
+        assert self._slots is not None
+        async with self._slots:
+            return (await self._request([ids], [sampling], routed))[0]
+
+    async def _request(
+        self, input_ids: list[tuple[int, ...]], sampling: list[SamplingParams], routed: bool
+    ) -> list[Completion]:
+        cost = sum(len(ids) + s.max_new_tokens for ids, s in zip(input_ids, sampling, strict=True))
+        shape = self._limits.routed_shape() if routed else None
+
+        async def attempt() -> list[Completion]:
+            self.check()
+            server = self._pick()
+            server.outstanding_tokens += cost
+            try:
+                completions = await self._clients[server.index].generate(input_ids, sampling, routed=shape)
+                self._check_versions(completions, server)
+            except Retryable:
+                server.failed_at = time.monotonic()
+                raise
+            finally:
+                server.outstanding_tokens -= cost
+            return completions
+
+        what = f"a request of {len(input_ids)} prompts"
+        return await retrying(attempt, what=what, for_s=self.cfg.retry_for_s, on_retry=self._count_retry)
+
+    def _pick(self) -> Server:
+        """Where the next attempt goes. Servers that failed a moment ago are asked only if no other is left."""
+        ready = [s for s in self.servers if s.ready]
+        if not ready:
+            raise Retryable("no rollout server is ready now")
+        now = time.monotonic()
+        well = [s for s in ready if now - s.failed_at > 1.0] or ready
+        if self.deterministic:
+            return min(well, key=lambda s: (s.index - self._leader_index) % len(self.servers))
+        return min(well, key=lambda s: (s.outstanding_tokens, s.index))
+
+    def _check_versions(self, completions: list[Completion], server: Server) -> None:
+        if self.version is None:
+            return
+        # Another rank may already have seen a newer version published than this one; a newer sample is never stale.
+        highest = self.version if self.cfg.max_staleness == 0 else None
+        try:
+            check_versions(completions, max(0, self.version - self.cfg.max_staleness), highest)
+        except WrongVersion as e:
+            raise WrongVersion(f"{server.url}: {e}") from e
+
+    def _enter_loop(self) -> None:
+        """Connections belong to one event loop: make new ones where this is another than last time."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._clients = [
+                ServerClient(s.url, self._key, request_timeout_s=self.cfg.request_timeout_s) for s in self.servers
+            ]
+            self._slots = asyncio.Semaphore(self.cfg.max_in_flight)
+
+    def _count_retry(self, error: Retryable) -> None:
+        kinds = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}
+        for name in ("rollout/retries", f"rollout/{kinds.get(type(error), 'unreachable')}"):
+            self._counts[name] = self._counts.get(name, 0.0) + 1.0
+
+    def take_metrics(self) -> dict[str, Metric]:
+        """Retries by cause and restarts of servers since the last call, as Sums."""
+        counts, self._counts = self._counts, {}
+        if self._watch is not None:
+            counts["rollout/server_restarts"] = self._watch.take_restarts()
+        return {name: Sum(n) for name, n in sorted(counts.items())}
+
+    # --- servers and versions: publish, on the rank that started the fleet ---
+
+    def check(self) -> None:
+        """Raise what stopped the watch: a server out of restarts."""
+        if self._watch is not None and self._watch.failure is not None:
+            raise RolloutError(str(self._watch.failure)) from self._watch.failure
+
+    def stale(self) -> bool:
+        """Whether a server that is up lacks the current version and only a publish can give it: publish again then.
+
+        Servers that are down or starting do not count, nor do those the watch brings up to date from disk.
+        """
+        self.check()
+        return self._watch is not None and any(self._watch.needs_publish(s) for s in self.servers)
+
+    def wait_ready(self) -> list[Server]:
+        """The servers that are up, as soon as there is one. RolloutError after rollout.start_timeout_s without."""
+        deadline = time.monotonic() + self.cfg.start_timeout_s
+        while True:
+            self.check()
+            up = [s for s in self.servers if s.up]
+            if up:
+                return up
+            if time.monotonic() > deadline:
+                urls = ", ".join(self.urls)
+                raise RolloutError(f"no rollout server came up in {self.cfg.start_timeout_s:g} s: {urls}")
+            time.sleep(0.1)
+
+    def control(self, server: Server) -> ServerClient:
+        """The client for weight and pause calls, to be used inside `run` only."""
+        return self._owner().client(server)
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Any:
+        """Start a coroutine in the fleet's own event loop: a concurrent.futures.Future."""
+        return self._owner().submit(work)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the fleet's own event loop and wait for it."""
+        return self.submit(work).result()
+
+    def begin_publish(self) -> None:
+        """No server is judged or brought up to date by the watch until `end_publish`."""
+        self._owner().hold()
+
+    def end_publish(self, version: int, updated: Sequence[Server], weights_dir: Path | None) -> None:
+        """`updated` now have `version`, the others are stale; `weights_dir` is where they can still get it from."""
+        self.version = version
+        self._owner().release(version, updated, weights_dir)
+
+    def abandon_publish(self) -> None:
+        """The publish failed: the servers stay at what they say they have."""
+        with suppress(RolloutError):
+            self._owner().release(self.version, None, None)
+
+    def _owner(self) -> Watch:
+        if self._watch is None:
+            raise RolloutError("this process only connected to the fleet; the one that started it must do this")
+        return self._watch

@@ -1,0 +1,65 @@
+"""What a model can be asked: read from its config.json, checked before a request leaves.
+
+Used by the fleet. It matters because a real SGLang on the CPU dies of a token id beyond the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megasapo.rollout.protocol import RolloutError, RoutedShape
+from megasapo.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """Sizes from an HF config.json; 0 experts for a dense model."""
+
+    vocab_size: int
+    max_positions: int
+    num_layers: int
+    num_experts: int
+    topk: int
+
+    @staticmethod
+    def read(model_path: str | Path) -> ModelLimits:
+        """From model_path/config.json. Raises RolloutError naming what is missing."""
+        path = Path(model_path) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise RolloutError(f"{path}: cannot read the model's configuration: {e}") from e
+        missing = [k for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers") if k not in config]
+        if missing:
+            raise RolloutError(f"{path}: no {', '.join(missing)}")
+        experts = next((config[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if k in config), 0)
+        return ModelLimits(
+            vocab_size=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+            num_layers=config["num_hidden_layers"],
+            num_experts=experts,
+            topk=config.get("num_experts_per_tok", 0),
+        )
+
+    def routed_shape(self) -> RoutedShape:
+        if not self.num_experts or not self.topk:
+            raise RolloutError("return_routed_experts was asked of a model whose config.json has no experts")
+        return RoutedShape(self.num_layers, self.topk, self.num_experts)
+
+    def check(self, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> None:
+        """Raise ValueError for a prompt that no server of this model can answer."""
+        if len(input_ids) != len(sampling):
+            raise ValueError(f"{len(input_ids)} prompts but {len(sampling)} sampling parameters")
+        for i, (ids, s) in enumerate(zip(input_ids, sampling, strict=True)):
+            if not ids:
+                raise ValueError(f"prompt {i} is empty")
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise ValueError(f"prompt {i}: token ids {min(ids)}..{max(ids)}, the vocabulary has {self.vocab_size}")
+            if len(ids) + s.max_new_tokens > self.max_positions:
+                raise ValueError(
+                    f"prompt {i}: {len(ids)} tokens + max_new_tokens={s.max_new_tokens} exceed the model's "
+                    f"max_position_embeddings={self.max_positions}"
+                )

@@ -1,0 +1,183 @@
+"""What is said to a rollout server and how its answers are read: SGLang's `/generate`, as plain functions without I/O.
+
+Used by the client and its tests. An answer that cannot be trusted (cut short, NaN, wrong version) is a BadAnswer, which
+the client retries; one that no retry can mend is a RolloutError.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megasapo.types import Completion, SamplingParams
+
+UNSTAMPED = -1  # version of a server that no learner has published to ("default"), or whose update was cut short
+INCOMPLETE = "incomplete"  # the stamp of a server that holds parts of two versions
+
+
+class RolloutError(RuntimeError):
+    """A rollout server cannot do what was asked, or its retries are spent; the message has the server's own."""
+
+
+class Retryable(RolloutError):
+    """One attempt failed in a way that another may not: connection, timeout, 429, 5xx."""
+
+
+class BadAnswer(Retryable):
+    """An answer came, but not one to learn from: truncated, not finite, aborted."""
+
+
+class WrongVersion(BadAnswer):
+    """Sampled with weights that this learner does not allow now."""
+
+
+class Refused(RolloutError):
+    """The server answered 4xx: asking again would not help."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedShape:
+    """What one token's row in `routed_experts` must look like."""
+
+    num_layers: int
+    topk: int
+    num_experts: int
+
+
+def generate_request(
+    input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], *, return_routed_experts: bool
+) -> dict[str, Any]:
+    """The JSON body of one `/generate` for a list of prompts, each with its own sampling."""
+    if len(input_ids) != len(sampling):
+        raise ValueError(f"{len(input_ids)} prompts but {len(sampling)} sampling parameters")
+    body: dict[str, Any] = {
+        "input_ids": [list(ids) for ids in input_ids],
+        "sampling_params": [_sampling(s) for s in sampling],
+        "return_logprob": True,
+        "return_text_in_logprobs": False,
+    }
+    if return_routed_experts:
+        body["return_routed_experts"] = True
+    return body
+
+
+def _sampling(s: SamplingParams) -> dict[str, Any]:
+    """Every field, so that a server's own defaults (generation_config.json) change nothing."""
+    fields: dict[str, Any] = {
+        "max_new_tokens": s.max_new_tokens,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": s.top_k,
+        "min_p": s.min_p,
+        "stop_token_ids": list(s.stop_token_ids),
+        "ignore_eos": s.ignore_eos,
+    }
+    if s.sampling_seed is not None:
+        fields["sampling_seed"] = s.sampling_seed
+    return fields
+
+
+def read_completions(
+    body: Any, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], routed: RoutedShape | None = None
+) -> list[Completion]:
+    """The completions in a `/generate` answer, in the order of the prompts; `routed`: routing was asked for."""
+    answers = [body] if isinstance(body, dict) else body
+    if not isinstance(answers, list) or len(answers) != len(input_ids):
+        what = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+        raise BadAnswer(f"asked for {len(input_ids)} completions, the server sent {what}")
+    return [
+        _read_completion(answer, len(prompt), s.max_new_tokens, routed)
+        for answer, prompt, s in zip(answers, input_ids, sampling, strict=True)
+    ]
+
+
+def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: RoutedShape | None) -> Completion:
+    try:
+        meta = answer["meta_info"]
+        output_ids = answer["output_ids"]
+        reason = meta["finish_reason"]["type"]
+        if reason == "abort":
+            raise BadAnswer(f"the server aborted the request: {meta['finish_reason'].get('message')}")
+        pairs = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+        versions = _versions(meta)
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise BadAnswer(f"the answer lacks a field: {type(e).__name__}: {e}") from e
+    if reason not in ("stop", "length"):
+        raise BadAnswer(f"unknown finish_reason {reason!r}")
+    if not all(type(t) is int and t >= 0 for t in output_ids):
+        raise BadAnswer("output_ids are not all non-negative integers")
+    if not 1 <= len(output_ids) <= max_new_tokens:
+        raise BadAnswer(f"{len(output_ids)} output tokens for max_new_tokens={max_new_tokens}")
+    if [t for _, t in pairs] != output_ids:
+        raise BadAnswer(f"output_token_logprobs ({len(pairs)}) do not belong to output_ids ({len(output_ids)})")
+    return Completion(
+        output_ids=tuple(output_ids),
+        logprobs=_finite_logprobs([p for p, _ in pairs]),
+        finish_reason=reason,
+        version_min=min(versions),
+        version_max=max(versions),
+        routed_experts=_routed(meta, num_prompt + len(output_ids) - 1, routed) if routed else None,
+    )
+
+
+def _finite_logprobs(values: list[Any]) -> np.ndarray:
+    """[R] float32. A server's NaN arrives as NaN or, through a strict JSON writer, as null."""
+    try:
+        logprobs = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as e:
+        raise BadAnswer(f"logprobs are not numbers: {e}") from e
+    bad = np.flatnonzero(~np.isfinite(logprobs))
+    if bad.size:
+        first = logprobs[bad[0]]
+        raise BadAnswer(f"{bad.size} of {logprobs.size} logprobs are not finite, the first at {bad[0]}: {first}")
+    return logprobs
+
+
+def _versions(meta: dict[str, Any]) -> list[int]:
+    """Versions of every token; the spans cover an update in mid-request, servers before 0.5.18 know only the last."""
+    spans = meta.get("weight_versions")
+    return [parse_version(s["version"]) for s in spans] if spans else [parse_version(meta["weight_version"])]
+
+
+def parse_version(stamp: Any) -> int:
+    """The learner's version, UNSTAMPED for anything but a number."""
+    text = str(stamp)
+    return int(text) if text.isascii() and text.isdigit() else UNSTAMPED
+
+
+def _routed(meta: dict[str, Any], num_rows: int, shape: RoutedShape) -> np.ndarray:
+    """[P + R - 1, L, K] int32: the last token was never run through the model."""
+    encoded = meta.get("routed_experts")
+    if encoded is None:
+        raise RolloutError("the server sent no routed_experts: start it with --enable-return-routed-experts")
+    try:
+        flat = np.frombuffer(base64.b64decode(encoded, validate=True), dtype=np.int32)
+    except (binascii.Error, ValueError, TypeError) as e:
+        raise BadAnswer(f"routed_experts cannot be decoded: {e}") from e
+    want = (num_rows, shape.num_layers, shape.topk)
+    if flat.size != num_rows * shape.num_layers * shape.topk:
+        raise RolloutError(
+            f"routed_experts has {flat.size} ids, not {'*'.join(map(str, want))}: the server's model has other layers "
+            "or another top-k than the learner's config.json"
+        )
+    if flat.size and (flat.min() < 0 or flat.max() >= shape.num_experts):
+        raise BadAnswer(f"expert ids {flat.min()}..{flat.max()} for {shape.num_experts} experts")
+    return flat.reshape(want)
+
+
+def check_versions(completions: Sequence[Completion], lowest: int | None, highest: int | None) -> None:
+    """Raise WrongVersion unless every token's version lies in [lowest, highest]; None is no bound."""
+    for c in completions:
+        if (lowest is not None and c.version_min < lowest) or (highest is not None and c.version_max > highest):
+            raise WrongVersion(
+                f"sampled with weight versions {c.version_min}..{c.version_max}, allowed are {lowest}..{highest}"
+            )

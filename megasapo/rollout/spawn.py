@@ -1,0 +1,130 @@
+"""Rollout servers as child processes: the command line, a free port, logs, and an end that comes with the owner's.
+
+The fleet uses it. A server must not outlive the run that started it, not even after kill -9: each child holds the
+reading end of a pipe whose writing end only the owner has. The embedded server itself exits at its end of file; any other
+command runs under `guard` (`python -m megasapo.rollout.spawn -- COMMAND`), which then ends the whole process group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megasapo.config import RolloutConfig
+
+TERM_GRACE_S = 10.0
+# What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
+_RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
+_RANK_VARIABLES |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def server_command(cfg: RolloutConfig, model: str | Path, port: int) -> list[str]:
+    """The command line of one server on loopback, `rollout.server_args` last."""
+    if cfg.engine == "embedded":
+        command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
+        command += ["--exit-with-parent"]
+        if cfg.deterministic and cfg.max_staleness == 0:
+            command += ["--deterministic"]
+        if cfg.api_key_file is not None:
+            command += ["--api-key-file", cfg.api_key_file]
+    elif cfg.spawn_command:
+        command = [part.replace("{model}", str(model)).replace("{port}", str(port)) for part in cfg.spawn_command]
+    else:
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+    return [*command, *cfg.server_args]
+
+
+class ServerProcess:
+    """One child, its log file appended to over restarts."""
+
+    def __init__(self, command: Sequence[str], log_file: Path, *, exits_with_stdin: bool) -> None:
+        self.command = list(command) if exits_with_stdin else [sys.executable, "-m", __name__, "--", *command]
+        self._grace_s = TERM_GRACE_S if exits_with_stdin else TERM_GRACE_S + 5  # the guard has its own grace to give
+        self.log_file = log_file
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        environment = {
+            k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
+        }
+        with log_file.open("ab") as log:
+            log.write(f"--- {time.strftime('%F %T')} {' '.join(command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C reaches the learner, which stops the servers after its last step
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def log_tail(self, lines: int = 20) -> str:
+        with self.log_file.open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
+            return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End the process group: SIGTERM, and SIGKILL to what is left after the grace."""
+        end_group(self._process, self._grace_s)
+        if self._process.stdin is not None:
+            with suppress(OSError):  # the reader is gone, which is what closing is for
+                self._process.stdin.close()
+
+
+def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM to the group that `process` leads, SIGKILL to what is left after `grace_s`; reaps it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace_s)
+    with suppress(ProcessLookupError):  # the leader may be gone and its children not
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def guard(command: list[str]) -> int:
+    """Run `command` in a process group of its own until it ends, SIGTERM comes, or stdin (the owner) closes."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+
+    def owner_gone() -> None:
+        while os.read(0, 4096):
+            pass
+        over.set()
+
+    threading.Thread(target=owner_gone, daemon=True).start()
+    while child.poll() is None and not over.wait(0.2):
+        pass
+    # also after the child ended by itself: its own children (schedulers) may be left
+    end_group(child, TERM_GRACE_S)
+    return child.returncode
+
+
+if __name__ == "__main__":
+    code = guard(sys.argv[sys.argv.index("--") + 1 :])
+    # a child that a signal ended: the shell's convention
+    raise SystemExit(code if code >= 0 else 128 - code)

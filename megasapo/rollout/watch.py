@@ -1,0 +1,277 @@
+"""The watch over a fleet's servers: starts them, restarts what died, knows who is up and which weights each holds.
+
+One thread with one event loop, owned by the fleet of the learner's rank 0; weight and pause calls run in the same loop.
+A server that missed a publish to disk is brought up to date here; after a broadcast only a new publish can do that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megasapo.config import RolloutConfig
+from megasapo.rollout.client import ServerClient, retrying
+from megasapo.rollout.protocol import Retryable, RolloutError, parse_version
+from megasapo.rollout.spawn import ServerProcess, free_port, server_command
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+POLL_S = 0.2
+LOOK_EVERY_S = 2.0
+PORT_ATTEMPTS = 3
+
+
+@dataclass(slots=True)
+class Server:
+    """One server's state. The watch writes it (the fleet its last two fields), everybody reads."""
+
+    index: int
+    url: str
+    process: ServerProcess | None = None
+    up: bool = False  # it answers
+    ready: bool = False  # it answers and its weights may be sampled from
+    version: int | None = None  # of its weights; None: not known
+    incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
+    restarts: int = 0
+    seen_at: float = 0.0
+    look_at: float = 0.0  # when to ask for its version next
+    outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
+    failed_at: float = field(default=float("-inf"))  # when a request to it last failed
+
+
+class Watch:
+    """See the module. `start` and `stop` from the main thread; `failure` is why the run must end, if it must."""
+
+    def __init__(self, cfg: RolloutConfig, servers: list[Server], model: Path, run_dir: Path, key: str | None) -> None:
+        self.failure: Exception | None = None
+        self._cfg, self._servers, self._model, self._run_dir, self._key = cfg, servers, model, run_dir, key
+        self._version: int | None = None
+        self._weights_dir: Path | None = None
+        self._restarts_counted = 0
+        self._epoch = 0  # of versions: an answer asked for in an earlier one says nothing now
+        self._clients: dict[int, ServerClient] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.new_event_loop()
+        self._updating = asyncio.Lock()  # held while weights of any server change
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-watch", daemon=True)
+        self._stopped = False
+
+    # --- from the main thread ---
+
+    def start(self) -> None:
+        """Bring all servers up, then keep watching. Raises RolloutError when one does not come up in time."""
+        self._thread.start()
+        self.submit(self._start_all()).result()
+
+    def stop(self) -> None:
+        """End the watch and every server it spawned."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._thread.is_alive():
+            self.submit(self._close()).result(30)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(30)
+        for server in self._servers:
+            if server.process is not None:
+                server.process.stop()
+            server.up = server.ready = False
+        self._loop.close()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def client(self, server: Server) -> ServerClient:
+        """For calls in this watch's loop."""
+        client = self._clients.get(server.index)
+        if client is None or client.url != server.url:
+            client = self._clients[server.index] = ServerClient(
+                server.url,
+                self._key,
+                request_timeout_s=self._cfg.request_timeout_s,
+                control_timeout_s=self._cfg.request_timeout_s,
+            )
+        return client
+
+    def hold(self) -> None:
+        """Leave all versions alone until `release`; waits for an update that is under way."""
+        self.submit(self._acquire()).result()
+
+    def release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
+        """`updated` have `version` now and the rest do not; None: nothing is known, ask them."""
+        self.submit(self._release(version, updated, weights_dir)).result()
+
+    def needs_publish(self, server: Server) -> bool:
+        behind = self._version is not None and server.version is not None and server.version != self._version
+        return server.up and behind and self._weights_dir is None and not self._updating.locked()
+
+    def take_restarts(self) -> float:
+        """Restarts since the last call."""
+        total = sum(s.restarts for s in self._servers)
+        new, self._restarts_counted = total - self._restarts_counted, total
+        return float(new)
+
+    # --- in the loop ---
+
+    async def _start_all(self) -> None:
+        results = await asyncio.gather(*(self._first_start(s) for s in self._servers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        self._tasks = [asyncio.create_task(self._keep(s)) for s in self._servers]
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients.values():
+            await client.close()
+
+    async def _acquire(self) -> None:
+        await self._updating.acquire()
+        self._epoch += 1
+
+    async def _release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
+        self._epoch += 1
+        self._version = version
+        if updated is not None:
+            self._weights_dir = weights_dir
+        for server in self._servers:
+            done = updated is not None and any(s is server for s in updated)
+            server.version = version if done else None
+            server.look_at = server.look_at if done else 0.0
+            self._judge(server)
+        self._updating.release()
+
+    def _judge(self, server: Server) -> None:
+        oldest = None if self._version is None else max(0, self._version - self._cfg.max_staleness)
+        server.ready = server.up and (oldest is None or (server.version is not None and server.version >= oldest))
+
+    async def _first_start(self, server: Server) -> None:
+        """A port may be taken between choosing it and the server's bind; anything else ends the run at once."""
+        for attempts_left in reversed(range(PORT_ATTEMPTS)):
+            try:
+                await self._start(server)
+                return
+            except RolloutError as e:
+                taken = not self._cfg.servers and "address already in use" in str(e).lower()
+                if not (taken and attempts_left):
+                    raise
+                server.url = f"http://127.0.0.1:{free_port()}"
+
+    async def _start(self, server: Server) -> None:
+        """Spawn it, unless it is not ours, and wait until it is healthy."""
+        if not self._cfg.servers:
+            port = int(server.url.rsplit(":", 1)[1])
+            server.process = ServerProcess(
+                server_command(self._cfg, self._model, port),
+                self._run_dir / "logs" / f"server_{server.index}.log",
+                exits_with_stdin=self._cfg.engine == "embedded",
+            )
+        deadline = time.monotonic() + self._cfg.start_timeout_s
+        while not await self._healthy(server):
+            code = server.process.exit_code() if server.process is not None else None
+            if code is not None or time.monotonic() > deadline:
+                late = f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
+                end = late if code is None else f"ended with code {code}"
+                if server.process is not None:
+                    await asyncio.to_thread(server.process.stop)
+                raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{_log_end(server)}")
+            await asyncio.sleep(POLL_S)
+        server.incarnation += 1
+        await self._look(server)
+
+    async def _healthy(self, server: Server) -> bool:
+        return await self.client(server).healthy()
+
+    async def _keep(self, server: Server) -> None:
+        """Forever: restart it when it died, look at its version now and then."""
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                code = server.process.exit_code() if server.process is not None else None
+                if code is not None:
+                    await self._restart(server, f"ended with code {code}")
+                elif time.monotonic() > server.look_at:
+                    server.look_at = time.monotonic() + LOOK_EVERY_S
+                    await self._look(server)
+                    await self._bring_up_to_date(server)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            log.exception("the watch over rollout server %d ends", server.index)
+            server.up = server.ready = False
+            self.failure = e
+
+    async def _restart(self, server: Server, why: str) -> None:
+        while True:
+            server.up = server.ready = False
+            server.version = None
+            server.restarts += 1
+            if server.restarts > self._cfg.max_restarts:
+                raise RolloutError(
+                    f"rollout server {server.index} at {server.url} {why}; it has been restarted "
+                    f"rollout.max_restarts={self._cfg.max_restarts} times{_log_end(server)}"
+                )
+            log.warning("rollout server %d %s: restart %d", server.index, why, server.restarts)
+            if server.process is not None:
+                await asyncio.to_thread(server.process.stop)  # what is left of its process group
+            try:
+                await self._start(server)
+                return await self._bring_up_to_date(server)
+            except RolloutError as e:
+                why = str(e)
+
+    async def _look(self, server: Server) -> None:
+        """Ask for its version. A process silent for rollout.start_timeout_s is ended (and so restarted)."""
+        epoch = self._epoch
+        try:
+            info = await self.client(server).model_info()
+        except Retryable:
+            server.up = server.ready = False
+            if server.process is not None and time.monotonic() - server.seen_at > self._cfg.start_timeout_s:
+                log.warning("rollout server %d is silent: ending it", server.index)
+                await asyncio.to_thread(server.process.stop)
+            return
+        if not server.up and server.process is None:
+            server.incarnation += 1  # not ours: it may have been restarted while it was away
+        server.seen_at, server.up = time.monotonic(), True
+        if epoch == self._epoch and not self._updating.locked():
+            server.version = parse_version(info.get("weight_version"))
+            self._judge(server)
+
+    async def _bring_up_to_date(self, server: Server) -> None:
+        if not server.up or self._weights_dir is None or server.version in (None, self._version):
+            return
+        async with self._updating:
+            if self._version is None or self._weights_dir is None or server.version == self._version:
+                return
+            version, weights_dir, client = self._version, self._weights_dir, self.client(server)
+            log.warning("rollout server %d has version %s: loading %s", server.index, server.version, weights_dir)
+
+            async def load() -> None:
+                async with client.paused():
+                    await client.update_from_disk(weights_dir, version)
+
+            try:
+                await retrying(load, what=f"bringing {server.url} up to date", for_s=self._cfg.retry_for_s)
+            except RolloutError as e:
+                if server.process is None or server.process.exit_code() is None:
+                    raise
+                log.warning("rollout server %d died while loading: %s", server.index, e)
+                return
+            server.version = version
+            self._judge(server)
+
+
+def _log_end(server: Server) -> str:
+    if server.process is None:
+        return ""
+    return f"; the end of {server.process.log_file}:\n{server.process.log_tail()}"
