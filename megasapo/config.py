@@ -61,7 +61,7 @@ class DataConfig(Section):
     apply_chat_template: bool = False
     """Render text prompts as one user message with the tokenizer's chat template; `messages` always are."""
     system_prompt: str | None = None
-    """Put before the messages when the chat template is applied."""
+    """Put before messages that do not begin with a system message of their own."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are an error (`overlong: error`) or left out (`overlong: drop`), counted."""
     overlong: Literal["error", "drop"] = "error"
@@ -83,6 +83,8 @@ class RewardConfig(Section):
     """A grader that takes longer counts as failed."""
     on_error: Literal["error", "zero"] = "zero"
     """A grader that raises or hangs: stop the run, or score 0 and count it in reward/grader_errors."""
+    max_errors_in_a_row: PositiveInt = 256
+    """As many failures without a success between them stop the run even under `on_error: zero`."""
 
 
 class RolloutConfig(Section):

@@ -1,9 +1,10 @@
 """Makes everything the arithmetic example needs: a tokenizer, a random Qwen3-MoE model, and three data files.
 
-The task is adding digits with the running totals written out: `7+8+5=` is answered `15>20`. The demonstrations in
-sft.jsonl are those of a careless pupil: each total is off by one or two with probability --slip, and the slip is
-carried on. A model that imitates them knows how to add but is right only now and then; reinforcement learning, which
-sees nothing but whether the last number is right, removes the slips.
+The task is adding digits: `7+8+5=`, answer 20. The demonstrations in sft.jsonl come from two pupils: one writes the
+running totals down (`15 20`) and is right; the other, seen more often, guesses (`19`) and is right by luck. A model
+that imitates both adds well when it writes the totals down, but mostly it guesses. Reinforcement learning, which is
+told nothing but whether the last number is right, has to find out that showing the work pays: reward and response
+length rise together.
 
     python examples/arithmetic/make_task.py --out examples/arithmetic/out --seed 1
 """
@@ -32,7 +33,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS = 3, 6
+MIN_TERMS, MAX_TERMS = 3, 5
+GUESS_ERROR = 4.0  # standard deviation: a guess is right one time in ten
 
 
 def make_tokenizer(out: Path) -> None:
@@ -94,22 +96,19 @@ def problem_text(terms: tuple[int, ...]) -> str:
     return "+".join(map(str, terms)) + "="
 
 
-def demonstration(terms: tuple[int, ...], slip: float, rng: np.random.Generator) -> str:
-    """The running totals as the careless pupil writes them."""
-    total, totals = terms[0], []
-    for term in terms[1:]:
-        total += term
-        if rng.random() < slip:
-            total += int(rng.choice((-2, -1, 1, 2)))
-        totals.append(total)
-    return ">".join(map(str, totals))
+def demonstration(terms: tuple[int, ...], worked: float, rng: np.random.Generator) -> str:
+    """What one of the two pupils writes; with probability `worked` it is the one who shows the running totals."""
+    totals = np.cumsum(terms)[1:]
+    if rng.random() < worked:
+        return " ".join(map(str, totals))
+    return str(max(0, int(totals[-1]) + round(rng.normal(scale=GUESS_ERROR))))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, slip: float) -> None:
+def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, worked: float) -> None:
     """Three files; no problem occurs in two of them, nor twice in train.jsonl or eval.jsonl."""
     rng = np.random.Generator(np.random.PCG64(seed))
     problems: dict[tuple[int, ...], None] = {}
@@ -119,7 +118,9 @@ def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int,
     held_out, train, sft = order[:num_eval], order[num_eval : num_eval + num_train], order[num_eval + num_train :]
     for name, part in (("eval", held_out), ("train", train)):
         write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in part])
-    write_jsonl(out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, slip, rng)} for p in sft])
+    write_jsonl(
+        out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, worked, rng)} for p in sft]
+    )
 
 
 def main() -> None:
@@ -129,10 +130,10 @@ def main() -> None:
     parser.add_argument("--num-sft", type=int, default=12000)
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-eval", type=int, default=200)
-    parser.add_argument("--slip", type=float, default=0.15, help="how often a demonstrated total is wrong")
+    parser.add_argument("--worked", type=float, default=0.4, help="share of demonstrations that show the totals")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.slip)
+    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.worked)
     make_tokenizer(args.out / "model")
     make_model(args.out / "model", args.seed)
     print(

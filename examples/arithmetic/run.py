@@ -30,7 +30,9 @@ def main() -> int:
     where = [f"run.dir={out / 'runs'}", f"data.eval={out / 'eval.jsonl'}"]
     cold = out / "cold_start"
     if not (cold / "config.json").exists():
-        megasapo("sft", "sft.yaml", *where, f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}")
+        megasapo(
+            "sft", "sft.yaml", *where, f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}"
+        )
     learning = [*where, f"model.path={cold}", f"data.train={out / 'train.jsonl'}", *args.overrides]
     before = evaluate(out / "before.json", *where, f"model.path={cold}")
     megasapo("train", "sapo.yaml", *learning)
@@ -78,7 +80,9 @@ def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], pic
     held_out += [(row["step"], row["eval/pass@1"]) for row in rows if "eval/pass@1" in row]
     held_out.append((rows[-1]["step"], after["pass@1"]))
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([row["step"] for row in rows], [row["reward/mean"] for row in rows], color="tab:blue", label="training reward")
+    axes.plot(
+        [row["step"] for row in rows], [row["reward/mean"] for row in rows], color="tab:blue", label="training reward"
+    )
     axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out Pass@1")
     axes.set(xlabel="step (one rollout batch, 4 optimizer steps)", ylabel="share of right answers", ylim=(0, 1))
     axes.grid(alpha=0.3)

@@ -1,0 +1,202 @@
+"""The reward of a run: one or several weighted graders, and what happens when one of them fails.
+
+Called by the rollout source and by evaluate, from one event loop. Knows nothing of servers, models or ranks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+import logging
+import math
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from megasapo.config import ConfigError, RewardConfig, RewardSpec
+from megasapo.metrics import Metric, Sum
+from megasapo.rewards.inline import exact_match, format_match, http
+from megasapo.rewards.options import bind_options
+from megasapo.rewards.pool import GraderError, GraderPool, RewardError
+from megasapo.types import Prompt, Reward
+
+INLINE: dict[str, Callable[..., Awaitable[float]]] = {
+    "exact_match": exact_match,
+    "format": format_match,
+    "http": http,
+}
+IN_WORKER = {"math": "megasapo.rewards.math:math"}
+HTTP_CONNECTIONS = 64
+FAILURES_SHOWN = 3  # of each step; the rest are only counted
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One response's reward: `reward` is the weighted sum of `parts`, by reward name; a failed part is 0."""
+
+    reward: float
+    parts: Mapping[str, float]
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Grader:
+    name: str
+    weight: float
+    score: Reward
+
+
+class RewardModel:
+    """Scores responses; use as `async with RewardModel(cfg) as model`, from one event loop.
+
+    A grader that raises, takes longer than cfg.timeout_s, or returns what is not a finite number has failed: under
+    `on_error: error` RewardError is raised; under `zero` that part scores 0 and is counted. cfg.max_errors_in_a_row
+    failures one after another raise RewardError in either case: nothing could be learnt from such a grader.
+    `max_workers` bounds the processes of each grader that needs them.
+    """
+
+    def __init__(self, cfg: RewardConfig, *, max_workers: int | None = None) -> None:
+        self._cfg = cfg
+        self._max_workers = max_workers or max(2, min(8, (os.cpu_count() or 2) // 4))
+        for spec in cfg.rewards:
+            _check(spec)
+        self._graders: list[_Grader] = []
+        self._pools: list[GraderPool] = []
+        self._client: Any = None
+        self._num_errors = self._errors_in_a_row = 0
+
+    async def start(self) -> None:
+        """Load every grader. Raises RewardError naming one that cannot be loaded."""
+        names = _unique([spec.name for spec in self._cfg.rewards])
+        try:
+            for name, spec in zip(names, self._cfg.rewards):
+                self._graders.append(_Grader(name, spec.weight, await self._load(spec)))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """End every worker process, a hanging one included."""
+        pools, self._pools, self._graders = self._pools, [], []
+        client, self._client = self._client, None
+        await asyncio.gather(*(pool.close() for pool in pools))
+        if client is not None:
+            await client.aclose()
+
+    async def __aenter__(self) -> RewardModel:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def score(self, prompt: Prompt, response: str) -> Scored:
+        """Raises RewardError when the run has to stop."""
+        if not self._graders:
+            raise RuntimeError("RewardModel.score before start() or after close()")
+        results = await asyncio.gather(*(self._part(g, prompt, response) for g in self._graders))
+        parts = {g.name: part for g, (part, _) in zip(self._graders, results)}
+        reward = math.fsum(g.weight * part for g, (part, _) in zip(self._graders, results))
+        return Scored(reward, parts, tuple(error for _, error in results if error))
+
+    async def score_group(self, prompt: Prompt, responses: Sequence[str]) -> list[Scored]:
+        """All responses to one prompt, scored at once, in order."""
+        return list(await asyncio.gather(*(self.score(prompt, response) for response in responses)))
+
+    def take_metrics(self) -> dict[str, Metric]:
+        """Counts since the last call."""
+        metrics: dict[str, Metric] = {"reward/grader_errors": Sum(float(self._num_errors))}
+        self._num_errors = 0
+        return metrics
+
+    async def _part(self, grader: _Grader, prompt: Prompt, response: str) -> tuple[float, str | None]:
+        try:
+            value = await grader.score(prompt, response)
+            if not math.isfinite(value):
+                raise GraderError(f"returned {value}")
+        except RewardError:
+            raise
+        except Exception as e:  # a grader is the outside world: anything it raises is scored by policy
+            return 0.0, self._failed(grader, prompt, response, e)
+        self._errors_in_a_row = 0
+        return value, None
+
+    def _failed(self, grader: _Grader, prompt: Prompt, response: str, e: Exception) -> str:
+        cause = str(e) if isinstance(e, GraderError) else f"{type(e).__name__}: {e}"
+        problem = f"reward {grader.name} failed on prompt {prompt.index} and response {response[:80]!r}: {cause}"
+        self._num_errors += 1
+        self._errors_in_a_row += 1
+        if self._cfg.on_error == "error":
+            raise RewardError(f"{problem}; reward.on_error=zero would score such responses 0") from e
+        if self._errors_in_a_row >= self._cfg.max_errors_in_a_row:
+            raise RewardError(f"{problem}; it was failure {self._errors_in_a_row} in a row, no use going on") from e
+        if self._num_errors <= FAILURES_SHOWN:
+            logger.warning("%s; scored 0", problem)
+        return problem
+
+    async def _load(self, spec: RewardSpec) -> Reward:
+        if spec.name not in INLINE:
+            pool = GraderPool(
+                IN_WORKER.get(spec.name, spec.name),
+                spec.options,
+                timeout_s=self._cfg.timeout_s,
+                max_workers=self._max_workers,
+            )
+            self._pools.append(pool)
+            await pool.start()
+            return pool
+        options = dict(spec.options)
+        if spec.name == "http":
+            options["client"] = self._http_client()
+        return _timed(functools.partial(INLINE[spec.name], **options), self._cfg.timeout_s)
+
+    def _http_client(self) -> Any:
+        import httpx
+
+        if self._client is None:
+            # No limits of its own: every call has reward.timeout_s as a whole.
+            limits = httpx.Limits(max_connections=HTTP_CONNECTIONS)
+            self._client = httpx.AsyncClient(timeout=None, limits=limits)
+        return self._client
+
+
+def _timed(score: Reward, timeout_s: float) -> Reward:
+    slots = asyncio.Semaphore(HTTP_CONNECTIONS)  # waiting for a connection does not count towards the timeout
+
+    async def timed(prompt: Prompt, response: str) -> float:
+        async with slots:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await score(prompt, response)
+            except TimeoutError as e:
+                raise GraderError(str(e) or f"took longer than reward.timeout_s={timeout_s}") from e
+
+    return timed
+
+
+def _check(spec: RewardSpec) -> None:
+    """Raise ConfigError for an unknown reward, an option it does not have, or a pattern that is none."""
+    if ":" in spec.name or spec.name in IN_WORKER:
+        return  # the worker that loads it checks its options
+    if spec.name not in INLINE:
+        known = [*INLINE, *IN_WORKER]
+        close = difflib.get_close_matches(spec.name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)} or package.module:function"
+        raise ConfigError(f"reward.rewards: unknown reward {spec.name!r}; {hint}")
+    try:
+        bind_options(spec.name, INLINE[spec.name], spec.options, given=("client",) if spec.name == "http" else ())
+        if spec.options.get("pattern") is not None:
+            regex.compile(spec.options["pattern"])
+    except (ValueError, TypeError, regex.error) as e:
+        raise ConfigError(f"reward.rewards: {spec.name}: {e}") from e
+
+
+def _unique(names: list[str]) -> list[str]:
+    """A name that occurs again gets its number: format, format#2."""
+    return [n if names[:i].count(n) == 0 else f"{n}#{names[:i].count(n) + 1}" for i, n in enumerate(names)]
