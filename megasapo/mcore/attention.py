@@ -7,6 +7,7 @@ two, and no T x T mask exists. It knows nothing of losses or process groups; con
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,7 @@ def pack(cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> Packed:
 def plan(cu_seqlens: Tensor) -> Plan:
     """Group the sequences of a pack by length, each bucket's shortest more than half its longest."""
     bounds = cu_seqlens.tolist()
-    spans = sorted(
-        ((end - start, start) for start, end in zip(bounds, bounds[1:], strict=False) if end > start), reverse=True
-    )
+    spans = sorted(((end - start, start) for start, end in itertools.pairwise(bounds) if end > start), reverse=True)
     inverse = torch.empty(bounds[-1], dtype=torch.int64, device=cu_seqlens.device)
     buckets: list[Bucket] = []
     offset = 0

@@ -1,4 +1,4 @@
-"""megatron-core, unmodified, on a machine without CUDA: `enable()` is called by `megasapo.mcore` before megatron is imported.
+"""megatron-core, unmodified, on a machine without CUDA: `megasapo.mcore` calls `enable()` before megatron is imported.
 
 On a machine with CUDA it does nothing. Everything patched here is something megatron-core 0.16.1 to 0.19.2 calls on
 `torch.cuda`, or asks of `device="cuda"`, on paths that otherwise run on the CPU over gloo. Factories are wrapped, not

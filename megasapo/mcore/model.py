@@ -119,7 +119,8 @@ def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:
         "expert_model_parallel_size": topo.ep,
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": topo.tp > 1,  # MoE needs it, and norms are not repeated on every rank
-        "variable_seq_lengths": True,  # packed micro-batches differ in length between pipeline stages' steps
+        "variable_seq_lengths": True,  # packed micro-batches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses that, even for a dense model
         "calculate_per_token_loss": True,  # the loss carries its own weights: gradients are sums over ranks
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -168,7 +169,6 @@ def _qwen3_moe(hf: Any) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": transformer_engine_usable(),
     }
 

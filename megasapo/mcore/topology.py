@@ -1,8 +1,8 @@
 """Which rank does what: process groups and coordinates, made once at start and passed explicitly.
 
-`Topology.init` is the only place that reads torchrun's environment, and this is the only file that reads megatron-core's
-parallel_state. It knows nothing of models or data. Ranks are laid out tp fastest, then dp, then pp. Experts are never
-cut by tensor parallelism: expert parallelism spreads them whole over the tp x dp ranks of a pipeline stage.
+`Topology.init` is the only place that reads torchrun's environment, and this is the only file that reads
+megatron-core's parallel_state. It knows nothing of models or data. Ranks are laid out tp fastest, then dp, then pp.
+Experts are never cut by tensor parallelism: expert parallelism spreads them whole over the tp x dp ranks of a stage.
 """
 
 from __future__ import annotations
