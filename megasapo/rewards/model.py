@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from megasapo.rewards.options import bind_options
 from megasapo.rewards.pool import GraderError, GraderPool, RewardError
 from megasapo.types import Prompt, Reward
 
-INLINE: dict[str, Callable[..., Awaitable[float]]] = {
+INLINE: dict[str, Callable[..., Coroutine[Any, Any, float]]] = {
     "exact_match": exact_match,
     "format": format_match,
     "http": http,

@@ -1,0 +1,215 @@
+"""Where a run's numbers go: console, metrics.jsonl and TensorBoard, behind one Protocol.
+
+Called by train, sft and evaluate on the main rank. Knows metric names only to choose what the console shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from megasapo.config import LogConfig
+from megasapo.metrics import Hist
+
+BAR_WIDTH = 20
+CONSOLE = (  # label, metric, format: what the console shows, where a step has it
+    ("reward", "reward/mean", ".3f"),
+    ("loss", "loss/sft", ".3f"),
+    ("pass@1", "eval/pass@1", ".3f"),
+    ("length", "response/length_mean", ".1f"),
+    ("gate+", "sapo/gate_mean_pos", ".3f"),
+    ("gate-", "sapo/gate_mean_neg", ".3f"),
+    ("tokens/s", "perf/tokens_per_s", ".0f"),
+)
+
+
+class Sink(Protocol):
+    """Takes the numbers, histograms and texts of one step; `close` makes them safe on disk."""
+
+    def log(
+        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """Hands every step to all sinks; without sinks (ranks other than the main one) it does nothing."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def __call__(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Hist] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        for sink in self._sinks:
+            sink.log(step, scalars, histograms or {}, texts or {})
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_log(
+    cfg: LogConfig,
+    run_dir: Path,
+    is_main: bool,
+    *,
+    resume_step: int | None = None,
+    total_steps: int | None = None,
+    stream: TextIO | None = None,
+) -> Log:
+    """The configured sinks of a run, on the main rank; elsewhere a Log that does nothing.
+
+    `resume_step`: the last step that the run keeps (None: a fresh start, what an earlier run left is cut).
+    `total_steps` is for the progress bar, which goes to `stream` (stdout).
+    """
+    if not is_main:
+        return Log([])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    make: dict[str, Callable[[], Sink]] = {
+        "console": lambda: ConsoleSink(total_steps, resume_step or 0, stream or sys.stdout),
+        "jsonl": lambda: JsonlSink(run_dir / "metrics.jsonl", resume_step),
+        "tensorboard": lambda: TensorBoardSink(run_dir / "tensorboard", resume_step),
+    }
+    return Log([make[name]() for name in cfg.sinks])
+
+
+class ConsoleSink:
+    """A progress bar on a terminal; one line a step where the output is a file or a pipe."""
+
+    def __init__(self, total_steps: int | None, start: int, stream: TextIO) -> None:
+        self._total, self._stream = total_steps, stream
+        self._shown: dict[str, str] = {}
+        self._bar: Any = None
+        if stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
+
+    def log(
+        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+    ) -> None:
+        now = {label: format(scalars[name], spec) for label, name, spec in CONSOLE if name in scalars}
+        if self._bar is not None:
+            self._shown |= now  # what only some steps have, such as an evaluation, stays in sight
+            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+            return
+        values = "  ".join(f"{label} {value}" for label, value in now.items())
+        self._stream.write(f"{self._progress(step)}  {values}".rstrip() + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _progress(self, step: int) -> str:
+        if self._total is None:
+            return f"step {step}"
+        done = min(BAR_WIDTH, BAR_WIDTH * step // self._total)
+        return f"[{'#' * done}{'-' * (BAR_WIDTH - done)}] step {step:>{len(str(self._total))}}/{self._total}"
+
+
+class JsonlSink:
+    """metrics.jsonl: one object a step, on disk when `log` returns. Not-a-number and infinities are written as null.
+
+    Opening it cuts what lies behind `resume_step`, a torn last line included, so that a resumed run's file is the
+    uninterrupted one's.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        if path.exists():
+            cut_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(
+        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+    ) -> None:
+        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Event files below `directory`; of a step logged before a kill and again after it, TensorBoard shows the second."""
+
+    def __init__(self, directory: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_from = 0 if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_from)
+
+    def log(
+        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+    ) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        for name, hist in histograms.items():
+            self._add_histogram(name, hist, step)
+        for name, text in texts.items():
+            self._writer.add_text(name, text, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add_histogram(self, name: str, hist: Hist, step: int) -> None:
+        middles = [(low + high) / 2 for low, high in zip(hist.edges, hist.edges[1:])]
+        counts = [int(c) for c in hist.counts]
+        if not sum(counts):
+            return  # TensorBoard has no picture of nothing
+        seen = [i for i, c in enumerate(counts) if c]
+        self._writer.add_histogram_raw(
+            name,
+            min=hist.edges[seen[0]],
+            max=hist.edges[seen[-1] + 1],
+            num=sum(counts),
+            sum=sum(c * m for c, m in zip(counts, middles)),
+            sum_squares=sum(c * m * m for c, m in zip(counts, middles)),
+            bucket_limits=list(hist.edges[1:]),  # right edges
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+
+def cut_after(path: Path, last_step: int | None) -> None:
+    """Shorten a metrics file to the whole lines whose step is at most `last_step` (None: to nothing).
+
+    Raises ValueError naming the line if one that is not the torn last cannot be read.
+    """
+    keep_bytes = 0
+    lines = path.read_bytes().splitlines(keepends=True) if last_step is not None else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as e:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a line of metrics: {line[:80]!r}; repair or move the file") from e
+        if step > last_step or not line.endswith(b"\n"):
+            break
+        keep_bytes += len(line)
+    with path.open("rb+") as f:
+        f.truncate(keep_bytes)
+        os.fsync(f.fileno())
