@@ -1,0 +1,91 @@
+"""Packing: every field lines up with the token that predicts it, and comes apart again."""
+
+import numpy as np
+import pytest
+import torch
+
+from megasapo.data.packing import pack, per_sequence, sequence_mean
+from megasapo.types import TrainSequence
+
+
+def sequence(uid, tokens, prompt, advantage=1.0):
+    n = len(tokens)
+    mask = np.arange(n) >= prompt
+    logp = np.where(mask, -np.arange(n) / 8, 0).astype(np.float32)
+    return TrainSequence(uid, np.array(tokens, dtype=np.int32), mask, logp, advantage)
+
+
+def two(pad_to=1):
+    return pack(
+        [sequence(7, [11, 12, 13, 14], 2, 0.5), sequence(9, [21, 22, 23], 1, -2.0)], [0.25, 0.125], pad_to=pad_to
+    )
+
+
+def test_layout_of_two_sequences_and_padding():
+    mb = two(pad_to=4)
+    assert mb.tokens.tolist() == [11, 12, 13, 21, 22, 0, 0, 0]
+    assert mb.targets.tolist() == [12, 13, 14, 22, 23, 0, 0, 0]
+    assert mb.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert mb.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert mb.max_seqlen == 3
+    assert mb.loss_mask.tolist() == [False, True, True, True, True, False, False, False]
+    assert mb.weight.tolist() == [0, 0.25, 0.25, 0.125, 0.125, 0, 0, 0]
+    assert mb.advantage.tolist() == [0.5, 0.5, 0.5, -2, -2, 0, 0, 0]
+    assert mb.rollout_logp.tolist() == [0, -0.25, -0.375, -0.125, -0.25, 0, 0, 0]
+    assert mb.uids == (7, 9)
+    types = {name: getattr(mb, name).dtype for name in ("tokens", "cu_seqlens", "loss_mask", "weight", "rollout_logp")}
+    assert types == {
+        "tokens": torch.int64,
+        "cu_seqlens": torch.int32,
+        "loss_mask": torch.bool,
+        "weight": torch.float32,
+        "rollout_logp": torch.float32,
+    }
+
+
+def test_no_padding_sequence_when_none_is_needed():
+    assert two(pad_to=5).cu_seqlens.tolist() == [0, 3, 5]
+
+
+def test_padding_longer_than_the_sequences_counts_as_longest():
+    assert two(pad_to=32).max_seqlen == 27
+
+
+@pytest.mark.parametrize("pad_to", [1, 4])
+def test_a_rank_without_samples_gets_padding_only(pad_to):
+    mb = pack([], [], pad_to=pad_to)
+    assert mb.tokens.shape == mb.weight.shape == (pad_to,)
+    assert mb.cu_seqlens.tolist() == [0, pad_to]
+    assert not mb.loss_mask.any()
+    assert mb.uids == ()
+    assert sequence_mean(mb)(torch.full((pad_to,), torch.nan)).tolist() == [0] * pad_to
+
+
+def test_sequence_mean_is_over_loss_tokens_and_passes_gradient_to_them():
+    mb = two(pad_to=4)
+    x = torch.tensor([100.0, 1, 3, 5, 9, 100, 100, 100], requires_grad=True)
+    mean = sequence_mean(mb)(x)
+    assert mean.tolist() == [2, 2, 2, 7, 7, 0, 0, 0]
+    (mean * torch.tensor([0, 1.0, 2, 4, 8, 0, 0, 16])).sum().backward()
+    assert x.grad.tolist() == [0, 1.5, 1.5, 6, 6, 0, 0, 0]
+
+
+def test_values_by_sequence():
+    mb = two(pad_to=4)
+    values = per_sequence(mb, torch.arange(8, dtype=torch.bfloat16))
+    assert {uid: v.tolist() for uid, v in values.items()} == {7: [0, 1, 2], 9: [3, 4]}
+    routing = per_sequence(mb, torch.zeros(8, 3, 2, dtype=torch.uint8))
+    assert routing[9].shape == (2, 3, 2)
+    assert routing[9].dtype == np.uint8
+
+
+def test_broken_sequences_are_named():
+    with pytest.raises(ValueError, match="sequence 3 has 1 tokens"):
+        pack([sequence(3, [1], 1)], [1.0])
+    with pytest.raises(ValueError, match=r"sequence 4: loss_mask\[0\]"):
+        pack([sequence(4, [1, 2], 0)], [1.0])
+    broken = TrainSequence(5, np.arange(3), np.array([False, True]), np.zeros(3, np.float32), 0.0)
+    with pytest.raises(ValueError, match=r"sequence 5: .*\(3,\), \(2,\)"):
+        pack([broken], [1.0])
+    with pytest.raises(ValueError, match="1 sequences and 2 weights"):
+        pack([sequence(3, [1, 2], 1)], [1.0, 2.0])
