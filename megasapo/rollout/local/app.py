@@ -1,0 +1,385 @@
+"""The HTTP side: routes, keys, error shapes, streaming, and what happens when a client goes away.
+
+A Starlette application over one Engine; all torch work happens on the engine's thread. Answers follow SGLang 0.5.21's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from megasapo import __version__
+from megasapo.rollout.local import protocol
+from megasapo.rollout.local.control import Control, Refused
+from megasapo.rollout.local.engine import Engine, EngineError
+from megasapo.rollout.local.model import Loaded
+from megasapo.rollout.local.options import Options
+from megasapo.rollout.local.sequence import Job, Sampling, Sequence
+from megasapo.rollout.local.weights import WeightError
+
+log = logging.getLogger("megasapo.serve")
+HEALTH_TIMEOUT_S = 20.0
+# Paths that the admin key protects where there is one.
+CONTROL_PATHS = frozenset(
+    {
+        "/flush_cache",
+        "/update_weights_from_disk",
+        "/init_weights_update_group",
+        "/destroy_weights_update_group",
+        "/begin_weight_update",
+        "/end_weight_update",
+        "/update_weights_from_distributed",
+        "/update_weight_version",
+        "/get_weights_by_name",
+        "/weights_checker",
+        "/abort_request",
+        "/pause_generation",
+        "/continue_generation",
+    }
+)
+
+
+class App:
+    """Handlers of one server."""
+
+    def __init__(
+        self, options: Options, loaded: Loaded, engine: Engine, control: Control, max_total_tokens: int
+    ) -> None:
+        self._options = options
+        self._loaded = loaded
+        self._engine = engine
+        self._control = control
+        self._max_total_tokens = max_total_tokens
+        self._started = time.time()
+
+    def asgi(self) -> ASGIApp:
+        c = self._control
+        posts: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+            "/update_weights_from_disk": c.update_from_disk,
+            "/begin_weight_update": c.begin_update,
+            "/end_weight_update": c.end_update,
+            "/init_weights_update_group": c.init_group,
+            "/destroy_weights_update_group": c.destroy_group,
+            "/update_weights_from_distributed": c.update_from_distributed,
+            "/update_weight_version": c.update_version,
+        }
+        routes = [Route(path, self._weights(fn), methods=["POST"]) for path, fn in posts.items()]
+        routes += [
+            Route("/weights_checker", self._weights(c.checksum), methods=["GET", "POST"]),
+            Route("/get_weights_by_name", self._plain(c.get_weight), methods=["GET", "POST"]),
+            Route("/pause_generation", self._plain(c.pause), methods=["POST"]),
+            Route("/continue_generation", self._plain(c.resume), methods=["POST"]),
+            Route("/abort_request", self._abort, methods=["POST"]),
+            Route("/flush_cache", self._flush, methods=["GET", "POST"]),
+            Route("/generate", self._generate, methods=["POST", "PUT"]),
+            Route("/health", self._health),
+            Route("/health_generate", self._health),
+            Route("/v1/loads", self._loads),
+        ]
+        routes += [Route(path, self._model_info) for path in ("/model_info", "/get_model_info")]
+        routes += [Route(path, self._server_info) for path in ("/server_info", "/get_server_info")]
+        handlers: dict[Any, Any] = {
+            HTTPException: lambda _, e: _error(e.status_code, str(e.detail)),
+            protocol.BadRequest: lambda _, e: _error(400, str(e)),
+            Refused: lambda _, e: _error(400, str(e)),
+            WeightError: lambda _, e: _error(400, str(e)),
+            EngineError: lambda _, e: _error(500, str(e)),
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        return Guard(app, self._options)
+
+    # Generation
+
+    async def _generate(self, request: Request) -> Response:
+        body = await _json(request)
+        routing = self._options.enable_return_routed_experts
+        wanted = protocol.parse(body, self._loaded, self._max_total_tokens, routing)
+        if wanted.stream:
+            return StreamingResponse(self._events(wanted), media_type="text/event-stream")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        job = self._submit(wanted.sequences, _resolver(done), stream=False)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                log.info("client disconnected: %s", wanted.sequences[0].rid)
+                return Response(status_code=499)
+            done.result()
+            return JSONResponse(self._answers(wanted))
+        finally:
+            gone.cancel()
+            self._abandon(job)
+
+    def _answers(self, wanted: protocol.Generate) -> Any:
+        version = self._engine.weight_version
+        answers = [protocol.answer(s, self._loaded, version, wanted.text_in_logprobs) for s in wanted.sequences]
+        return answers if wanted.many else answers[0]
+
+    async def _events(self, wanted: protocol.Generate) -> AsyncIterator[bytes]:
+        """One event for every sequence that has new tokens, cumulative, then [DONE]."""
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[Exception | None] = asyncio.Queue()
+
+        def notify(error: Exception | None) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, error)
+
+        job = self._submit(wanted.sequences, notify, stream=True)
+        sent = [(0, False)] * len(wanted.sequences)
+        try:
+            while not all(finished for _, finished in sent):
+                error = await news.get()
+                if error is not None:
+                    yield _event({"error": {"message": str(error), "type": "internal_error", "code": 500}})
+                    break
+                for i, s in enumerate(wanted.sequences):
+                    # the engine thread may go on meanwhile: read `finish` before the tokens it covers
+                    state = (s.finish is not None, len(s.output))
+                    if (state[1], state[0]) != sent[i] and not sent[i][1]:
+                        sent[i] = (state[1], state[0])
+                        out = protocol.answer(s, self._loaded, self._engine.weight_version, wanted.text_in_logprobs)
+                        yield _event(out | {"index": i} if wanted.many else out)
+            yield b"data: [DONE]\n\n"
+        finally:
+            self._abandon(job)
+
+    def _submit(self, sequences: list[Sequence], notify: Callable[[Exception | None], None], stream: bool) -> Job:
+        job = Job(sequences, notify, stream)
+        self._engine.submit(job)
+        return job
+
+    def _abandon(self, job: Job) -> None:
+        """Abort what is left of a request whose client does not wait for it any more."""
+        if not job.finished() and self._engine.failure is None:
+            self._engine.control(lambda: self._engine.abort_job(job))
+
+    # State
+
+    async def _health(self, request: Request) -> Response:
+        """200 when the engine answers; when it is idle, it must also generate a token."""
+        try:
+            idle = self._engine.control(lambda: not self._engine.paused and self._engine.num_unfinished() == 0)
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                if await asyncio.wrap_future(idle):
+                    await self._generate_one()
+        except (EngineError, TimeoutError) as e:
+            return PlainTextResponse(str(e) or "the engine does not answer", status_code=503)
+        return Response(status_code=200)
+
+    async def _generate_one(self) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sampling = Sampling(1, 0.0, 1.0, protocol.TOP_K_ALL, 0.0, 0, frozenset(), (), 0)
+        job = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)], _resolver(done), stream=False)
+        try:
+            await done
+        finally:
+            self._abandon(job)
+
+    async def _model_info(self, request: Request) -> Response:
+        config = self._loaded.model.config
+        return JSONResponse(
+            {
+                "model_path": self._control.model_path,
+                "served_model_name": self._options.model,
+                "tokenizer_path": self._options.model,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": self._engine.weight_version,
+                "load_format": "auto",
+                "model_type": config.model_type,
+                "architectures": config.architectures,
+            }
+        )
+
+    async def _server_info(self, request: Request) -> Response:
+        o = self._options
+        return JSONResponse(
+            {
+                "version": __version__,
+                "engine": "megasapo",
+                "model_path": self._control.model_path,
+                "tokenizer_path": o.model,
+                "served_model_name": o.model,
+                "host": o.host,
+                "port": o.port,
+                "device": o.device,
+                "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
+                "context_length": self._loaded.context_length,
+                "max_total_num_tokens": self._max_total_tokens,
+                "max_running_requests": o.max_running_requests,
+                "max_req_input_len": min(self._loaded.context_length, self._max_total_tokens) - 1,
+                "weight_version": self._engine.weight_version,
+                "enable_return_routed_experts": o.enable_return_routed_experts,
+                "deterministic": o.deterministic,
+                "tp_size": 1,
+                "dp_size": 1,
+                "startup_time": self._started,
+                "internal_states": [await self._load()],
+            }
+        )
+
+    async def _load(self) -> dict[str, Any]:
+        def count() -> tuple[int, int, bool]:
+            return self._engine.num_running(), self._engine.num_unfinished(), self._engine.paused
+
+        running, unfinished, paused = await asyncio.wrap_future(self._engine.control(count))
+        return {
+            "dp_rank": 0,
+            "num_running_reqs": running,
+            "num_waiting_reqs": unfinished - running,
+            "max_total_num_tokens": self._max_total_tokens,
+            "max_running_requests": self._options.max_running_requests,
+            "paused": paused,
+        }
+
+    async def _loads(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__, "loads": [await self._load()]})
+
+    # Control
+
+    def _weights(self, fn: Callable[[dict[str, Any]], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+        """Weight calls say what went wrong as {"success": false, "message": ...}."""
+
+        async def handler(request: Request) -> Response:
+            try:
+                return JSONResponse(await fn(await _body(request)))
+            except (Refused, WeightError, ValueError, RuntimeError) as e:
+                log.warning("%s: %s", request.url.path, e)
+                status = 500 if isinstance(e, EngineError) else 400
+                return JSONResponse({"success": False, "message": str(e)}, status_code=status)
+
+        return handler
+
+    def _plain(self, fn: Callable[[dict[str, Any]], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def handler(request: Request) -> Response:
+            return JSONResponse(await fn(await _body(request)))
+
+        return handler
+
+    async def _abort(self, request: Request) -> Response:
+        await self._control.abort(await _body(request))
+        return Response(status_code=200)
+
+    async def _flush(self, request: Request) -> Response:
+        try:
+            timeout_s = max(0.0, float(request.query_params.get("timeout", 0)))
+        except ValueError as e:
+            raise Refused(f"timeout: {e}") from e
+        try:
+            return PlainTextResponse(await self._control.flush(timeout_s))
+        except Refused as e:
+            return PlainTextResponse(str(e), status_code=400)
+
+
+class Guard:
+    """Keys, body size and what no handler caught, in front of the application."""
+
+    def __init__(self, app: ASGIApp, options: Options) -> None:
+        self._app = app
+        self._options = options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        if not self._allowed(scope["path"], headers.get("authorization", "")):
+            await JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
+            return
+        try:
+            length = int(headers.get("content-length", 0))
+        except ValueError:
+            length = -1
+        if not 0 <= length <= self._options.max_body_bytes:
+            limit = self._options.max_body_bytes
+            await _error(413, f"the body has {length} bytes, at most {limit} are taken")(scope, receive, send)
+            return
+        await self._app(scope, self._counting(receive), send)
+
+    def _allowed(self, path: str, authorization: str) -> bool:
+        """As SGLang: health is open, control paths take only the admin key where there is one, the rest the API key."""
+        if path.startswith("/health"):
+            return True
+        key = self._options.api_key
+        if path in CONTROL_PATHS and self._options.admin_api_key is not None:
+            key = self._options.admin_api_key
+        if key is None:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        return scheme.lower() == "bearer" and secrets.compare_digest(given.encode(), key.encode())
+
+    def _counting(self, receive: Receive) -> Receive:
+        """A body without a length is cut off at the limit too."""
+        seen = 0
+
+        async def limited() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._options.max_body_bytes:
+                raise HTTPException(413, f"the body has more than {self._options.max_body_bytes} bytes")
+            return message
+
+        return limited
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
+
+
+def _event(content: Any) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as e:
+        raise protocol.BadRequest(f"the body is not JSON: {e}") from e
+    except ClientDisconnect as e:
+        raise protocol.BadRequest("the client went away before its body had come") from e
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """A control call's JSON object; no body is an empty one."""
+    if not await request.body():
+        return {}
+    body = await _json(request)
+    if not isinstance(body, dict):
+        raise protocol.BadRequest(f"expected a JSON object, found {type(body).__name__}")
+    return body
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _resolver(done: asyncio.Future[None]) -> Callable[[Exception | None], None]:
+    """A Job's `notify` that settles `done` on its own event loop."""
+    loop = done.get_loop()
+
+    def settle(error: Exception | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def notify(error: Exception | None) -> None:
+        loop.call_soon_threadsafe(settle, error)
+
+    return notify

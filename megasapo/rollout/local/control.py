@@ -1,0 +1,234 @@
+"""SGLang's control calls on the engine: weight updates, pausing, aborting, flushing. Each takes the JSON body.
+
+Called by the HTTP application, which turns a Refused into a 400. Answers are SGLang's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from megasapo.rollout.local.engine import Engine
+from megasapo.rollout.local.weights import Weights
+from megasapo.rollout.weight_group import WeightGroup
+
+T = TypeVar("T")
+log = logging.getLogger("megasapo.serve")
+JOIN_TIMEOUT_S = 300.0
+SESSION = "must run between begin_weight_update() and end_weight_update()"
+
+
+class Refused(ValueError):
+    """A control call that cannot be carried out; the message says why."""
+
+
+def field(body: dict[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
+    """A field of the body; absent or null is the default, which a required field lacks. Raises Refused."""
+    value = body.get(name)
+    if value is None:
+        if default is None:
+            raise Refused(f"the field {name} is required")
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise Refused(f"{name}={value!r}: expected {kind.__name__}")
+    return value
+
+
+class Control:
+    """State of weight updates beside the engine. All torch work is done on the engine's thread."""
+
+    def __init__(self, engine: Engine, weights: Weights, model_path: str, device: torch.device) -> None:
+        self.model_path = model_path
+        self._engine = engine
+        self._weights = weights
+        self._device = device
+        self._groups: dict[str, WeightGroup] = {}
+        self._session = False
+
+    async def _on_engine(self, fn: Callable[[], T]) -> T:
+        """Before the engine's next step."""
+        return await asyncio.wrap_future(self._engine.control(fn))
+
+    async def _when_idle(self, fn: Callable[[], T], abort_first: bool = False) -> T:
+        """When nothing runs any more, or at once while paused."""
+        if abort_first:
+            await self._on_engine(lambda: self._engine.abort(None))
+        return await asyncio.wrap_future(self._engine.call(fn))
+
+    # Generation
+
+    async def pause(self, body: dict[str, Any]) -> dict[str, Any]:
+        mode = field(body, "mode", str, "abort")
+        if mode not in ("abort", "retract", "in_place"):
+            raise Refused(f"mode={mode!r}: expected 'abort', 'retract' or 'in_place'")
+        await self._on_engine(lambda: self._engine.pause(mode))
+        return {"message": "Generation paused successfully.", "status": "ok"}
+
+    async def resume(self, body: dict[str, Any]) -> dict[str, Any]:
+        field(body, "torch_empty_cache", bool, True)
+        await self._on_engine(self._engine.resume)
+        return {"message": "Generation continued successfully.", "status": "ok"}
+
+    async def abort(self, body: dict[str, Any]) -> None:
+        everything = field(body, "abort_all", bool, False)
+        rid = field(body, "rid", str, "")
+        if everything or rid:
+            await self._on_engine(lambda: self._engine.abort(None if everything else rid))
+
+    async def flush(self, timeout_s: float) -> str:
+        """There is no prefix cache; what can be flushed is what no running request holds."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while await self._on_engine(self._engine.num_running):
+            if asyncio.get_running_loop().time() >= deadline:
+                raise Refused("Cache not flushed because there are running requests.\n")
+            await asyncio.sleep(0.05)
+        return "Cache flushed.\n"
+
+    # Weights
+
+    async def update_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+        path = field(body, "model_path", str)
+        version = self._version(body)
+        load_format = field(body, "load_format", str, "auto")
+        if load_format not in ("auto", "safetensors"):
+            raise Refused(f"load_format={load_format!r}: the embedded server reads safetensors ('auto') only")
+
+        def load() -> None:
+            self._weights.load(path)
+            self._stamp(version)
+            self.model_path = path
+
+        await self._when_idle(load, field(body, "abort_all_requests", bool, False))
+        return self._done("Succeeded to update model weights.", version) | {"num_paused_requests": 0}
+
+    async def begin_update(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self._session:
+            raise Refused("a weight-update session is already open; call end_weight_update() first")
+        self._session = True
+        return {"success": True, "message": "Success"}
+
+    async def end_update(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self._session:
+            raise Refused("no weight-update session is open; call begin_weight_update() first")
+        self._session = False
+        return {"success": True, "message": "Success"}
+
+    async def init_group(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = field(body, "group_name", str, "weight_update_group")
+        if name in self._groups:
+            raise Refused(f"the group {name!r} exists already; destroy it first")
+        address, port = field(body, "master_address", str), field(body, "master_port", int)
+        rank, size = field(body, "rank_offset", int), field(body, "world_size", int)
+        backend = field(body, "backend", str, "nccl")
+        # In a thread of its own: it blocks until the learner has joined, which must not stop generation.
+        self._groups[name] = await asyncio.to_thread(
+            WeightGroup.join, address, port, rank, size, name, backend, JOIN_TIMEOUT_S
+        )
+        return {"success": True, "message": "Succeeded to initialize custom process group."}
+
+    async def destroy_group(self, body: dict[str, Any]) -> dict[str, Any]:
+        group = self._groups.pop(field(body, "group_name", str, "weight_update_group"), None)
+        if group is None:
+            raise Refused("The group to be destroyed does not exist.")
+        await asyncio.to_thread(group.close)
+        return {"success": True, "message": "Succeeded to destroy custom process group."}
+
+    async def update_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self._session:
+            raise Refused(f"update_weights_from_distributed {SESSION}")
+        group_name = field(body, "group_name", str, "weight_update_group")
+        group = self._groups.get(group_name)
+        if group is None:
+            raise Refused(f"no weight-update group {group_name!r}; call init_weights_update_group first")
+        specs = _specs(body)
+        version = self._version(body)
+        load_format = field(body, "load_format", str, "")
+        if load_format not in ("", "flattened_bucket"):
+            raise Refused(f"load_format={load_format!r}: expected null or 'flattened_bucket'")
+
+        def receive() -> None:
+            for name, _dtype, shape in specs:
+                self._weights.check(name, shape)
+            tensors = _receive_bucket if load_format else _receive_each
+            self._weights.write(tensors(group, specs, self._device))
+            self._stamp(version)
+
+        await self._when_idle(receive, field(body, "abort_all_requests", bool, False))
+        return self._done("Succeeded to update parameter online.", version)
+
+    async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
+        version = field(body, "new_version", str)
+        if field(body, "abort_all_requests", bool, True):
+            await self._on_engine(lambda: self._engine.abort(None))
+        await self._on_engine(lambda: self._stamp(version))
+        return {"success": True, "message": f"Weight version updated to {version}", "new_version": version}
+
+    async def checksum(self, body: dict[str, Any]) -> dict[str, Any]:
+        action = field(body, "action", str, "checksum")
+        if action != "checksum":
+            raise Refused(f"action={action!r}: the embedded server knows 'checksum' only")
+        digest = await self._on_engine(self._weights.checksum)
+        return {"success": True, "message": "Success.", "checksum": digest, "num_tensors": len(self._weights.names)}
+
+    async def get_weight(self, body: dict[str, Any]) -> list[Any]:
+        """The first `truncate_size` rows (or numbers) of a weight."""
+        name, size = field(body, "name", str), field(body, "truncate_size", int, 100)
+        return await self._on_engine(lambda: self._weights.get(name)[:size].float().tolist())
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+        self._groups.clear()
+
+    def _version(self, body: dict[str, Any]) -> str | None:
+        return field(body, "weight_version", str, "") or None
+
+    def _stamp(self, version: str | None) -> None:
+        if version is not None:
+            self._engine.weight_version = version
+
+    def _done(self, message: str, version: str | None) -> dict[str, Any]:
+        if version is not None:
+            message += f" Weight version updated to {version}."
+        return {"success": True, "message": message}
+
+
+Spec = tuple[str, torch.dtype, list[int]]
+
+
+def _specs(body: dict[str, Any]) -> list[Spec]:
+    names, dtypes, shapes = (field(body, key, list) for key in ("names", "dtypes", "shapes"))
+    if not len(names) == len(dtypes) == len(shapes):
+        raise Refused(f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes")
+    specs = []
+    for name, dtype_name, shape in zip(names, dtypes, shapes, strict=True):
+        dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise Refused(f"weight {name!r}: unknown dtype {dtype_name!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise Refused(f"weight {name!r}: shape {shape!r} is not a list of sizes")
+        specs.append((name, dtype, shape))
+    return specs
+
+
+def _receive_each(group: WeightGroup, specs: list[Spec], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """One broadcast a tensor, in order."""
+    for name, dtype, shape in specs:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        group.broadcast(tensor)
+        yield name, tensor
+
+
+def _receive_bucket(group: WeightGroup, specs: list[Spec], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """One broadcast of the tensors' bytes, one after another."""
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in specs]
+    bucket = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    group.broadcast(bucket)
+    for (name, dtype, shape), part in zip(specs, bucket.split(sizes), strict=True):
+        # A copy where the bytes before it leave the part misaligned for its dtype.
+        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+        yield name, aligned.view(dtype).view(shape)

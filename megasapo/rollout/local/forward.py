@@ -1,0 +1,181 @@
+"""One forward pass of transformers' model over packed tokens of many sequences, on this package's own KV cache.
+
+Called by the engine; knows nothing of requests. Attention and experts are hooked in through transformers' own
+AttentionInterface and ExpertsInterface, so the model's code stays transformers'.
+
+A step packs all tokens into one row of length T: first the sequences that decode one token each (cache rows 0..D-1),
+then the prompts that are prefilled. No padding passes through the linear layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from megasapo.rollout.local.cache import Cache
+
+_names = itertools.count()  # attention and experts are registered by name, once for each model
+DEFAULT_CACHE_BYTES = 2 << 30
+DENSE_EXPERTS_MACS = 1 << 25  # below this many multiply-adds, all experts in one product beat sorting tokens by expert
+
+
+@dataclass(slots=True)
+class Plan:
+    """The tokens of one step and where they go."""
+
+    tokens: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64, position in its sequence
+    slots: torch.Tensor  # [T * kv heads] int64, see Cache.slots
+    num_decode: int  # D
+    decode_mask: torch.Tensor | None  # [D, 1, 1, longest] additive, None when D is 0
+    decode_length: int  # longest
+    prefill_lengths: list[int]  # tokens of each prefilled prompt
+    routed: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (layer, [T, K] expert ids)
+
+
+class Forward:
+    """The model with its attention and experts on the packed layout, and the cache it writes to."""
+
+    def __init__(self, model: PreTrainedModel, max_cells: int | None, max_rows: int, record_routing: bool) -> None:
+        self._model = model
+        self._record_routing = record_routing
+        self._plan: Plan | None = None
+        self._probe: list[tuple[int, int, int]] | None = None
+        self._layer_of: dict[int, int] = {}
+        name = f"megasapo_packed_{next(_names)}"
+        AttentionInterface.register(name, self._attention)
+        model.set_attn_implementation(name)
+        self._hook_experts(name)
+        self.cache = self._make_cache(max_cells, max_rows)
+
+    def _hook_experts(self, name: str) -> None:
+        """Experts modules of transformers that take an implementation have `_apply_gate`."""
+        self._layer_of = {id(m): _layer_index(n) for n, m in self._model.named_modules() if hasattr(m, "_apply_gate")}
+        if self._layer_of:
+            ExpertsInterface.register(name, self._experts)
+            self._model.set_experts_implementation(name)
+        elif self._record_routing:
+            raise ValueError(f"--enable-return-routed-experts: {type(self._model).__name__} has no experts to record")
+
+    def _make_cache(self, max_cells: int | None, max_rows: int) -> Cache:
+        """Run one token, to see what attention is given and that it is supported."""
+        seen: list[tuple[int, int, int]] = []  # kv heads, key size, value size of each layer
+        self._probe = seen
+        with torch.inference_mode():
+            self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._model.device), use_cache=False)
+        self._probe = None
+        if len(set(seen)) != 1:
+            raise NotImplementedError(f"layers with different key and value shapes: {sorted(set(seen))}")
+        heads, key_size, value_size = seen[0]
+        cell_bytes = len(seen) * heads * (key_size + value_size) * self._model.dtype.itemsize
+        cells = max_cells or DEFAULT_CACHE_BYTES // cell_bytes
+        return Cache(len(seen), heads, cells, max_rows, self._model.device)
+
+    def __call__(self, plan: Plan, keep: torch.Tensor) -> torch.Tensor:
+        """Logits [len(keep), V] float32 at the packed positions `keep`; fills plan.routed when routing is recorded."""
+        self._plan = plan
+        out = self._model(
+            input_ids=plan.tokens.unsqueeze(0),
+            position_ids=plan.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        self._plan = None
+        return out.logits[0].float()
+
+    def _attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,  # [1, heads, T, d]
+        key: torch.Tensor,  # [1, kv heads, T, d]
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{type(module).__name__}: attention with {name} is not implemented")
+        if self._probe is not None:
+            self._probe.append((key.shape[1], key.shape[3], value.shape[3]))
+            return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=2), None
+        plan = self._plan
+        assert plan is not None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+        keys, values = self.cache.write(module.layer_idx, plan.slots, k, v)
+        num_decode, parts = plan.num_decode, []
+        if num_decode:
+            past = [x[:num_decode, :, : plan.decode_length] for x in (keys, values)]
+            parts.append(_attend_one(q[:num_decode], *past, plan, scaling))
+        start = num_decode
+        for length in plan.prefill_lengths:
+            end = start + length
+            out = F.scaled_dot_product_attention(
+                *(x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+                is_causal=True,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            parts.append(out[0].transpose(0, 1))
+            start = end
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+
+    def _experts(
+        self, module: Any, hidden: torch.Tensor, top_index: torch.Tensor, top_weight: torch.Tensor
+    ) -> torch.Tensor:
+        if self._record_routing and self._plan is not None:
+            self._plan.routed.append((self._layer_of[id(module)], top_index))
+        num_experts, width, size = module.gate_up_proj.shape if _plain(module) else (0, 0, 0)
+        if not num_experts or hidden.shape[0] * num_experts * width * size * 3 // 2 > DENSE_EXPERTS_MACS:
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, top_index, top_weight)
+        # Few tokens and small experts: every expert for every token, weighted by zero where it was not chosen.
+        up = F.linear(hidden, module.gate_up_proj.view(num_experts * width, size))  # [T, E * 2I]
+        inner = module._apply_gate(up.view(-1, num_experts, width))  # [T, E, I]
+        weight = hidden.new_zeros(hidden.shape[0], num_experts).scatter_(1, top_index, top_weight.to(hidden.dtype))
+        inner = (inner * weight.unsqueeze(-1)).transpose(0, 1)  # [E, T, I]
+        return torch.bmm(inner, module.down_proj.transpose(1, 2)).sum(0)
+
+
+def _attend_one(
+    query: torch.Tensor,  # [D, heads, d], one token of each row
+    keys: torch.Tensor,  # [D, kv heads, length, d]
+    values: torch.Tensor,
+    plan: Plan,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one query a row over its cache: [D, heads, d]."""
+    rows, kv_heads, length, _ = keys.shape
+    grouped = query.reshape(rows, kv_heads, -1, query.shape[2])
+    assert plan.decode_mask is not None
+    if query.dtype is not torch.float32 or query.device.type != "cpu" or scaling is None:
+        mask = plan.decode_mask.to(query.dtype)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+        return out.reshape(rows, query.shape[1], -1)
+    # On CPU the fused kernel is slow for single queries at 64 rows; in fp32 plain products do as well.
+    flat = [x.flatten(0, 1) for x in (grouped, keys, values)]
+    mask = plan.decode_mask.expand(rows, kv_heads, 1, length).reshape(rows * kv_heads, 1, length)
+    scores = torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scaling)
+    return torch.bmm(scores.softmax(-1), flat[2]).view(rows, query.shape[1], -1)
+
+
+def _plain(module: Any) -> bool:
+    """Whether the experts are the common kind: concatenated gate and up, no bias, no extra norm."""
+    return bool(
+        module.has_gate
+        and module.is_concatenated
+        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+    )
+
+
+def _layer_index(name: str) -> int:
+    """`model.layers.3.mlp.experts` -> 3."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise ValueError(f"cannot tell the layer of {name}")
+    return numbers[0]

@@ -1,0 +1,71 @@
+"""Loads a model and tokenizer from an HF directory, ready for the engine. Called once, by the server at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from megasapo.rollout.local.options import Options
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the rest of the server needs to know of a model."""
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+    num_layers: int
+    vocab_size: int
+    context_length: int
+    eos_ids: frozenset[int]
+    num_experts: int | None
+
+    def text_decoder(self) -> Callable[[list[int]], str] | None:
+        """Token ids to text, special tokens kept; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def load(options: Options) -> Loaded:
+    """The model in eval mode on its device, every parameter in memory of its own."""
+    path = options.model
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+    model = model.to(options.device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # loading may have mapped the file, which the next update overwrites
+    text = config.get_text_config()
+    limit = text.max_position_embeddings
+    context = options.context_length or limit
+    if context > limit:
+        raise ValueError(f"--context-length {context} exceeds the model's max_position_embeddings={limit}")
+    tokenizer = None
+    if any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    eos = _ids(text.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
+    if tokenizer is not None:
+        eos |= _ids(tokenizer.eos_token_id)
+    return Loaded(
+        model,
+        tokenizer,
+        text.num_hidden_layers,
+        text.vocab_size,
+        context,
+        frozenset(eos),
+        getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None),
+    )
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return {value} if isinstance(value, int) else set(value)

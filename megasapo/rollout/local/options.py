@@ -1,0 +1,111 @@
+"""What the embedded server is started with: the command line of `megasapo serve` as one frozen record.
+
+Read by everything in this package; must not import torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of one server process; the keys are held as text, never printed."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 30000
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    max_running_requests: int = 256
+    max_total_tokens: int | None = None
+    max_prefill_tokens: int = 16384
+    context_length: int | None = None
+    max_body_bytes: int = 64 << 20
+    weight_version: str = "default"
+    deterministic: bool = False
+    enable_return_routed_experts: bool = False
+    exit_with_parent: bool = False
+    log_requests: bool = False
+    api_key: str | None = None
+    admin_api_key: str | None = None
+
+
+def parse(argv: list[str] | None) -> Options:
+    """The options in `argv`; exits with a message when they cannot be served."""
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    try:
+        args["api_key"] = _read_key(args.pop("api_key_file"))
+        args["admin_api_key"] = _read_key(args.pop("admin_api_key_file"))
+        options = Options(**args)
+        _check(options)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="megasapo serve",
+        description="The embedded rollout server: SGLang's HTTP protocol on transformers' model code.",
+    )
+    p.add_argument("--model", required=True, metavar="HF_DIR", help="config.json, safetensors, tokenizer")
+    p.add_argument("--host", default="127.0.0.1", help="anything but loopback needs --api-key-file")
+    p.add_argument("--port", type=int, default=30000, help="0: any free port, printed when ready")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the model's own")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--threads", type=_positive, help="threads of torch; default: torch's own choice")
+    p.add_argument("--max-running-requests", type=_positive, default=256, help="sequences decoded together")
+    p.add_argument("--max-total-tokens", type=_positive, help="rows times length of the KV cache; default: 2 GiB of it")
+    p.add_argument("--max-prefill-tokens", type=_positive, default=16384, help="prompt tokens admitted in one step")
+    p.add_argument("--context-length", type=_positive, help="default: the model's max_position_embeddings")
+    p.add_argument("--max-body-bytes", type=_positive, default=64 << 20, help="larger requests are refused with 413")
+    p.add_argument("--api-key-file", metavar="FILE", help="file with the key that /generate and the rest require")
+    p.add_argument("--admin-api-key-file", metavar="FILE", help="file with the key that control endpoints require")
+    p.add_argument("--weight-version", default="default", help="stamp of the weights the server starts with")
+    p.add_argument("--deterministic", action="store_true", help="run every request by itself, one after another")
+    p.add_argument("--enable-return-routed-experts", action="store_true", help="record the experts of every token")
+    p.add_argument("--exit-with-parent", action="store_true", help="exit when standard input is closed")
+    p.add_argument("--log-requests", action="store_true", help="one line for every HTTP request")
+    return p
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _read_key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    key = Path(path).read_text().strip()
+    if not key or not key.isascii() or any(c.isspace() for c in key):
+        raise ValueError(f"{path}: expected one key, ASCII, without spaces")
+    return key
+
+
+def _check(options: Options) -> None:
+    if not (Path(options.model) / "config.json").is_file():
+        raise ValueError(f"--model {options.model}: no config.json there")
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port {options.port}: use 0 to 65535")
+    if options.api_key is None and not _loopback(options.host):
+        raise ValueError(f"--host {options.host} is reachable from other machines: give --api-key-file")
+    if options.admin_api_key is not None and options.admin_api_key == options.api_key:
+        raise ValueError("--admin-api-key-file holds the key of --api-key-file: use two keys or only one file")
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,107 @@
+"""The server process: loads the model, starts the engine, listens, says it is ready, ends cleanly.
+
+Called by `main` of this package, after the options are known to be good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import threading
+from dataclasses import replace
+
+import torch
+import uvicorn
+
+from megasapo.rollout.local.app import App
+from megasapo.rollout.local.batch import Batch
+from megasapo.rollout.local.control import Control
+from megasapo.rollout.local.engine import Engine
+from megasapo.rollout.local.forward import Forward
+from megasapo.rollout.local.model import Loaded, load
+from megasapo.rollout.local.options import Options
+from megasapo.rollout.local.weights import Weights
+
+log = logging.getLogger("megasapo.serve")
+
+
+def serve(options: Options) -> int:
+    """Run until SIGTERM, SIGINT or (if asked) the end of stdin; the exit code says whether the engine lived."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    listener = _listen(options.host, options.port)
+    options = replace(options, port=listener.getsockname()[1])
+    loaded = load(options)
+    engine, app = build(options, loaded)
+    engine.start()
+    try:
+        asyncio.run(_listen_and_serve(options, app, listener))
+    finally:
+        engine.stop()
+    return 1 if engine.failure is not None and "crashed" in engine.failure else 0
+
+
+def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
+    """The engine (not started) and the application of a loaded model."""
+    weights = Weights(loaded.model)
+    rows = options.max_running_requests
+    forward = Forward(loaded.model, options.max_total_tokens, rows, options.enable_return_routed_experts)
+    batch = Batch(forward, options.max_prefill_tokens, loaded.num_layers, loaded.text_decoder())
+    engine = Engine(batch, options.weight_version, options.deterministic)
+    control = Control(engine, weights, options.model, loaded.model.device)
+    return engine, App(options, loaded, engine, control, forward.cache.max_cells)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before the model is loaded: a port in use is reported at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as e:
+        raise SystemExit(f"megasapo serve: cannot listen on {host}:{port}: {e}") from e
+    return listener
+
+
+async def _listen_and_serve(options: Options, app: App, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        app.asgi(),
+        log_level="info" if options.log_requests else "warning",
+        access_log=options.log_requests,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        if server.should_exit:
+            os._exit(1)  # asked twice
+        server.should_exit = True
+
+    if options.exit_with_parent:
+        threading.Thread(target=_watch_stdin, args=(loop, leave), daemon=True).start()
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or task.done()):
+        await asyncio.sleep(0.01)
+    if server.started:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"megasapo serve: ready at http://{host}:{options.port}", flush=True)
+    await task
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, leave: object) -> None:
+    """The parent holds the other end of stdin; when it dies, however it dies, reading ends."""
+    while os.read(0, 4096):
+        pass
+    loop.call_soon_threadsafe(leave)  # type: ignore[arg-type]
+    # A server that has not ended by then is stuck in a long step: nobody is left to wait for it.
+    timer = threading.Timer(15.0, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
