@@ -299,7 +299,8 @@ def _packed_seq_params(mb: MicroBatch) -> PackedSeqParams:
     )
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    while isinstance(getattr(model, "module", None), nn.Module):
+def _unwrapped(model: nn.Module) -> GPTModel:
+    while not isinstance(model, GPTModel):
+        assert isinstance(model.module, nn.Module), f"{type(model).__name__} wraps no model"
         model = model.module
     return model

@@ -11,6 +11,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,22 @@ class Topology:
         dist.all_gather_object(values, value, group=self.world_group_cpu)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """Collective. The picklable `value` of every rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.world_group_cpu)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Collective. Whether `flag` is true on some rank; the same answer everywhere."""
+        raised = torch.tensor(int(flag))
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.world_group_cpu)
+        return bool(raised)
+
+    def barrier(self) -> None:
+        """Collective. Wait for all ranks."""
+        dist.barrier(group=self.world_group_cpu)
+
     def destroy(self) -> None:
         """Leave the process group; gloo aborts at interpreter exit otherwise."""
         parallel_state.destroy_model_parallel()
@@ -132,6 +149,8 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
     replicas = [[r for r in range(world_size) if where[r][0] == d] for d in range(dp)]
     leaders = [replica[0] for replica in replicas]
     assert all(where[r] == (d, 0, 0) for d, r in enumerate(leaders)), f"leaders {leaders} of {where}"
+    replica_group = _own_group(replicas, rank)
+    assert replica_group is not None, f"rank {rank} is in no replica of {replicas}"
     return Topology(
         rank=rank,
         world_size=world_size,
@@ -151,7 +170,7 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
-        replica_group=_own_group(replicas, rank),
+        replica_group=replica_group,
         leaders_group=_own_group([leaders], rank),
         world_group_cpu=world_cpu,
     )
