@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS = 3, 5
+MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 6, 5
 GUESS_ERROR = 4.0  # standard deviation: a guess is right one time in ten
 
 
@@ -89,7 +89,7 @@ def make_model(out: Path, seed: int) -> None:
 
 
 def draw_problem(rng: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(d) for d in rng.integers(1, 10, size=rng.integers(MIN_TERMS, MAX_TERMS + 1)))
+    return tuple(int(d) for d in rng.integers(1, MAX_DIGIT + 1, size=rng.integers(MIN_TERMS, MAX_TERMS + 1)))
 
 
 def problem_text(terms: tuple[int, ...]) -> str:

@@ -152,7 +152,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Event files below `directory`; of a step logged before a kill and again after it, TensorBoard shows the second."""
+    """Event files below `directory`; of a step logged twice, before and after a kill, it shows the second."""
 
     def __init__(self, directory: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
