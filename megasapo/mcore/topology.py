@@ -11,7 +11,6 @@ import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,22 +80,6 @@ class Topology:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.world_group_cpu)
         return values
-
-    def gather(self, value: Any) -> list[Any]:
-        """Collective. The picklable `value` of every rank, in rank order, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.world_group_cpu)
-        return values
-
-    def any(self, flag: bool) -> bool:
-        """Collective. Whether `flag` is true on some rank; the same answer everywhere."""
-        raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.world_group_cpu)
-        return bool(raised)
-
-    def barrier(self) -> None:
-        """Collective. Wait for all ranks."""
-        dist.barrier(group=self.world_group_cpu)
 
     def destroy(self) -> None:
         """Leave the process group; gloo aborts at interpreter exit otherwise."""
