@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -183,7 +182,7 @@ class Fleet:
             self._slots = asyncio.Semaphore(self.cfg.max_in_flight)
 
     def _count_retry(self, error: Retryable) -> None:
-        kinds = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}
+        kinds: dict[type, str] = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}
         for name in ("rollout/retries", f"rollout/{kinds.get(type(error), 'unreachable')}"):
             self._counts[name] = self._counts.get(name, 0.0) + 1.0
 
@@ -206,17 +205,16 @@ class Fleet:
 
         Servers that are down or starting do not count, nor do those the watch brings up to date from disk.
         """
-        self.check()
         return self._watch is not None and any(self._watch.needs_publish(s) for s in self.servers)
 
     def wait_ready(self) -> list[Server]:
-        """The servers that are up, as soon as there is one. RolloutError after rollout.start_timeout_s without."""
+        """The servers that answer now, as soon as one does. RolloutError after rollout.start_timeout_s without."""
         deadline = time.monotonic() + self.cfg.start_timeout_s
         while True:
             self.check()
-            up = [s for s in self.servers if s.up]
-            if up:
-                return up
+            answering = self.run(self._owner().answering())
+            if answering:
+                return answering
             if time.monotonic() > deadline:
                 urls = ", ".join(self.urls)
                 raise RolloutError(f"no rollout server came up in {self.cfg.start_timeout_s:g} s: {urls}")
@@ -245,8 +243,7 @@ class Fleet:
 
     def abandon_publish(self) -> None:
         """The publish failed: the servers stay at what they say they have."""
-        with suppress(RolloutError):
-            self._owner().release(self.version, None, None)
+        self._owner().release(self.version, None, None)
 
     def _owner(self) -> Watch:
         if self._watch is None:

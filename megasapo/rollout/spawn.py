@@ -1,7 +1,7 @@
 """Rollout servers as child processes: the command line, a free port, logs, and an end that comes with the owner's.
 
 The fleet uses it. A server must not outlive the run that started it, not even after kill -9: each child holds the
-reading end of a pipe whose writing end only the owner has. The embedded server itself exits at its end of file; any other
+reading end of a pipe whose writing end only the owner has. The embedded server itself exits at end of file; any other
 command runs under `guard` (`python -m megasapo.rollout.spawn -- COMMAND`), which then ends the whole process group.
 """
 

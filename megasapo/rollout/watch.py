@@ -134,6 +134,15 @@ class Watch:
         for client in self._clients.values():
             await client.close()
 
+    async def answering(self) -> list[Server]:
+        """The servers that are up and answer at this moment, which `up` may learn a little later."""
+        up = [s for s in self._servers if s.up]
+        infos = await asyncio.gather(*(self.client(s).model_info() for s in up), return_exceptions=True)
+        for info in infos:
+            if isinstance(info, BaseException) and not isinstance(info, Retryable):
+                raise info
+        return [s for s, info in zip(up, infos, strict=True) if not isinstance(info, BaseException)]
+
     async def _acquire(self) -> None:
         await self._updating.acquire()
         self._epoch += 1

@@ -1,8 +1,8 @@
 """A process group beside the default one, over which the learner broadcasts weights to rollout servers.
 
 It meets SGLang's own `init_custom_process_group`, so both ends must derive the same store keys: a TCP store, the
-group's name as prefix, then torch's group construction. The learner (publish) is rank 0, the servers follow; the embedded
-server joins through this module too. Neither a default group nor megatron is needed.
+group's name as prefix, then torch's group construction. The learner (publish) is rank 0, the servers follow; the
+embedded server joins through this module too. Neither a default group nor megatron is needed.
 """
 
 from __future__ import annotations

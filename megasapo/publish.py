@@ -1,0 +1,179 @@
+"""Weights from the learner to the rollout servers: as an HF directory on disk, or broadcast to all of them.
+
+train.py calls a Publisher on every rank; only rank 0 talks to servers, the others take part in the export. A server
+that misses an update keeps its old stamp (or "incomplete") and so is never sampled from as if it were new. It knows the
+model only as an export of HF-named tensors in buckets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megasapo.checksum import Checksum
+from megasapo.config import RolloutConfig
+from megasapo.rollout.broadcast import Broadcast
+from megasapo.rollout.disk import DiskDelivery
+from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.watch import Server
+
+log = logging.getLogger(__name__)
+Bucket = list[tuple[str, torch.Tensor]]
+ATTEMPTS = 3
+
+
+class Delivery(Protocol):
+    """One way to bring weights to servers: `open`, `send` bucket by bucket, `finish`; or `abandon` at any point."""
+
+    @property
+    def weights_dir(self) -> Path | None:
+        """Where a server that missed it can load what was delivered last."""
+        ...
+
+    def open(self, version: int) -> None: ...
+
+    def send(self, bucket: Bucket) -> None: ...
+
+    def finish(self) -> list[Server]:
+        """The servers that have all of it, none of them in doubt. RolloutError when there is no such server."""
+        ...
+
+    def settle(self) -> None:
+        """Nobody needs what was delivered before."""
+        ...
+
+    def abandon(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Publisher:
+    """`publisher(version)` gives the servers the weights that `export` yields. Collective over all ranks."""
+
+    def __init__(
+        self,
+        export: Callable[[], Iterator[Bucket]],
+        fleet: Fleet | None,
+        cfg: RolloutConfig,
+        *,
+        rank: int,
+        agree: Callable[[Any], Any],
+        run_dir: Path,
+        model_dir: Path,
+        device: torch.device | None = None,
+        verify: bool = False,
+    ) -> None:
+        """`export`: buckets on rank 0, as many empty lists elsewhere. `fleet`: the started one on rank 0, elsewhere the
+        connected one or None.
+
+        `agree(x)` returns rank 0's x on every rank. `device`: of the broadcast, CUDA means NCCL. `verify`: compare the
+        embedded servers' checksum with the export's.
+        """
+        if rank == 0 and fleet is None:
+            raise ValueError("rank 0 publishes and needs the fleet that it started")
+        self._export, self._fleet, self._agree, self._verify = export, fleet, agree, verify
+        self._delivery: Delivery | None = None
+        if rank == 0:
+            assert fleet is not None
+            if cfg.publish == "disk":
+                self._delivery = DiskDelivery(fleet, run_dir, model_dir)
+            else:
+                self._delivery = Broadcast(fleet, device or torch.device("cpu"), timeout_s=cfg.start_timeout_s)
+
+    def __call__(self, version: int) -> None:
+        """Publish as `version`; RolloutError on every rank when no server could be given it in a few attempts.
+
+        Servers that were down or failed are left stale (`Fleet.stale`): those that come back need a publish again.
+        """
+        if version < 0:
+            raise ValueError(f"weight version {version} is negative")
+        for attempt in range(1, ATTEMPTS + 1):
+            error = self._try(version)
+            if error is None:
+                break
+            if attempt == ATTEMPTS:
+                raise RolloutError(f"version {version} was not published in {ATTEMPTS} attempts: {error}")
+            log.warning("publishing version %d, attempt %d: %s", version, attempt, error)
+        if self._fleet is not None:
+            self._fleet.version = version
+
+    def close(self) -> None:
+        """Leave the process group of a broadcast, before the fleet is stopped."""
+        if self._delivery is not None:
+            self._delivery.close()
+
+    def _try(self, version: int) -> str | None:
+        """One attempt; what went wrong, the same text on every rank."""
+        if self._delivery is None:
+            failed = self._agree(None)
+            if failed is None:
+                for _ in self._export():
+                    pass
+                failed = self._agree(None)
+            return failed
+        assert self._fleet is not None
+        self._fleet.begin_publish()
+        updated: list[Server] | None = None
+        try:
+            failed = self._agree(self._guarded(lambda d: d.open(version)))
+            if failed is None:
+                outcome = self._send_all()
+                updated = outcome if isinstance(outcome, list) else None
+                failed = self._agree(outcome if isinstance(outcome, str) else None)
+            if failed is not None:
+                self._delivery.abandon()
+        finally:
+            if updated is not None:
+                self._fleet.end_publish(version, updated, self._delivery.weights_dir)
+                self._delivery.settle()
+            else:
+                self._fleet.abandon_publish()
+        return failed
+
+    def _guarded(self, step: Callable[[Delivery], Any]) -> str | None:
+        """A step on rank 0; its failure is a text that every rank will raise, not one rank's exception."""
+        assert self._delivery is not None
+        try:
+            step(self._delivery)
+        except (RolloutError, RuntimeError, OSError) as e:
+            return f"{type(e).__name__}: {e}"
+        return None
+
+    def _send_all(self) -> list[Server] | str:
+        """All buckets, then the last word; the export is drained even after a failure, for it is collective."""
+        assert self._delivery is not None
+        checksum = Checksum() if self._verify else None
+        failed: str | None = None
+        for bucket in self._export():
+            if failed is None:
+                failed = self._guarded(lambda d, b=bucket: d.send(b))  # type: ignore[misc]
+            for name, tensor in bucket if checksum is not None else []:
+                assert checksum is not None
+                checksum.add(name, tensor)
+        updated: list[Server] = []
+        if failed is None:
+            failed = self._guarded(lambda d: updated.extend(d.finish()))
+        if failed is None and checksum is not None:
+            wanted = checksum.hexdigest()
+            failed = self._guarded(lambda _: self._compare(updated, wanted))
+        return updated if failed is None else failed
+
+    def _compare(self, servers: list[Server], wanted: str) -> None:
+        fleet = self._fleet
+        assert fleet is not None
+
+        async def ask() -> list[str]:
+            return await asyncio.gather(*(fleet.control(s).checksum() for s in servers))
+
+        for server, got in zip(servers, fleet.run(ask()), strict=True):
+            if got != wanted:
+                raise RolloutError(
+                    f"{server.url} holds other weights than were published: checksum {got[:12]}... instead of "
+                    f"{wanted[:12]}...; does it keep them in another dtype than the learner's model.dtype?"
+                )
