@@ -6,6 +6,7 @@ Called by the other modules of megasapo.mcore; holds no logic of its own.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -18,6 +19,32 @@ def apply() -> None:
     # 0.19.2 defines it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    _keep_adam_step()
+
+
+def _keep_adam_step() -> None:
+    """Let a fully reshardable optimizer checkpoint be read with torch's AdamW.
+
+    0.16.1 to 0.19.2 leave AdamW's "step" out of the tensors they read and then look for it among them (KeyError); they
+    have set it before, from the parameter groups, but to one tensor for all parameters, which AdamW would then count up
+    once for each of them. Fused Adams have no such tensor, so with TE or Apex nothing changes.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "keeps_adam_step", False):
+        return
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = tensors | {"step": state["step"]}
+        original(self, model_param, tensors)
+
+    set_states.keeps_adam_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
 def transformer_engine_usable() -> bool:

@@ -104,7 +104,10 @@ class Optimizer:
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         # of the formats that survive a change of layout this is the one neither 0.16 nor 0.19 deprecates
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
         return self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

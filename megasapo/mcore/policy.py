@@ -116,10 +116,10 @@ class Policy:
 
     def save(self, run_dir: Path, number: int, trainer_state: dict[str, Any]) -> Path:
         keep = self._cfg.train.keep_checkpoints
-        return checkpoint.save(run_dir, number, self._ddp, self._optimizer, self._topo, trainer_state, keep=keep)
+        return checkpoint.save(run_dir, number, self._chunks, self._optimizer, self._topo, trainer_state, keep=keep)
 
     def load(self, path: Path) -> dict[str, Any]:
-        return checkpoint.load(path, self._ddp, self._optimizer, self._topo)
+        return checkpoint.load(path, self._chunks, self._optimizer, self._topo)
 
     def _copy_weights(self) -> list[dict[str, torch.Tensor]]:
         return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in self._chunks]
@@ -143,4 +143,4 @@ class Policy:
 def _supervised_loss(logp: torch.Tensor, _entropy: torch.Tensor | None, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
     nll = -(torch.where(mb.loss_mask, logp, 0.0))
     tokens = mb.loss_mask.sum()
-    return (mb.weight * nll).sum(), {"loss/nll": Mean(nll.detach().sum(), tokens)}
+    return (mb.weight * nll).sum(), {"loss/sft": Mean(nll.detach().sum(), tokens)}
