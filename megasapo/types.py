@@ -116,6 +116,11 @@ class MicroBatch:
     def with_(self, **changes: Any) -> MicroBatch:
         return replace(self, **changes)
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with every tensor on `device`."""
+        values = {name: getattr(self, name) for name in MicroBatch.__slots__}
+        return self.with_(**{name: v.to(device) for name, v in values.items() if hasattr(v, "to")})
+
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
