@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 6, 5
+MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 5, 6
 GUESS_ERROR = 4.0  # standard deviation: a guess is right one time in ten
 
 

@@ -1,0 +1,48 @@
+"""Graders that behave badly, as a user's might; loaded by name in worker processes, so this imports no test tool."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+
+from megasapo.types import Prompt
+
+
+def length(prompt: Prompt, response: str, *, scale: float = 1.0) -> float:
+    print("graders may print")
+    return len(response) * scale
+
+
+def pid(prompt: Prompt, response: str) -> int:
+    return os.getpid()
+
+
+def field(prompt: Prompt, response: str) -> float:
+    return prompt.fields["points"]
+
+
+def misbehave(prompt: Prompt, response: str) -> object:
+    if response == "raise":
+        raise RuntimeError("no mood")
+    if response == "exit":
+        sys.exit(3)
+    if response == "die":
+        os._exit(9)
+    if response == "sleep":
+        time.sleep(600)
+    if response == "spin":
+        while True:
+            pass
+    return {"nan": float("nan"), "inf": float("inf"), "text": "1", "none": None}.get(response, 1)
+
+
+async def judge(prompt: Prompt, response: str) -> float:
+    if response == "block":
+        time.sleep(600)  # stops its event loop
+    await asyncio.sleep(600 if response == "wait" else 0.2)
+    return 0.5
+
+
+not_a_function = 3
