@@ -140,7 +140,6 @@ class Policy:
                 parameter.copy_(values[name])
 
 
-def _supervised_loss(logp: torch.Tensor, _entropy: torch.Tensor | None, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-    nll = -(torch.where(mb.loss_mask, logp, 0.0))
-    tokens = mb.loss_mask.sum()
-    return (mb.weight * nll).sum(), {"loss/sft": Mean(nll.detach().sum(), tokens)}
+def _supervised_loss(scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+    nll = -torch.where(mb.loss_mask, scores.logp, 0.0)
+    return (mb.weight * nll).sum(), {"loss/sft": Mean(nll.detach().sum(), mb.loss_mask.sum())}
