@@ -6,6 +6,8 @@ Called by the other modules of megasapo.mcore; holds no logic of its own.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ def apply() -> None:
     # 0.19.2 defines it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # The default of cuda_graph_scope (0.16.1) or cuda_graph_modules (0.19.2) warns about itself.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # 0.19.2 announces its HybridModel every time a GPTModel is made; 0.16.1 has none to move to.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+        lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
+    )
     _keep_adam_step()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ def enable() -> None:
     _patch_random()
     _patch_factories()
     _patch_tensor()
+    # Expected on a CPU, and each rank would say so eight times; `megasapo doctor` says what is missing.
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
     with _without_torch_compile():
         import megatron.core  # noqa: F401
     _patch_megatron()
