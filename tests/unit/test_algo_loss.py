@@ -280,3 +280,11 @@ def test_values_come_back_by_sequence():
     mb = pack(sequences, [0.1] * 7, pad_to=16)
     values = per_sequence(mb, mb.targets)
     assert {uid: v.tolist() for uid, v in values.items()} == {s.uid: s.tokens[1:].tolist() for s in sequences}
+
+
+def test_gate_means_leave_out_tokens_without_advantage():
+    algo, args = flat()
+    args["advantages"][4] = 0.0
+    _, stats = policy_loss(algo, **args)
+    assert stats["sapo/gate_mean_pos"].weight == 2
+    assert stats["sapo/gate_mean_neg"].weight == 1

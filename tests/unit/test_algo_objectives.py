@@ -153,3 +153,12 @@ def test_equal_infinities_are_no_change_and_nan_is_not_hidden(name):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(3,\) and old_logp \(2,\)"):
         objectives.reinforce(torch.zeros(3), torch.zeros(2), torch.zeros(3))
+
+
+def test_zero_advantage_is_never_clipped_and_beyond_the_held_ratio_there_is_no_gradient():
+    d = torch.tensor([-5.0, 5.0, 79.0, 81.0], requires_grad=True)
+    _, stats = objectives.grpo(d, torch.zeros(4), torch.zeros(4), **CLIP)
+    assert not stats["clipped"].any()
+    loss, _ = objectives.grpo(d, torch.zeros(4), torch.full((4,), -1.0), **CLIP)
+    loss.sum().backward()
+    assert d.grad.tolist() == pytest.approx([0, math.exp(5), math.exp(79), 0], rel=1e-5)
