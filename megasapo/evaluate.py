@@ -85,3 +85,74 @@ def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
     if cfg.data.eval is None:
         raise ConfigError("data.eval is required to evaluate: JSONL or parquet with prompt (or messages) and answer")
     return PromptDataset(cfg.data.eval, tokenizer, cfg.data).prompts[: cfg.eval.max_problems]
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the command: starts (or connects to) a server, samples, grades, prints pass@k."""
+    parser = argparse.ArgumentParser(prog="megasapo evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its model, data.eval, reward, rollout and eval")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--url", help="a running rollout server instead of one started on model.path")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")
+    args = parser.parse_args(argv)
+    cfg = _config(args)
+    figures, rows = _measure(cfg)
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if args.out:
+        args.out.write_text(json.dumps(figures) + "\n")
+    if args.responses:
+        args.responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    overrides = list(args.overrides)
+    if args.config is not None and "=" in args.config and not Path(args.config).exists():
+        overrides.insert(0, args.config)
+        args.config = None
+    if args.url:
+        overrides.append(f"rollout.servers=[{args.url}]")
+    if args.config is not None:
+        return config.load(args.config, overrides)
+    if not args.url:
+        raise ConfigError("give a CONFIG.yaml, or --url with data.eval=FILE")
+    if not any(o.startswith("model.path=") for o in overrides):
+        overrides.append(f"model.path={_served_model(args.url)}")
+    return config.from_dict({}, overrides, source="command line")
+
+
+def _served_model(url: str) -> str:
+    """The directory of the model that a server serves: its tokenizer renders the prompts."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/model_info", timeout=30).raise_for_status()
+    except httpx.HTTPError as e:
+        raise ConfigError(f"--url {url}: {e}") from e
+    return str(answer.json()["model_path"])
+
+
+def _measure(cfg: Config) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from tempfile import TemporaryDirectory
+
+    from megasapo.data.tokenizer import load_tokenizer
+    from megasapo.rollout.fleet import Fleet
+
+    tokenizer = load_tokenizer(cfg.model.path)
+    prompts = load_eval_prompts(cfg, tokenizer)
+
+    async def sample(fleet: Fleet) -> list[Problem]:
+        async with RewardModel(cfg.reward) as scorer:
+            found = await evaluate(fleet, prompts, scorer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), cfg)
+        await fleet.close()
+        return found
+
+    with TemporaryDirectory(prefix="megasapo-evaluate-") as scratch:
+        with Fleet.start(cfg.rollout, cfg.model.path, scratch) as fleet:
+            problems = asyncio.run(sample(fleet))
+    rows = [
+        {"index": p.index, "prompt": prompt.text, "answer": prompt.answer, "responses": p.texts, "right": p.right}
+        for p, prompt in zip(problems, prompts, strict=True)
+    ]
+    return summary(problems, cfg.eval.k), rows

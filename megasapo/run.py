@@ -98,9 +98,8 @@ class Phases:
         return {f"time/{name}_s": s for name, s in seconds.items()} | {"time/step_s": whole}, whole
 
 
-def report_end(path: Path, lines: dict[str, str]) -> None:
-    """Say where everything is."""
-    width = max(len(name) for name in lines)
-    print(f"\n{path} finished", flush=True)
-    for name, value in lines.items():
-        print(f"  {name:{width}}  {value}", flush=True)
+def report_end(headline: str, places: dict[str, str]) -> None:
+    """Say how it ended and where everything is."""
+    width = max(len(name) for name in places)
+    lines = [headline, *(f"  {name:{width}}  {place}" for name, place in places.items())]
+    print("\n" + "\n".join(lines), flush=True)

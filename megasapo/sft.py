@@ -34,7 +34,7 @@ def train(cfg: Config) -> None:
     from megasapo.algo.weights import token_weights
     from megasapo.data.sft import load_demonstrations
     from megasapo.data.tokenizer import load_tokenizer
-    from megasapo.log import make_log
+    from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint, exchange
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
@@ -48,7 +48,7 @@ def train(cfg: Config) -> None:
         policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=steps)
         last = checkpoint.latest(directory.path)
         step = policy.load(last)["step"] if last else 0
-        log = make_log(cfg.log, directory.path, is_main=topo.rank == 0, step=step, total_steps=steps)
+        log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)
         rule = partial(token_weights, normalisation="token", constant_length=1)
         phases = run.Phases()
         for rows in _batches(examples, cfg, start=step):
@@ -66,7 +66,7 @@ def train(cfg: Config) -> None:
             step += 1
             times, seconds = phases.take()
             tokens = sum(len(row.tokens) for row in rows)
-            log(step, stats, extra={**times, "perf/tokens_per_s": tokens / seconds})
+            log(step, metrics.scalars(stats) | times | {"perf/tokens_per_s": tokens / seconds})
             ending = topo.any(stop() or directory.stop_requested())
             if ending or step % cfg.train.save_every == 0 or step == steps:
                 policy.save(directory.path, step, {"step": step})
@@ -78,7 +78,10 @@ def train(cfg: Config) -> None:
             policy.save_hf(out)
             directory.finish(step=step)
             if topo.rank == 0:
-                run.report_end(directory.path, {"model": str(out), "metrics": str(directory.path / "metrics.jsonl")})
+                run.report_end(
+                    f"{directory.path} finished",
+                    {"HF model": str(out), "metrics": str(directory.path / "metrics.jsonl")},
+                )
     finally:
         topo.destroy()
 

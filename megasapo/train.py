@@ -1,26 +1,30 @@
 """`megasapo train`: the loop. Rollouts, SAPO on the learner, weights to the servers, and everything restartable.
 
-Start reading at `loop`. All setup is in `train`; every collective call is made by all ranks in the same order.
+Start reading at `loop`. The setup is in `train`; every collective call is made by all ranks in the same order.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from megasapo import launch, run
 from megasapo.config import Config, ConfigError
-from megasapo.types import Batch, Group, TrainSequence
+from megasapo.types import Batch, Group
 
 if TYPE_CHECKING:
-    from megasapo.log import Log
+    from megasapo.data.prompts import PromptStream
+    from megasapo.evaluate import Problem
+    from megasapo.log.sinks import Log
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
+    from megasapo.metrics import Metrics
+    from megasapo.publish import Publisher
+    from megasapo.rollout.fleet import Fleet
     from megasapo.rollout.source import RolloutSource
 
 
@@ -29,8 +33,11 @@ def main(argv: list[str]) -> int:
     cfg, nproc = run.parse("train", __doc__.splitlines()[0], argv)
     if cfg.data.train is None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
-    if (cfg.run_dir / "done").exists():
-        print(f"{cfg.run_dir} has finished ({(cfg.run_dir / 'done').read_text()}); choose another run.name, or remove it")
+    if cfg.train.eval_every and cfg.data.eval is None:
+        raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
+    finished = cfg.run_dir / "done"
+    if finished.exists() and not launch.is_rank():
+        print(f"{cfg.run_dir} has already finished ({finished.read_text()}): choose another run.name, or remove it")
         return 0
     code = run.on_ranks("train", argv, nproc)
     if code is None:
@@ -46,9 +53,9 @@ class Parts:
     topo: Topology
     policy: Policy
     source: RolloutSource
-    publish: Callable[[int], None]
-    evaluate: Callable[[], dict[str, float]]
-    log: Callable[..., None]
+    publish: Publisher
+    evaluate: Callable[[int], dict[str, float]]
+    log: Log
     directory: run.RunDir
     stop: Callable[[], bool]
 
@@ -74,9 +81,9 @@ def loop(p: Parts, step: int) -> int:
         with phases("publish"):
             p.publish(step)
         with phases("evaluate"):
-            held_out = p.evaluate() if _every(p.cfg.train.eval_every, step) else {}
+            held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
         stats = metrics.merge(p.topo.gather(metrics.merge([sampled, learned])))
-        p.log(step, stats, groups, held_out, *phases.take())
+        write_step(p, step, stats, groups, held_out, phases)
         ending = p.topo.any(p.stop() or p.directory.stop_requested())
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
@@ -95,6 +102,7 @@ def make_batch(groups: list[Group], cfg: Config, topo: Topology) -> Batch:
     from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
     from megasapo.mcore.exchange import build_batch
+    from megasapo.rollout.sequences import to_sequences
 
     algo = resolve(cfg.algo, cfg.rollout)
     return build_batch(
@@ -104,4 +112,156 @@ def make_batch(groups: list[Group], cfg: Config, topo: Topology) -> Batch:
         group_size=cfg.rollout.group_size,
         max_tokens=cfg.train.micro_batch_tokens,
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
+    )
+
+
+def write_step(
+    p: Parts, step: int, stats: Metrics, groups: list[Group], held_out: dict[str, float], phases: run.Phases
+) -> None:
+    """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
+    from megasapo.log.rollouts import sample_texts, write_rollouts
+    from megasapo.metrics import Hist, scalars
+
+    if p.cfg.log.keep_rollouts and p.topo.is_leader:
+        write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
+    times, seconds = phases.take()
+    numbers = scalars(stats) | held_out | times
+    numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
+    histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)}
+    p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step))
+
+
+def train(cfg: Config) -> None:
+    """Set everything up on this rank, resume, run the loop, export."""
+    from megasapo.mcore import checkpoint
+    from megasapo.mcore.topology import Topology
+
+    topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
+    with ExitStack() as cleanup:
+        cleanup.callback(topo.destroy)
+        stop = launch.stop_flag()
+        directory = run.RunDir(cfg, is_main=topo.rank == 0)
+        last = topo.first(checkpoint.latest(directory.path))
+        parts = _make_parts(cfg, topo, directory, stop, last, cleanup)
+        step = 0
+        if last is not None:
+            state = parts.policy.load(last)
+            step = state["step"]
+            parts.source.restore(state["source"])
+        step = loop(parts, step)
+        finished = step >= cfg.train.steps
+        if finished:
+            parts.policy.save_hf(directory.path / "hf")
+            directory.finish(step=step)
+    if topo.rank == 0:
+        _report_end(cfg, directory, step, finished)
+
+
+def _make_parts(
+    cfg: Config, topo: Topology, directory: run.RunDir, stop: Callable[[], bool], last: Path | None, cleanup: ExitStack
+) -> Parts:
+    from megasapo.algo.settings import resolve
+    from megasapo.data.prompts import PromptDataset, PromptStream
+    from megasapo.data.tokenizer import load_tokenizer
+    from megasapo.log.sinks import make_log
+    from megasapo.mcore import checkpoint
+    from megasapo.mcore.policy import Policy
+    from megasapo.publish import Publisher
+
+    tokenizer = load_tokenizer(cfg.model.path)
+    stream = PromptStream(PromptDataset(cfg.data.train or "", tokenizer, cfg.data), cfg.run.seed, cfg.data.shuffle)
+    policy = Policy(
+        cfg,
+        topo,
+        resolve(cfg.algo, cfg.rollout),
+        temperature=cfg.rollout.temperature,
+        total_steps=cfg.train.steps * cfg.algo.mini_batches,
+    )
+    fleet = _connect_fleet(cfg, topo, directory, cleanup)
+    publisher = Publisher(
+        lambda: policy.export(int(cfg.rollout.publish_bucket_mb * 2**20)),
+        fleet,
+        cfg.rollout,
+        rank=topo.rank,
+        agree=topo.first,
+        run_dir=directory.path,
+        model_dir=Path(cfg.model.path),
+        device=topo.device,
+    )
+    cleanup.callback(publisher.close)
+    source, evaluate = _make_source(cfg, topo, tokenizer, stream, fleet, publisher, cleanup)
+    log = make_log(
+        cfg.log,
+        directory.path,
+        topo.rank == 0,
+        resume_step=checkpoint.step_of(last) if last else None,
+        total_steps=cfg.train.steps,
+    )
+    cleanup.callback(log.close)
+    return Parts(cfg, topo, policy, source, publisher, evaluate, log, directory, stop)
+
+
+def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:
+    """Rank 0 starts the servers, the other leaders connect to them, the rest has no use for them. Collective."""
+    from megasapo.rollout.fleet import Fleet
+
+    fleet = Fleet.start(cfg.rollout, cfg.model.path, directory.path) if topo.rank == 0 else None
+    urls = topo.first(fleet.urls if fleet else None)
+    if fleet is None and topo.is_leader:
+        fleet = Fleet.connect(cfg.rollout, urls, cfg.model.path, leader_index=topo.dp_rank)
+    if fleet is not None:
+        cleanup.callback(fleet.stop)
+    return fleet
+
+
+def _make_source(
+    cfg: Config,
+    topo: Topology,
+    tokenizer: Any,
+    stream: PromptStream,
+    fleet: Fleet | None,
+    publisher: Publisher,
+    cleanup: ExitStack,
+) -> tuple[RolloutSource, Callable[[int], dict[str, float]]]:
+    """The source of groups, and the function that measures the held-out problems through the same servers."""
+    from megasapo.evaluate import evaluate, load_eval_prompts, summary
+    from megasapo.rewards.model import RewardModel
+    from megasapo.rollout.source import LoopThread, RolloutSource
+
+    thread = LoopThread()
+    cleanup.callback(thread.close)
+    scorer = RewardModel(cfg.reward)
+    if fleet is not None:
+        thread.run(scorer.start())
+        cleanup.callback(lambda: thread.run(scorer.close()))
+        cleanup.callback(lambda: thread.run(fleet.close()))
+
+    def decode(ids: tuple[int, ...]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    stale = fleet.stale if fleet is not None and topo.rank == 0 else lambda: False
+    source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, stale=stale, republish=publisher)
+    held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
+
+    async def measure() -> list[Problem]:
+        return [] if fleet is None else await evaluate(fleet, held_out, scorer, decode, cfg)
+
+    def evaluate_now(version: int) -> dict[str, float]:
+        found = topo.gather(source.wait(thread.submit(measure()), version))
+        figures = summary([problem for part in found for problem in part], cfg.eval.k)
+        return {f"eval/{name}": value for name, value in figures.items()}
+
+    return source, evaluate_now
+
+
+def _report_end(cfg: Config, directory: run.RunDir, step: int, finished: bool) -> None:
+    path = directory.path
+    run.report_end(
+        f"{path} finished" if finished else f"{path} stopped after step {step} of {cfg.train.steps}; run it again to continue",
+        {
+            "TensorBoard": f"tensorboard --logdir {path / 'tensorboard'}",
+            "metrics": str(path / "metrics.jsonl"),
+            "checkpoints": str(path / "checkpoints"),
+        }
+        | ({"HF model": str(path / "hf")} if finished else {}),
     )

@@ -43,6 +43,11 @@ def latest(run_dir: Path) -> Path | None:
     return path
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def save(
     run_dir: Path,
     step: int,

@@ -19,7 +19,6 @@ from megasapo.mcore.topology import Topology
 from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
 
 
-
 class WeightRule(Protocol):
     """algo.weights.token_weights with the settings of the run filled in."""
 

@@ -75,6 +75,12 @@ class Topology:
         dist.all_reduce(total, group=self.world_group_cpu)
         return bool(total)
 
+    def first(self, value: Any) -> Any:
+        """Collective: rank 0's (picklable) value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.world_group_cpu)
+        return box[0]
+
     def gather(self, value: Any) -> list[Any]:
         """Collective: every rank's (small, picklable) value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world_size

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from megasapo.rewards.model import RewardModel
 from megasapo.rollout.protocol import RolloutError
 from megasapo.types import Engine, Group, Prompt, Sample, SamplingParams
 
+T = TypeVar("T")
 POLL_S = 0.05
 MAX_REFILLS = 20
 
@@ -68,7 +69,7 @@ class RolloutSource:
     def __init__(
         self,
         cfg: Config,
-        engine: Engine,
+        engine: Engine | None,
         stream: PromptStream,
         scorer: RewardModel,
         decode: Callable[[tuple[int, ...]], str],
@@ -78,7 +79,7 @@ class RolloutSource:
         stale: Callable[[], bool],
         republish: Callable[[int], None],
     ):
-        """`stale`: some server lacks the current weights; `republish(version)`: collective, gives them to it."""
+        """`engine`: None on ranks that are no leader. `stale`: some server lacks the current weights; `republish(version)`: collective, gives them to it."""
         self._cfg, self._engine, self._stream, self._scorer, self._decode = cfg, engine, stream, scorer, decode
         self._ranks, self._loop, self._stale, self._republish = ranks, loop, stale, republish
         self._pending: deque[_Pending] = deque()
@@ -93,7 +94,7 @@ class RolloutSource:
         ahead = min(self._cfg.rollout.max_staleness, self._cfg.train.steps - version - 1)
         while len(self._pending) < 1 + ahead:
             self._submit(self._cfg.rollout.prompts_per_step)
-        groups = self._wait(self._pending.popleft().future, version)
+        groups = self.wait(self._pending.popleft().future, version)
         if not self._cfg.rollout.drop_zero_variance:
             return groups, 0
         return self._refill(groups, version)
@@ -121,7 +122,7 @@ class RolloutSource:
             if missing <= 0:
                 return kept, dropped
             self._submit(missing)
-            fresh = self._wait(self._pending.pop().future, version)
+            fresh = self.wait(self._pending.pop().future, version)
             useful = [g for g in fresh if np.ptp(g.rewards()) > 0]
             kept, dropped = kept + useful, dropped + len(fresh) - len(useful)
         raise RolloutError(
@@ -138,6 +139,7 @@ class RolloutSource:
         size = self._cfg.rollout.group_size
         inputs = [prompt.input_ids for _, prompt in drawn for _ in range(size)]
         sampling = [self._sampling(uid, i) for uid, _ in drawn for i in range(size)]
+        assert self._engine is not None
         completions = await self._engine.generate(inputs, sampling)
         texts = [self._decode(c.output_ids) for c in completions]
 
@@ -164,8 +166,8 @@ class RolloutSource:
             sampling_seed=seed if self._together else None,
         )
 
-    def _wait(self, future: Future[list[Group]], version: int) -> list[Group]:
-        """Wait on every rank for every leader's batch, giving restarted servers their weights meanwhile."""
+    def wait(self, future: Future[T], version: int) -> T:
+        """Collective: wait for every rank's future, giving restarted servers their weights meanwhile."""
         while True:
             wait([future], timeout=POLL_S)
             failed = future.done() and future.exception() is not None

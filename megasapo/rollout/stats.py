@@ -25,17 +25,18 @@ def group_stats(groups: list[Group], version: int, dropped: int) -> Metrics:
             "reward/hist": Hist.of(rewards, REWARD_EDGES),
         }
         parts.append(per_group)
-        parts += [_sample_stats(sample, version) for sample in group.samples]
+        parts += [_sample_stats(sample, len(group.prompt.input_ids), version) for sample in group.samples]
     return merge(parts)
 
 
-def _sample_stats(sample: Sample, version: int) -> Metrics:
+def _sample_stats(sample: Sample, prompt_tokens: int, version: int) -> Metrics:
     done = sample.completion
     length = float(len(done.output_ids))
     behind = float(version - done.version_min)
     stats: dict[str, Metric] = {
         "reward/mean": Mean(sample.reward, 1.0),
         "reward/grader_errors": Sum(float(sample.grader_errors)),
+        "rollout/tokens": Sum(prompt_tokens + length),
         "response/length_mean": Mean(length, 1.0),
         "response/length_max": Max(length),
         "response/truncated_frac": Mean(float(done.finish_reason == "length"), 1.0),
