@@ -1,0 +1,202 @@
+"""The fleet and the processes it owns: start, death, restart, and that nothing outlives the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasapo.config import RolloutConfig
+from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.protocol import Refused, RolloutError
+from megasapo.rollout.spawn import server_command
+from megasapo.types import SamplingParams
+
+FAKE = str(Path(__file__).with_name("fake_server.py"))
+ONE = SamplingParams(max_new_tokens=1)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    config = {"vocab_size": 10, "max_position_embeddings": 16, "num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def settings(*flags: str, **over: Any) -> RolloutConfig:
+    defaults = {"start_timeout_s": 20.0, "retry_for_s": 20.0, "deterministic": False}
+    return RolloutConfig(
+        engine="sglang", spawn_command=(sys.executable, FAKE, "{port}"), server_args=flags, **{**defaults, **over}
+    )
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def listener(fleet: Fleet, index: int = 0) -> int:
+    """The process that serves: the only child of the guard."""
+    process = fleet.servers[index].process
+    assert process is not None
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def generate(fleet: Fleet) -> int:
+    async def run() -> int:
+        try:
+            return (await fleet.generate([(1,)], [ONE]))[0].version_min
+        finally:
+            await fleet.close()
+
+    return asyncio.run(run())
+
+
+def test_servers_start_answer_and_stop(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(spawn=2), model, tmp_path / "run") as fleet:
+        assert generate(fleet) == -1
+        assert len(set(fleet.urls)) == 2
+        pids = [listener(fleet, i) for i in range(2)]
+        assert all(alive(p) for p in pids)
+    wait_until(lambda: not any(alive(p) for p in pids), "servers ended")
+    assert "fake server on port" in (tmp_path / "run/logs/server_1.log").read_text()
+    fleet.stop()  # twice is once
+
+
+def test_a_crash_at_start_shows_the_log(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"(?s)ended with code 1.*server_0\.log.*scripted crash"):
+        Fleet.start(settings("--crash"), model, tmp_path)
+
+
+def test_a_server_that_never_gets_healthy_stops_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"(?s)rollout\.start_timeout_s=1.*fake server on port"):
+        Fleet.start(settings("--never-healthy", start_timeout_s=1.0), model, tmp_path)
+
+
+def test_a_missing_command_stops_the_start(model: Path, tmp_path: Path) -> None:
+    cfg = RolloutConfig(engine="sglang", spawn_command=("/nonexistent/server", "{port}"), start_timeout_s=20.0)
+    with pytest.raises(RolloutError, match=r"(?s)ended with code 1.*/nonexistent/server"):
+        Fleet.start(cfg, model, tmp_path)
+
+
+def test_a_killed_server_comes_back_at_its_url_and_requests_wait_for_it(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(), model, tmp_path) as fleet:
+        urls, old = fleet.urls, listener(fleet)
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: not alive(old), "killed")
+        assert generate(fleet) == -1
+        assert fleet.urls == urls
+        assert listener(fleet) != old
+        metrics = {name: m.value() for name, m in fleet.take_metrics().items()}
+        assert metrics["rollout/server_restarts"] == 1
+        assert metrics["rollout/retries"] >= 1
+
+
+def test_restarts_have_an_end(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(max_restarts=1), model, tmp_path) as fleet:
+        for _ in range(2):
+            wait_until(lambda: fleet.servers[0].up, "up")
+            os.kill(listener(fleet), signal.SIGKILL)
+            wait_until(lambda: not fleet.servers[0].up, "noticed")
+        wait_until(lambda: fleet._watch is not None and fleet._watch.failure is not None, "given up")
+        with pytest.raises(RolloutError, match=r"rollout\.max_restarts=1 times"):
+            generate(fleet)
+        assert not fleet.stale()
+
+
+def test_nothing_outlives_an_owner_that_is_killed(model: Path, tmp_path: Path) -> None:
+    """kill -9 of the learner: the server, and a child of the server that watches nobody, must end."""
+    script = f"""
+import sys, time
+from megasapo.config import RolloutConfig
+from megasapo.rollout.fleet import Fleet
+cfg = RolloutConfig(engine="sglang", spawn_command=({sys.executable!r}, {FAKE!r}, "{{port}}"),
+                    server_args=("--child", {str(tmp_path / "child")!r}), start_timeout_s=20.0)
+fleet = Fleet.start(cfg, {str(model)!r}, {str(tmp_path)!r})
+print(fleet.servers[0].process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        guard = int(owner.stdout.readline())
+        served = int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
+        grandchild = int((tmp_path / "child").read_text())
+        pids = [guard, served, grandchild]
+        assert all(alive(p) for p in pids)
+        owner.kill()
+        wait_until(lambda: not any(alive(p) for p in pids), "all ended")
+
+
+def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(), model, tmp_path) as owner:
+        remote = Fleet.start(RolloutConfig(servers=owner.urls, start_timeout_s=20.0), model, tmp_path / "other")
+        with remote:
+            assert generate(remote) == -1
+            assert remote.servers[0].process is None
+        assert alive(listener(owner))
+        leader = Fleet.connect(owner.cfg, owner.urls, model, leader_index=1)
+        assert generate(leader) == -1
+        with pytest.raises(RolloutError, match="only connected"):
+            leader.begin_publish()
+
+
+def test_a_remote_server_that_is_not_there_stops_the_start(model: Path, tmp_path: Path) -> None:
+    cfg = RolloutConfig(servers=("http://127.0.0.1:9",), start_timeout_s=0.5)
+    with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9: not healthy"):
+        Fleet.start(cfg, model, tmp_path)
+
+
+def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(self: object) -> dict[str, Any]:
+        raise Refused("401: Unauthorized", 401)
+
+    monkeypatch.setattr("megasapo.rollout.client.ServerClient.model_info", refuse)
+    with pytest.raises(Refused, match="401"):
+        Fleet.start(settings(), model, tmp_path)
+
+
+def test_the_command_line_of_each_engine() -> None:
+    embedded = RolloutConfig(api_key_file="key", server_args=("--threads", "1"))
+    assert server_command(embedded, "m", 5) == [
+        *(sys.executable, "-m", "megasapo.rollout.local", "--model", "m", "--port", "5"),
+        *("--exit-with-parent", "--deterministic", "--api-key-file", "key", "--threads", "1"),
+    ]
+    assert "--deterministic" not in server_command(RolloutConfig(max_staleness=1), "m", 5)
+    sglang = RolloutConfig(engine="sglang", server_args=("--tp", "2"))
+    assert server_command(sglang, "m", 5) == [
+        *(sys.executable, "-m", "sglang.launch_server", "--model-path", "m"),
+        *("--host", "127.0.0.1", "--port", "5", "--tp", "2"),
+    ]
+    own = RolloutConfig(engine="sglang", spawn_command=("run.sh", "{model}", "--at={port}"))
+    assert server_command(own, "m", 5) == ["run.sh", "m", "--at=5"]
+
+
+def test_servers_do_not_inherit_a_rank(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with Fleet.start(settings(), model, tmp_path) as fleet:
+        environment = Path(f"/proc/{listener(fleet)}/environ").read_bytes().split(b"\0")
+    names = {entry.split(b"=")[0] for entry in environment}
+    assert not names & {b"RANK", b"MASTER_PORT", b"TORCHELASTIC_RUN_ID"}
+    assert b"PATH" in names
