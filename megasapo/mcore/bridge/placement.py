@@ -72,6 +72,9 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
                 f"{name}={getattr(config, name)} reorders weights in a way no weight table knows: unset it"
             )
     hf = settings(hf_config)
+    for name in ("model_type", "vocab_size"):
+        if name not in hf:
+            raise BridgeError(f"the model's HF configuration has no {name!r}; it has {', '.join(sorted(hf))}")
     table = family(hf["model_type"])
     is_tied = bool(models[0].share_embeddings_and_output_weights)
     ranks = _ranks(models[0])

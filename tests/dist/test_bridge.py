@@ -1,0 +1,194 @@
+"""Weights into a real megatron-core model and out again, over processes: the identity bit for bit in every layout.
+
+pytest starts this file again as N ranks (`python -m tests.dist.test_bridge WORLD_SIZE MODELS_DIR PORTS`); ranks
+assert, and rank 0 prints one line for each case that held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = {  # by world size: tp, pp, ep
+    1: {"single": (1, 1, 1)},
+    2: {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "ep2": (1, 1, 2), "tp2ep2": (2, 1, 2)},
+    4: {
+        "tp2pp2": (2, 2, 1),
+        "tp2ep2dp2": (2, 1, 2),
+        "tp2pp2ep2": (2, 2, 2),
+    },
+}
+MODELS = {
+    "moe": {"kind": "moe"},
+    "moe_tied": {"kind": "moe", "tie_word_embeddings": True, "mlp_only_layers": [1], "vocab_size": 515},
+    "moe_sparse_step_bf16": {"kind": "moe", "decoder_sparse_step": 2, "vocab_size": 513, "dtype": torch.bfloat16},
+    "dense": {"kind": "dense", "vocab_size": 513, "num_attention_heads": 8},
+    "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
+}
+BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for name, over in MODELS.items():
+        experts = {"num_experts": 4} if over["kind"] == "moe" else {}
+        make_model(directory / name, **over, **experts)
+    return directory
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_load_then_export_is_the_identity(world_size: int, models: Path) -> None:
+    done = _run_ranks(world_size, models)
+    expected = {f"{layout} {model}" for layout in LAYOUTS[world_size] for model in MODELS if _fits(layout, model)}
+    assert done == expected
+
+
+def _fits(layout: str, model: str) -> bool:
+    return "ep" not in layout or model.startswith("moe")
+
+
+def _run_ranks(world_size: int, models: Path) -> set[str]:
+    """Start the ranks, wait for all; the lines rank 0 printed. Fails with the output of the first rank that failed."""
+    ports = ",".join(map(str, _free_ports(len(LAYOUTS[world_size]))))  # one for each layout's process group
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    outputs = [models / f"rank{rank}_of_{world_size}.log" for rank in range(world_size)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, output in enumerate(outputs):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            module = ["-W", "ignore", "-m", "tests.dist.test_bridge"]
+            command = [sys.executable, *module, str(world_size), str(models), ports]
+            with output.open("wb") as f:
+                ranks.append(subprocess.Popen(command, cwd=ROOT, env=env | place, stdout=f, stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline and any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
+            time.sleep(0.1)
+        codes = [process.poll() for process in ranks]  # None: still running, because of the time or a failed peer
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = "\n".join(f"--- rank {rank}:\n{output.read_text()[-3000:]}" for rank, output in enumerate(outputs))
+    assert codes == [0] * world_size, logs
+    return {line.removeprefix("ok ") for line in outputs[0].read_text().splitlines() if line.startswith("ok ")}
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def _rank_main() -> None:
+    import torch.distributed as dist
+
+    from megasapo.config import ParallelConfig
+    from megasapo.mcore.topology import Topology
+
+    world_size, models, ports = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
+    for port, (layout, (tp, pp, ep)) in zip(ports, LAYOUTS[world_size].items(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        topo = Topology.init(ParallelConfig(tp=tp, pp=pp, ep=ep))
+        for name in MODELS:
+            if not _fits(layout, name):
+                continue
+            out = models / f"saved_{world_size}_{layout}_{name}"
+            _check_model(models / name, out, topo)
+            if topo.rank == 0:
+                print(f"ok {layout} {name}", flush=True)
+            dist.barrier()
+        topo.destroy()
+
+
+def _check_model(directory, out, topo) -> None:
+    from megasapo.config import ModelConfig
+    from megasapo.mcore import bridge, model
+    from megasapo.mcore.bridge.hf_files import HFFiles
+    from megasapo.mcore.bridge.load import load_files
+
+    dtype = json.loads((directory / "config.json").read_text())["dtype"]
+    hf_config = model.read_hf_config(directory)
+    chunks = model.build_model(ModelConfig(path=str(directory), dtype=dtype), hf_config, topo)
+    files = HFFiles(directory)
+    load_files(chunks, files, hf_config)
+    held = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
+    assert files.bytes_read <= held, f"read {files.bytes_read} bytes to fill {held}"
+    _check_padding(chunks, hf_config, topo)
+
+    reference = load_file(directory / "model.safetensors")
+    exported = _drain(bridge.export_hf(chunks, hf_config, topo, bucket_bytes=BUCKET_BYTES), topo)
+    _assert_equal(exported, reference, topo)
+
+    with torch.no_grad():  # exported is what the model holds now, exactly
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(2)
+    limits = {"bucket_bytes": BUCKET_BYTES, "max_shard_bytes": 300_000}
+    bridge.save_hf(chunks, directory, out, topo, dtype=torch.float32, **limits)
+    if topo.rank == 0:
+        saved = {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}
+        _assert_equal(saved, {k: v.float() * 2 for k, v in reference.items()}, topo)
+
+
+def _drain(export, topo) -> dict[str, torch.Tensor]:
+    """Everything exported, after checks: buckets are bounded, as many on every rank, and only one alive at a time."""
+    import torch.distributed as dist
+
+    exported: dict[str, torch.Tensor] = {}
+    alive: list[weakref.ref[torch.Tensor]] = []
+    count = 0
+    for bucket in export:
+        count += 1
+        assert (topo.rank == 0) == bool(bucket), f"rank {topo.rank} got {len(bucket)} tensors"
+        assert all(ref() is None for ref in alive), "tensors of the previous bucket are still alive"
+        size = sum(t.nbytes for _, t in bucket)
+        assert size <= BUCKET_BYTES or len(bucket) == 1, f"a bucket of {len(bucket)} tensors takes {size} bytes"
+        alive = [weakref.ref(t) for _, t in bucket]
+        exported |= {name: t.clone() for name, t in bucket}
+    counts = [0] * topo.world_size
+    dist.all_gather_object(counts, count)
+    assert len(set(counts)) == 1, f"buckets by rank: {counts}"
+    assert count > 3, f"{count} buckets test nothing"
+    return exported
+
+
+def _check_padding(chunks, hf_config, topo) -> None:
+    for chunk in chunks:
+        for name, value in chunk.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                real = max(0, hf_config.vocab_size - topo.tp_rank * value.shape[0])
+                assert not value[real:].any(), f"rank {topo.rank}: padded rows of {name} are not zero"
+
+
+def _assert_equal(got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], topo) -> None:
+    if topo.rank != 0:
+        assert not got
+        return
+    assert got.keys() == reference.keys(), f"names differ: {sorted(got.keys() ^ reference.keys())[:5]}"
+    for name, value in reference.items():
+        assert got[name].dtype == value.dtype, f"{name}: {got[name].dtype}, not {value.dtype}"
+        assert torch.equal(got[name], value), f"{name} differs"
+
+
+if __name__ == "__main__":
+    _rank_main()
