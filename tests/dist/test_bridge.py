@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -19,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.dist.launcher import free_port, run_ranks
 from tests.tiny import make_model
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {  # by world size: tp, pp, ep
     1: {"single": (1, 1, 1)},
     2: {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "ep2": (1, 1, 2), "tp2ep2": (2, 1, 2)},
@@ -39,7 +36,6 @@ MODELS = {
     "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
 BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -53,50 +49,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_load_then_export_is_the_identity(world_size: int, models: Path) -> None:
-    done = _run_ranks(world_size, models)
-    expected = {f"{layout} {model}" for layout in LAYOUTS[world_size] for model in MODELS if _fits(layout, model)}
+    layouts = LAYOUTS[world_size]
+    ports: set[int] = set()  # one for each layout's process group
+    while len(ports) < len(layouts):
+        ports.add(free_port())
+    arguments = (str(world_size), str(models), ",".join(map(str, ports)))
+    outputs = run_ranks(world_size, "tests.dist.test_bridge", *arguments, logs=models / f"logs{world_size}")
+    done = {line.removeprefix("ok ") for line in outputs[0].splitlines() if line.startswith("ok ")}
+    expected = {f"{layout} {model}" for layout in layouts for model in MODELS if _fits(layout, model)}
     assert done == expected
 
 
 def _fits(layout: str, model: str) -> bool:
     return "ep" not in layout or model.startswith("moe")
-
-
-def _run_ranks(world_size: int, models: Path) -> set[str]:
-    """Start the ranks, wait for all; the lines rank 0 printed. Fails with the output of the first rank that failed."""
-    ports = ",".join(map(str, _free_ports(len(LAYOUTS[world_size]))))  # one for each layout's process group
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    outputs = [models / f"rank{rank}_of_{world_size}.log" for rank in range(world_size)]
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, output in enumerate(outputs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            module = ["-W", "ignore", "-m", "tests.dist.test_bridge"]
-            command = [sys.executable, *module, str(world_size), str(models), ports]
-            with output.open("wb") as f:
-                ranks.append(subprocess.Popen(command, cwd=ROOT, env=env | place, stdout=f, stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline and any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
-            time.sleep(0.1)
-        codes = [process.poll() for process in ranks]  # None: still running, because of the time or a failed peer
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    logs = "\n".join(f"--- rank {rank}:\n{output.read_text()[-3000:]}" for rank, output in enumerate(outputs))
-    assert codes == [0] * world_size, logs
-    return {line.removeprefix("ok ") for line in outputs[0].read_text().splitlines() if line.startswith("ok ")}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def _rank_main() -> None:
