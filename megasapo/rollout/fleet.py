@@ -154,7 +154,8 @@ class Fleet:
         """Where the next attempt goes. Servers that failed a moment ago are asked only if no other is left."""
         ready = [s for s in self.servers if s.ready]
         if not ready:
-            raise Retryable("no rollout server is ready now")
+            troubles = "; ".join(s.trouble or f"{s.url} has weights of version {s.version}" for s in self.servers)
+            raise Retryable(f"no rollout server is ready now: {troubles}")
         now = time.monotonic()
         well = [s for s in ready if now - s.failed_at > 1.0] or ready
         if self.deterministic:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megasapo.config import RolloutConfig
-from megasapo.rollout.client import ServerClient, retrying
-from megasapo.rollout.protocol import Retryable, RolloutError, parse_version
+from megasapo.rollout.client import ServerClient
+from megasapo.rollout.protocol import Refused, Retryable, RolloutError, parse_version
 from megasapo.rollout.spawn import ServerProcess, free_port, server_command
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class Server:
     version: int | None = None  # of its weights; None: not known
     incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
     restarts: int = 0
+    refused_version: int | None = None  # what it could not load
+    trouble: str = ""  # why it was last not ready, for messages
     seen_at: float = 0.0
     look_at: float = 0.0  # when to ask for its version next
     outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
@@ -222,7 +224,8 @@ class Watch:
     async def _restart(self, server: Server, why: str) -> None:
         while True:
             server.up = server.ready = False
-            server.version = None
+            server.version = server.refused_version = None
+            server.trouble = why
             server.restarts += 1
             if server.restarts > self._cfg.max_restarts:
                 raise RolloutError(
@@ -243,8 +246,8 @@ class Watch:
         epoch = self._epoch
         try:
             info = await self.client(server).model_info()
-        except Retryable:
-            server.up = server.ready = False
+        except Retryable as e:
+            server.up, server.ready, server.trouble = False, False, str(e)
             if server.process is not None and time.monotonic() - server.seen_at > self._cfg.start_timeout_s:
                 log.warning("rollout server %d is silent: ending it", server.index)
                 await asyncio.to_thread(server.process.stop)
@@ -257,7 +260,8 @@ class Watch:
             self._judge(server)
 
     async def _bring_up_to_date(self, server: Server) -> None:
-        if not server.up or self._weights_dir is None or server.version in (None, self._version):
+        behind = server.up and server.version not in (None, self._version) and server.refused_version != self._version
+        if not behind or self._weights_dir is None:
             return
         async with self._updating:
             if self._version is None or self._weights_dir is None or server.version == self._version:
@@ -270,14 +274,18 @@ class Watch:
                     await client.update_from_disk(weights_dir, version)
 
             try:
-                await retrying(load, what=f"bringing {server.url} up to date", for_s=self._cfg.retry_for_s)
-            except RolloutError as e:
-                if server.process is None or server.process.exit_code() is None:
-                    raise
-                log.warning("rollout server %d died while loading: %s", server.index, e)
-                return
-            server.version = version
-            self._judge(server)
+                await load()
+            except Refused as e:
+                server.refused_version, server.trouble = version, str(e)
+                log.error("rollout server %d cannot load version %d and is left out: %s", server.index, version, e)
+                if all(s.refused_version == version for s in self._servers):
+                    raise RolloutError(f"no server can load version {version}: {e}") from e
+            except Retryable as e:
+                server.trouble = str(e)  # it may have died; the next look decides
+                log.warning("rollout server %d did not load version %d: %s", server.index, version, e)
+            else:
+                server.version = version
+                self._judge(server)
 
 
 def _log_end(server: Server) -> str:

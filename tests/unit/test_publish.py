@@ -1,0 +1,272 @@
+"""Weights reach real embedded servers bit for bit, from disk and by broadcast, also after a server was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megasapo.config import RolloutConfig
+from megasapo.publish import Bucket, Publisher
+from megasapo.rollout import broadcast
+from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.protocol import RolloutError
+from megasapo.types import Completion, SamplingParams
+from tests.tiny import make_model
+
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+PROMPTS = [(5, 6, 7), (300, 41)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models of one shape: what the servers start with and what the learner has."""
+    root = tmp_path_factory.mktemp("models")
+    return make_model(root / "old", seed=1), make_model(root / "new", seed=2)
+
+
+@pytest.fixture(scope="module")
+def fleet(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    cfg = RolloutConfig(server_args=("--threads", "1"), start_timeout_s=120.0, max_restarts=10)
+    with Fleet.start(cfg, models[0], tmp_path_factory.mktemp("run")) as fleet:
+        yield fleet
+
+
+def export_of(directory: Path, per_bucket: int = 20) -> Iterator[Bucket]:
+    tensors = list(load_file(directory / "model.safetensors").items())
+    for i in range(0, len(tensors), per_bucket):
+        yield tensors[i : i + per_bucket]
+
+
+def publisher(
+    fleet: Fleet, source: Path, models: tuple[Path, Path], run_dir: Path, method: Any, **over: Any
+) -> Publisher:
+    return Publisher(
+        over.pop("export", lambda: export_of(source)),
+        fleet,
+        RolloutConfig(publish=method, start_timeout_s=60.0),
+        rank=0,
+        agree=lambda x: x,
+        run_dir=run_dir,
+        model_dir=models[0],
+        verify=over.pop("verify", True),
+    )
+
+
+def generate(fleet: Fleet) -> list[Completion]:
+    async def run() -> list[Completion]:
+        try:
+            return await fleet.generate(PROMPTS, [GREEDY] * len(PROMPTS))
+        finally:
+            await fleet.close()
+
+    return asyncio.run(run())
+
+
+def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [c.output_ids for c in completions]
+
+
+def greedy_by_transformers(directory: Path) -> list[tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    out = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        ids = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
+        out.append(tuple(ids[0, len(prompt) :].tolist()))
+    return out
+
+
+@pytest.mark.parametrize("method", ["disk", "distributed"])
+def test_servers_have_the_learners_weights_after_a_publish(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    """`verify` compares the server's hash with the export's; the greedy tokens are those of transformers."""
+    expected = {m: greedy_by_transformers(m) for m in models}
+    assert expected[models[0]] != expected[models[1]]
+    for version, source in ((1, models[1]), (2, models[0]), (3, models[1])):
+        p = publisher(fleet, source, models, tmp_path, method)
+        p(version)
+        completions = generate(fleet)
+        assert tokens(completions) == expected[source]
+        assert {(c.version_min, c.version_max) for c in completions} == {(version, version)}
+        assert not fleet.stale()
+        p.close()
+    if method == "disk":
+        assert [d.name for d in (tmp_path / "weights").iterdir()] == ["v3"]
+        written = tmp_path / "weights" / "v3"
+        assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {f.name for f in written.iterdir()}
+
+
+def test_a_group_serves_many_broadcasts(fleet: Fleet, models: tuple[Path, Path], tmp_path: Path) -> None:
+    p = publisher(fleet, models[1], models, tmp_path, "distributed")
+    for version in (4, 5, 6):
+        p(version)
+    delivery = p._delivery
+    assert isinstance(delivery, broadcast.Broadcast)
+    assert delivery._groups_made == 1
+    p.close()
+
+
+def test_a_server_killed_in_the_middle_of_a_request_loses_nothing(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """After a publish to disk the restarted server gets the weights by itself and the request ends as if unharmed."""
+    p = publisher(fleet, models[1], models, tmp_path, "disk")
+    p(7)
+    undisturbed = generate(fleet)
+    long = SamplingParams(max_new_tokens=700, temperature=0.0, ignore_eos=True)
+    process = fleet.servers[0].process
+    assert process is not None
+
+    async def kill_midway() -> list[Completion]:
+        request = asyncio.create_task(fleet.generate([*PROMPTS, (9,)], [GREEDY, GREEDY, long]))
+        await asyncio.sleep(0.3)
+        assert not request.done()
+        os.kill(process.pid, signal.SIGKILL)
+        completions = await request
+        await fleet.close()
+        return completions
+
+    fleet.take_metrics()
+    after = asyncio.run(kill_midway())
+    assert tokens(after[:2]) == tokens(undisturbed)
+    assert [c.logprobs.tolist() for c in after[:2]] == [c.logprobs.tolist() for c in undisturbed]
+    assert {c.version_min for c in after} == {7}
+    assert fleet.take_metrics()["rollout/server_restarts"].value() == 1
+
+
+def test_after_a_broadcast_a_restarted_server_is_stale_until_the_next(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    p = publisher(fleet, models[1], models, tmp_path, "distributed")
+    p(8)
+    expected = generate(fleet)
+    process = fleet.servers[0].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not fleet.stale():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not fleet.servers[0].ready  # it is up with the weights it was started with
+    p(8)
+    assert not fleet.stale()
+    assert tokens(generate(fleet)) == tokens(expected)
+    p.close()
+
+
+def test_a_broadcast_that_fails_midway_is_sent_again(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    real = broadcast.Broadcast.send
+
+    def fail_once(self: broadcast.Broadcast, bucket: Bucket) -> None:
+        sent.append(len(bucket))
+        real(self, bucket)
+        if len(sent) == 2:
+            raise RolloutError("scripted")
+
+    monkeypatch.setattr(broadcast.Broadcast, "send", fail_once)
+    p = publisher(fleet, models[0], models, tmp_path, "distributed")
+    p(9)
+    buckets = len(list(export_of(models[0])))
+    assert len(sent) == 2 + buckets
+    assert tokens(generate(fleet)) == greedy_by_transformers(models[0])
+    p.close()
+
+
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    good = publisher(fleet, models[1], models, tmp_path, "disk")
+    good(10)
+    before = generate(fleet)
+
+    def wrong() -> Iterator[Bucket]:
+        yield [("model.embed_tokens.weight", torch.zeros(3, 3))]
+
+    with pytest.raises(RolloutError, match=r"version 11 was not published in 3 attempts.*embed_tokens"):
+        publisher(fleet, models[1], models, tmp_path / "other", "disk", export=wrong)(11)
+    assert fleet.version == 10
+    deadline = time.monotonic() + 20
+    while not fleet.servers[0].ready:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert tokens(generate(fleet)) == tokens(before)
+
+
+def test_verify_notices_a_changed_bit(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megasapo.rollout.disk import DiskDelivery
+
+    real = DiskDelivery.send
+
+    def spoil(self: DiskDelivery, bucket: Bucket) -> None:
+        real(self, [(n, t * 1.0001 if n == "lm_head.weight" else t) for n, t in bucket])
+
+    monkeypatch.setattr(DiskDelivery, "send", spoil)
+    with pytest.raises(RolloutError, match="holds other weights than were published"):
+        publisher(fleet, models[1], models, tmp_path, "disk")(12)
+
+
+def test_a_server_that_refuses_an_update_is_not_sampled_from(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two servers, one of which refuses: the version is published, and requests go to the other only."""
+    fake = str(Path(__file__).with_name("fake_server.py"))
+    launch = f'if [ -e "{tmp_path}/first" ]; then exec "$@" --refuse-updates; fi; touch "{tmp_path}/first"; exec "$@"'
+    cfg = RolloutConfig(
+        engine="sglang",
+        spawn=2,
+        spawn_command=("bash", "-c", launch, "bash", sys.executable, fake, "{port}"),
+        start_timeout_s=60.0,
+        deterministic=False,
+        retry_for_s=5.0,
+    )
+    with Fleet.start(cfg, models[0], tmp_path / "run") as fleet:
+        publisher(fleet, models[1], models, tmp_path, "disk", verify=False)(3)
+        assert sorted(s.ready for s in fleet.servers) == [False, True]
+        one = SamplingParams(max_new_tokens=1)
+
+        async def run() -> list[Completion]:
+            completions = await fleet.generate([(i,) for i in range(1, 9)], [one] * 8)
+            await fleet.close()
+            return completions
+
+        assert {c.version_min for c in asyncio.run(run())} == {3}
+        assert "rollout/wrong_version" not in fleet.take_metrics()
+
+
+def test_other_ranks_only_export_and_learn_the_outcome(models: tuple[Path, Path], tmp_path: Path) -> None:
+    said = iter([None, None])
+    drained = []
+
+    def export() -> Iterator[Bucket]:
+        for i in range(3):
+            drained.append(i)
+            yield []
+
+    cfg = RolloutConfig()
+    p = Publisher(export, None, cfg, rank=1, agree=lambda _: next(said), run_dir=tmp_path, model_dir=models[0])
+    p(1)
+    assert drained == [0, 1, 2]
+    said = iter(["OSError: disk full", None, "late", "early"])
+    with pytest.raises(RolloutError, match="version 2 was not published in 3 attempts: early"):
+        Publisher(export, None, cfg, rank=1, agree=lambda _: next(said), run_dir=tmp_path, model_dir=models[0])(2)
+
+
+def test_rank_0_needs_a_fleet(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank 0 publishes"):
+        Publisher(lambda: iter([]), None, RolloutConfig(), rank=0, agree=print, run_dir=tmp_path, model_dir=tmp_path)
