@@ -12,6 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -118,6 +119,9 @@ class App:
                 log.info("client disconnected: %s", wanted.sequences[0].rid)
                 return Response(status_code=499)
             done.result()
+            for s in wanted.sequences:
+                if s.finish is not None and s.finish.get("status_code"):
+                    return _error(s.finish["status_code"], s.finish["message"])
             return JSONResponse(self._answers(wanted))
         finally:
             gone.cancel()
@@ -134,7 +138,8 @@ class App:
         news: asyncio.Queue[Exception | None] = asyncio.Queue()
 
         def notify(error: Exception | None) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, error)
+            with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
+                loop.call_soon_threadsafe(news.put_nowait, error)
 
         job = self._submit(wanted.sequences, notify, stream=True)
         sent = [(0, False)] * len(wanted.sequences)
@@ -145,11 +150,10 @@ class App:
                     yield _event({"error": {"message": str(error), "type": "internal_error", "code": 500}})
                     break
                 for i, s in enumerate(wanted.sequences):
-                    # the engine thread may go on meanwhile: read `finish` before the tokens it covers
-                    state = (s.finish is not None, len(s.output))
-                    if (state[1], state[0]) != sent[i] and not sent[i][1]:
-                        sent[i] = (state[1], state[0])
-                        out = protocol.answer(s, self._loaded, self._engine.weight_version, wanted.text_in_logprobs)
+                    out = protocol.answer(s, self._loaded, self._engine.weight_version, wanted.text_in_logprobs)
+                    state = (len(out["output_ids"]), out["meta_info"]["finish_reason"] is not None)
+                    if state != sent[i]:
+                        sent[i] = state
                         yield _event(out | {"index": i} if wanted.many else out)
             yield b"data: [DONE]\n\n"
         finally:
@@ -162,8 +166,9 @@ class App:
 
     def _abandon(self, job: Job) -> None:
         """Abort what is left of a request whose client does not wait for it any more."""
-        if not job.finished() and self._engine.failure is None:
-            self._engine.control(lambda: self._engine.abort_job(job))
+        if not job.finished():
+            with suppress(EngineError):  # it has stopped, and all jobs with it
+                self._engine.control(lambda: self._engine.abort_job(job))
 
     # State
 
@@ -255,10 +260,11 @@ class App:
         async def handler(request: Request) -> Response:
             try:
                 return JSONResponse(await fn(await _body(request)))
-            except (Refused, WeightError, ValueError, RuntimeError) as e:
+            except (ValueError, RuntimeError) as e:  # Refused, WeightError, torch.distributed's own
                 log.warning("%s: %s", request.url.path, e)
                 status = 500 if isinstance(e, EngineError) else 400
-                return JSONResponse({"success": False, "message": str(e)}, status_code=status)
+                content = {"success": False, "message": str(e), "num_paused_requests": 0}
+                return JSONResponse(content, status_code=status)
 
         return handler
 
@@ -380,6 +386,7 @@ def _resolver(done: asyncio.Future[None]) -> Callable[[Exception | None], None]:
             done.set_exception(error)
 
     def notify(error: Exception | None) -> None:
-        loop.call_soon_threadsafe(settle, error)
+        with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
+            loop.call_soon_threadsafe(settle, error)
 
     return notify

@@ -5,6 +5,7 @@ Owned by the engine thread; the engine decides who joins and leaves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -59,6 +60,11 @@ class Batch:
             self._cache.release()
         return taken
 
+    def release(self) -> None:
+        """Forget the cache. Only without rows."""
+        assert not self.rows
+        self._cache.release()
+
     def drop_finished(self) -> None:
         """Close the gaps that finished sequences leave: the last rows move into them."""
         kept = [i for i, s in enumerate(self.rows) if s.finish is None]
@@ -76,8 +82,8 @@ class Batch:
         self._new = min(self._new, size)
         self._sampler = None
 
-    def step(self, version: str) -> list[Sequence]:
-        """One token for every row; returns the rows. `finish` is set on those that ended."""
+    def step(self, version: str) -> None:
+        """One token for every row; `finish` is set on those that ended."""
         rows, num_new = self.rows, self._new
         longest = max(s.length() for s in rows)
         self._cache.reserve(len(rows), longest)
@@ -91,14 +97,15 @@ class Batch:
         if plan.routed and any(s.return_routing for s in rows):
             self._record_routing(plan, num_new)
         for s, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if s.sampling.max_new_tokens == 0:
+            if not math.isfinite(logprob):
+                s.abort(f"the model gave logits that are not finite after {s.length()} tokens", status=500)
+            elif s.sampling.max_new_tokens == 0:
                 s.versions = [(version, 0, 0)]
                 s.finish = {"type": "length", "length": 0}
             else:
                 s.append(token, logprob, version)
                 self._check_finish(s, token)
         self._new = 0
-        return rows
 
     def _plan(self, num_decode: int, longest: int) -> tuple[Plan, torch.Tensor, list[int]]:
         """The packed step, the positions whose logits are wanted, and how many of those each row has."""

@@ -30,23 +30,25 @@ class Cache:
         return rows <= self.max_rows and rows * _round(length) <= self.max_cells
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` positions, keeping what is stored."""
+        """Make room for `rows` rows of `length` positions, keeping what they store; with slack while that fits."""
         if rows <= self.rows and length <= self.capacity:
             return
-        rows = max(rows, self.rows)
-        capacity = max(_round(length), self.capacity)
-        roomy_rows, roomy_capacity = min(max(rows, 2 * self.rows), self.max_rows), capacity
-        if length > self.capacity:
-            roomy_capacity = max(capacity, _round(self.capacity * 3 // 2))
-        if roomy_rows * roomy_capacity <= self.max_cells:
-            rows, capacity = roomy_rows, roomy_capacity
+        exact = (rows, _round(length))
+        roomy = (
+            min(2 * self.rows, self.max_rows) if rows > self.rows else self.rows,
+            _round(self.capacity * 3 // 2) if length > self.capacity else self.capacity,
+        )
+        kept = (max(rows, self.rows), max(exact[1], self.capacity))
+        wanted = (max(rows, roomy[0]), max(exact[1], roomy[1]))
+        rows, capacity = next((c for c in (wanted, kept) if c[0] * c[1] <= self.max_cells), exact)
         if self._key is not None and self._value is not None:
             self._key, self._value = (self._grown(x, rows, capacity) for x in (self._key, self._value))
         self.rows, self.capacity = rows, capacity
 
     def _grown(self, old: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         new = old.new_zeros(old.shape[0], rows, old.shape[2], capacity, old.shape[4])
-        new[:, : old.shape[1], :, : old.shape[3]] = old
+        kept_rows, kept = min(rows, old.shape[1]), min(capacity, old.shape[3])
+        new[:, :kept_rows, :, :kept] = old[:, :kept_rows, :, :kept]
         return new
 
     def slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

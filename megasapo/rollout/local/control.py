@@ -48,6 +48,7 @@ class Control:
         self._device = device
         self._groups: dict[str, WeightGroup] = {}
         self._session = False
+        self._receiving = asyncio.Lock()  # broadcasts of one group must not be received by two threads
 
     async def _on_engine(self, fn: Callable[[], T]) -> T:
         """Before the engine's next step."""
@@ -150,14 +151,16 @@ class Control:
         if load_format not in ("", "flattened_bucket"):
             raise Refused(f"load_format={load_format!r}: expected null or 'flattened_bucket'")
 
-        def receive() -> None:
-            for name, _dtype, shape in specs:
-                self._weights.check(name, shape)
-            tensors = _receive_bucket if load_format else _receive_each
-            self._weights.write(tensors(group, specs, self._device))
-            self._stamp(version)
+        receive = _receive_bucket if load_format else _receive_each
+        # Beside the engine's thread, which goes on; and before any check, or the sender would wait for us in vain.
+        async with self._receiving:
+            tensors = await asyncio.to_thread(lambda: list(receive(group, specs, self._device)))
 
-        await self._when_idle(receive, field(body, "abort_all_requests", bool, False))
+            def replace() -> None:
+                self._weights.write(tensors)
+                self._stamp(version)
+
+            await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
         return self._done("Succeeded to update parameter online.", version)
 
     async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Engine:
         self.weight_version = weight_version
         self.paused = False
         self.failure: str | None = None
+        self.crashed = False
         self._deterministic = deterministic
         self._inbox: deque[Job | tuple[Future[Any], Callable[[], Any]]] = deque()
         self._urgent: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -86,22 +87,21 @@ class Engine:
 
     def num_unfinished(self) -> int:
         """Sequences running, waiting or not yet taken from the inbox."""
-        inbox = [item for item in self._inbox if isinstance(item, Job)]
-        return sum(s.finish is None for job in self._jobs + inbox for s in job.sequences)
+        return sum(s.finish is None for job in self._jobs + self._inbox_jobs() for s in job.sequences)
 
     def num_running(self) -> int:
         return len(self.batch.rows)
 
-    def num_taken(self) -> int:
-        """Sequences running or waiting, those left in the inbox while paused not counted."""
-        return sum(s.finish is None for job in self._jobs for s in job.sequences)
+    def _inbox_jobs(self) -> list[Job]:
+        with self._wake:
+            return [item for item in self._inbox if isinstance(item, Job)]
 
     def abort(self, rid: str | None) -> None:
-        """Abort the sequences whose id is `rid` or starts with `rid_` (copies and batches); None: all of them."""
-        for job in [*self._jobs, *(item for item in self._inbox if isinstance(item, Job))]:
+        """Abort the sequences whose id starts with `rid` (so a batch's too, as SGLang does); None: all of them."""
+        for job in self._jobs + self._inbox_jobs():
             for s in job.sequences:
-                if s.finish is None and (rid is None or s.rid == rid or s.rid.startswith(f"{rid}_")):
-                    s.abort("Abort in waiting queue" if not s.output else "Aborted")
+                if s.finish is None and (rid is None or s.rid.startswith(rid)):
+                    s.abort("Aborted")
         self._settle()
 
     def abort_job(self, job: Job) -> None:
@@ -132,6 +132,7 @@ class Engine:
             self._fail("the server is shutting down")
         except BaseException as e:
             log.exception("the engine has crashed")
+            self.crashed = True
             self._fail(f"the engine has crashed: {type(e).__name__}: {e}")
 
     def _fail(self, reason: str) -> None:
@@ -191,9 +192,7 @@ class Engine:
 
     def _step(self) -> None:
         self._admit()
-        for s in self.batch.step(self.weight_version):
-            if len(s.output) == 1 or s.finish is not None:
-                log.debug("%s: %d tokens, %s", s.rid, len(s.output), s.finish)
+        self.batch.step(self.weight_version)
         self._settle()
         for job in self._jobs:
             if job.stream:
@@ -220,6 +219,8 @@ class Engine:
         done = [job for job in self._jobs if job.finished()]
         if done:
             self._jobs = [job for job in self._jobs if not job.finished()]
+            if self._deterministic and not self._jobs:
+                self.batch.release()  # the next job starts from an empty cache, whatever ran before it
         with self._wake:
             gone = [item for item in self._inbox if isinstance(item, Job) and item.finished()]
             for job in gone:

@@ -108,20 +108,17 @@ class Forward:
         plan = self._plan
         assert plan is not None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-        keys, values = self.cache.write(module.layer_idx, plan.slots, k, v)
+        keys, values = self.cache.write(int(module.layer_idx), plan.slots, k, v)  # type: ignore[arg-type]
         num_decode, parts = plan.num_decode, []
         if num_decode:
-            past = [x[:num_decode, :, : plan.decode_length] for x in (keys, values)]
-            parts.append(_attend_one(q[:num_decode], *past, plan, scaling))
+            past_k, past_v = (x[:num_decode, :, : plan.decode_length] for x in (keys, values))
+            parts.append(_attend_one(q[:num_decode], past_k, past_v, plan, scaling))
         start = num_decode
         for length in plan.prefill_lengths:
             end = start + length
-            out = F.scaled_dot_product_attention(
-                *(x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            q_part, k_part, v_part = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            gqa = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scaling, enable_gqa=gqa)
             parts.append(out[0].transpose(0, 1))
             start = end
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megasapo.rollout.local.options import Options
@@ -31,16 +33,18 @@ class Loaded:
         """Token ids to text, special tokens kept; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        own = copy.deepcopy(self.tokenizer)  # for the engine's thread: a tokenizer must not be used from two at once
+        return lambda ids: own.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def load(options: Options) -> Loaded:
     """The model in eval mode on its device, every parameter in memory of its own."""
     path = options.model
+    transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
-    model = model.to(options.device).eval().requires_grad_(False)
+    model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` in its wrapper
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # loading may have mapped the file, which the next update overwrites
     text = config.get_text_config()

@@ -176,11 +176,14 @@ def parse(body: Any, loaded: Loaded, max_total_tokens: int, routing: bool) -> Ge
 
 def answer(s: Sequence, loaded: Loaded, weight_version: str, text_in_logprobs: bool) -> dict[str, Any]:
     """What SGLang answers for one sequence, finished or (streaming) not."""
+    finish = s.finish  # before the tokens: when it is there, so are all of them (the engine may go on meanwhile)
     count = len(s.output)
-    versions = s.versions or [(weight_version, 0, 0)]
+    output = s.output[:count]
+    versions = [(v, start, min(end, count)) for v, start, end in s.versions if start < count or start == 0]
+    versions = versions or [(weight_version, 0, 0)]
     meta: dict[str, Any] = {
         "id": s.rid,
-        "finish_reason": s.finish,
+        "finish_reason": finish,
         "prompt_tokens": len(s.prompt),
         "weight_version": versions[-1][0],
         "num_retractions": s.retractions,
@@ -196,12 +199,12 @@ def answer(s: Sequence, loaded: Loaded, weight_version: str, text_in_logprobs: b
         scores = [None, *(s.prompt_logprobs or [])][: len(s.prompt) - start]
         texts = _token_texts(loaded, text_in_logprobs)
         meta["input_token_logprobs"] = [[p, t, texts(t)] for p, t in zip(scores, s.prompt[start:], strict=False)]
-        meta["output_token_logprobs"] = [[p, t, texts(t)] for p, t in zip(s.logprobs, s.output, strict=True)]
+        meta["output_token_logprobs"] = [[p, t, texts(t)] for p, t in zip(s.logprobs, output, strict=False)]
         meta["output_token_logprobs_length"] = count
-    if s.return_routing and s.routing and s.finish is not None:
+    if s.return_routing and s.routing and finish is not None:
         rows = np.concatenate(s.routing)[s.routing_start : len(s.prompt) + count - 1]
-        meta["routed_experts"] = base64.b64encode(np.ascontiguousarray(rows, dtype=np.int32)).decode()
-    return {"text": _text(s, loaded), "output_ids": list(s.output), "meta_info": meta}
+        meta["routed_experts"] = base64.b64encode(rows.astype(np.int32).tobytes()).decode()
+    return {"text": _text(s, output, finish, loaded), "output_ids": output, "meta_info": meta}
 
 
 def _token_texts(loaded: Loaded, wanted: bool) -> Any:
@@ -210,19 +213,17 @@ def _token_texts(loaded: Loaded, wanted: bool) -> Any:
     return lambda token: loaded.tokenizer.decode([token])  # type: ignore[union-attr]
 
 
-def _text(s: Sequence, loaded: Loaded) -> str:
+def _text(s: Sequence, ids: list[int], finish: dict[str, Any] | None, loaded: Loaded) -> str:
     if loaded.tokenizer is None:
         return ""
-    ids = s.output
-    reason = s.finish or {}
-    trim = reason.get("type") == "stop" and not s.sampling.no_stop_trim
+    trim = (finish or {}).get("type") == "stop" and not s.sampling.no_stop_trim
     if trim and s.stop_matched is None:
         ids = ids[:-1]
     text = loaded.tokenizer.decode(ids, skip_special_tokens=s.sampling.skip_special_tokens)
     if trim and s.stop_matched is not None:
         at = text.find(s.stop_matched)
         text = text if at < 0 else text[:at]
-    if s.finish is None:
+    if finish is None:
         text = text.rstrip("\ufffd")  # bytes of a character that is still coming
     return text
 
@@ -272,9 +273,9 @@ def _prompts(body: dict[str, Any], loaded: Loaded) -> tuple[list[list[int]], boo
         texts = text if isinstance(text, list) else [text]
         many, lists = isinstance(text, list), [loaded.tokenizer.encode(_typed(t, str, "text")) for t in texts]
     else:
-        _typed(ids, list, "input_ids")
-        many = bool(ids) and isinstance(ids[0], list)
-        lists = ids if many else [ids]
+        given = _typed(ids, list, "input_ids")
+        many = bool(given) and isinstance(given[0], list)
+        lists = given if many else [given]
     if not lists:
         raise BadRequest("no prompts given")
     for prompt in lists:

@@ -77,7 +77,8 @@ def _draw(logp: torch.Tensor, state: SamplerState, positions: list[int]) -> torc
     total = cumulative[:, -1:].clone()
     uniform = torch.from_numpy(uniforms(state.seeds, np.array(positions, dtype=np.uint64))).to(logp.device)
     # right=True: the first token whose cumulative probability exceeds the draw, so never one of probability zero
-    return torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
+    return drawn.clamp_(max=logp.shape[1] - 1)  # beyond the end only where logits are NaN, which the caller sees
 
 
 def _filter(probs: torch.Tensor, state: SamplerState) -> torch.Tensor:

@@ -69,16 +69,17 @@ class Sequence:
 
     def append(self, token: int, logprob: float, version: str) -> None:
         count = len(self.output)
-        self.output.append(token)
         self.logprobs.append(logprob)
+        self.output.append(token)  # after its logprob: a streaming reader on another thread counts by `output`
         if self.versions and self.versions[-1][0] == version:
             version, start, _ = self.versions[-1]
             self.versions[-1] = (version, start, count + 1)
         else:
             self.versions.append((version, count, count + 1))
 
-    def abort(self, message: str) -> None:
-        self.finish = {"type": "abort", "message": message, "status_code": None, "err_type": None}
+    def abort(self, message: str, status: int | None = None) -> None:
+        """End with what is there. `status`: the request as a whole has failed with it."""
+        self.finish = {"type": "abort", "message": message, "status_code": status, "err_type": None}
 
 
 @dataclass(slots=True)

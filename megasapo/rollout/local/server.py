@@ -6,11 +6,14 @@ Called by `main` of this package, after the options are known to be good.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -39,10 +42,10 @@ def serve(options: Options) -> int:
     engine, app = build(options, loaded)
     engine.start()
     try:
-        asyncio.run(_listen_and_serve(options, app, listener))
+        asyncio.run(_listen_and_serve(options, engine, app, listener))
     finally:
         engine.stop()
-    return 1 if engine.failure is not None and "crashed" in engine.failure else 0
+    return 1 if engine.crashed else 0
 
 
 def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
@@ -68,7 +71,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _listen_and_serve(options: Options, app: App, listener: socket.socket) -> None:
+async def _listen_and_serve(options: Options, engine: Engine, app: App, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app.asgi(),
         log_level="info" if options.log_requests else "warning",
@@ -77,13 +80,14 @@ async def _listen_and_serve(options: Options, app: App, listener: socket.socket)
         timeout_keep_alive=75,
         lifespan="off",
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     loop = asyncio.get_running_loop()
 
     def leave() -> None:
-        if server.should_exit:
-            os._exit(1)  # asked twice
         server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
 
     if options.exit_with_parent:
         threading.Thread(target=_watch_stdin, args=(loop, leave), daemon=True).start()
@@ -93,14 +97,26 @@ async def _listen_and_serve(options: Options, app: App, listener: socket.socket)
     if server.started:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"megasapo serve: ready at http://{host}:{options.port}", flush=True)
+    while not (server.should_exit or task.done()):
+        await asyncio.sleep(0.05)
+    # Requests in flight fail now, with a message, instead of holding the server until their last token.
+    await asyncio.to_thread(engine.stop)
     await task
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, leave: object) -> None:
+class _Server(uvicorn.Server):
+    """uvicorn ends the process by the very signal it has caught; here SIGTERM is a clean end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, leave: Callable[[], None]) -> None:
     """The parent holds the other end of stdin; when it dies, however it dies, reading ends."""
     while os.read(0, 4096):
         pass
-    loop.call_soon_threadsafe(leave)  # type: ignore[arg-type]
+    loop.call_soon_threadsafe(leave)
     # A server that has not ended by then is stuck in a long step: nobody is left to wait for it.
     timer = threading.Timer(15.0, os._exit, args=(1,))
     timer.daemon = True

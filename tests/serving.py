@@ -1,0 +1,74 @@
+"""The embedded server inside a test's own process: engine thread and application, asked over an in-memory transport."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megasapo.rollout.local.engine import Engine
+from megasapo.rollout.local.model import Loaded, load
+from megasapo.rollout.local.options import Options
+from megasapo.rollout.local.server import build
+
+TIMEOUT_S = 60.0
+
+
+class Serving:
+    """One server. `ask` runs a coroutine function over a client; `generate` and `post` are the short ways."""
+
+    def __init__(self, options: Options) -> None:
+        self.loaded: Loaded = load(options)
+        self.engine: Engine
+        self.engine, app = build(options, self.loaded)
+        self._app = app.asgi()
+
+    def client(self, **headers: str) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://server", timeout=TIMEOUT_S, headers=headers)
+
+    def ask(self, fn: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]) -> Any:
+        async def run() -> Any:
+            async with self.client() as client, asyncio.timeout(TIMEOUT_S):
+                return await fn(client)
+
+        return asyncio.run(run())
+
+    def post(self, path: str, body: Any = None, method: str = "POST", **headers: str) -> httpx.Response:
+        async def send(client: httpx.AsyncClient) -> httpx.Response:
+            return await client.request(method, path, json={} if body is None else body, headers=headers)
+
+        return self.ask(send)
+
+    def generate(self, **body: Any) -> Any:
+        answer = self.post("/generate", body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds between two steps of the engine."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not await asyncio.wrap_future(self.engine.control(condition)):
+            assert time.monotonic() < deadline, "the condition never held"
+            await asyncio.sleep(0.001)
+
+    async def started(self, num_tokens: int = 3) -> None:
+        """Wait until every running sequence has that many tokens, and there is one."""
+        rows = self.engine.batch.rows
+        await self.until(lambda: bool(rows) and all(len(s.output) >= num_tokens for s in rows))
+
+
+@contextmanager
+def serving(model_dir: Path, **options: Any) -> Iterator[Serving]:
+    """A server with these Options, stopped at the end."""
+    server = Serving(Options(model=str(model_dir), **options))
+    server.engine.start()
+    try:
+        yield server
+    finally:
+        server.engine.stop()
