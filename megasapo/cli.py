@@ -11,18 +11,20 @@ import sys
 from megasapo import __version__
 from megasapo.config import ConfigError
 
+RANKS = "CONFIG.yaml [a.b=c ...] [--nproc N]"
 COMMANDS = {
-    "train": ("megasapo.train", "CONFIG.yaml [a.b=c ...] [--nproc N]", "reinforcement learning with SAPO or a baseline"),
-    "sft": ("megasapo.sft", "CONFIG.yaml [a.b=c ...] [--nproc N]", "supervised cold start with the same learner"),
-    "serve": ("megasapo.rollout.local", "--model HF_DIR --port P [...]", "the embedded rollout server (SGLang's HTTP API)"),
+    "train": ("megasapo.train", RANKS, "reinforcement learning with SAPO or a baseline"),
+    "sft": ("megasapo.sft", RANKS, "supervised cold start with the same learner"),
+    "serve": ("megasapo.rollout.local", "--model HF_DIR --port P [...]", "embedded rollout server, SGLang's HTTP API"),
     "evaluate": ("megasapo.evaluate", "CONFIG.yaml [a.b=c ...] [--url URL]", "pass@k on held-out problems"),
-    "score": ("megasapo.score", "--model HF_DIR --data IN --out OUT [a.b=c ...] [--nproc N]", "teacher-forced logprobs"),
+    "score": ("megasapo.score", "--model DIR --data IN --out OUT [a.b=c ...] [--nproc N]", "teacher-forced logprobs"),
     "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
 }
 
 
 def usage() -> str:
-    lines = [f"megasapo {__version__}: SAPO on megatron-core with SGLang rollouts", "", "usage: megasapo COMMAND ...", ""]
+    title = f"megasapo {__version__}: SAPO on megatron-core with SGLang rollouts"
+    lines = [title, "", "usage: megasapo COMMAND ...", ""]
     for name, (_module, arguments, what) in COMMANDS.items():
         lines += [f"  {name:9} {what}", f"  {'':9}   megasapo {name} {arguments}".rstrip()]
     return "\n".join([*lines, "", "megasapo COMMAND --help says more."])

@@ -71,7 +71,7 @@ class DataConfig(Section):
 
 class RewardSpec(Section):
     name: str
-    """math | exact_match | format | http, or `package.module:function` (async, or plain and run in a worker process)."""
+    """math | exact_match | format | http, or `package.module:function` (async or plain, run in a worker process)."""
     weight: Annotated[float, Field(strict=False, allow_inf_nan=False)] = 1.0
     options: dict[str, Any] = {}
     """Keyword arguments of the reward, such as `url` of http or `pattern` of format."""
@@ -95,7 +95,7 @@ class RolloutConfig(Section):
     spawn: PositiveInt = 1
     """Servers started (and restarted when they die) by the run when `servers` is empty."""
     spawn_command: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """For engine sglang: the command that starts a server; {model} {port} are filled in. Empty: python -m sglang.launch_server."""
+    """For engine sglang: starts a server, {model} and {port} are filled in; empty: sglang.launch_server."""
     server_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Flags appended to the server's command line."""
     max_restarts: NonNegativeInt = 3
@@ -122,7 +122,7 @@ class RolloutConfig(Section):
     retry_for_s: PositiveFloat = 600.0
     """A request that has failed for this long, retries included, stops the run."""
     drop_zero_variance: bool = False
-    """Drop groups whose rewards are all equal and draw new ones in their place (DAPO); counted either way."""
+    """Drop groups whose rewards are all equal and draw new ones (DAPO); counted either way."""
     deterministic: bool = True
     """Embedded server at max_staleness 0: the same run gives the same samples bit for bit (one request a leader and step,
     seeded, run by itself). False: requests mix freely, which is faster."""
@@ -282,7 +282,7 @@ def _check_lengths(cfg: Config) -> None:
 
 def _check_algo(cfg: Config) -> None:
     a = cfg.algo
-    if a.advantage in ("auto", "group", "leave_one_out") and cfg.rollout.group_size == 1 and a.objective != "reinforce":
+    if cfg.rollout.group_size == 1 and a.objective != "reinforce":
         raise ValueError(
             "rollout.group_size=1 gives every advantage the value 0: use a group of at least 2, "
             "or algo.objective=reinforce"
@@ -407,5 +407,6 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*map(str, loc[:-1]), close[0]])!r}?"
-    elsewhere = [f"{s}.{loc[-1]}" for s, f in Config.model_fields.items() if loc[-1] in f.annotation.model_fields]
+    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    elsewhere = [f"{name}.{loc[-1]}" for name, section in sections.items() if loc[-1] in section.model_fields]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known keys: {', '.join(names)}"

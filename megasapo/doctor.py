@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
 
 def _machine() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {cores} cores", True)
+    where = f"{platform.system()} {platform.machine()}, {cores} cores"
+    return Finding("python", f"{platform.python_version()} on {where}", True)
 
 
 def _version(name: str) -> str | None:
@@ -64,7 +65,7 @@ def _device() -> Finding:
     except (ImportError, OSError) as e:
         return Finding("device", f"torch does not import: {e}", False, "install a torch that fits this machine")
     if not torch.cuda.is_available():
-        return Finding("device", "no CUDA device", False, "runs on the CPU over gloo: right for tests and tiny models only")
+        return Finding("device", "no CUDA device", False, "the CPU over gloo serves tests and tiny models only")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("device", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}", True)
 
@@ -78,7 +79,7 @@ def _transformer_engine() -> Finding:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as e:  # a broken TE raises whatever its loader raises; naming it is the point
-        advice = "a broken TransformerEngine also breaks `import megatron.core`: reinstall it for this torch, or uninstall it"
+        advice = "a broken one also breaks `import megatron.core`: reinstall it for this torch, or uninstall it"
         return Finding(name, f"{version}, does not import: {type(e).__name__}: {e}", False, advice)
     return Finding(name, version, True)
 
@@ -86,10 +87,10 @@ def _transformer_engine() -> Finding:
 def _apex() -> Finding:
     version = _version("apex")
     if version is None and importlib.util.find_spec("apex") is None:
-        cost = "only gradient_accumulation_fusion of the output layer needs it; NVIDIA's is built from source or comes in NGC images"
+        cost = "only gradient_accumulation_fusion needs it; NVIDIA's is built from source or comes in NGC images"
         return Finding("apex", "not installed", False, cost)
     if importlib.util.find_spec("amp_C") is None:
-        advice = "the package named apex on PyPI is unrelated to NVIDIA's: pip uninstall apex, then build NVIDIA's from source"
+        advice = "PyPI's apex is unrelated to NVIDIA's: pip uninstall apex, then build NVIDIA's from source"
         return Finding("apex", f"{version or 'unknown version'}, not NVIDIA's (no amp_C extension)", False, advice)
     return Finding("apex", f"{version or 'NVIDIA build'}", True)
 
@@ -107,5 +108,5 @@ def _sglang() -> Finding:
         return Finding("sglang", f"{version} in this environment", True)
     if shutil.which("sglang"):
         return Finding("sglang", "on the PATH, in an environment of its own", True)
-    where = "give rollout.servers the URLs of running ones, or rollout.spawn_command; the embedded server serves without it"
+    where = "the embedded server does without; else give rollout.servers URLs, or rollout.spawn_command"
     return Finding("sglang", f"not in {sys.prefix}", False, where)

@@ -11,17 +11,19 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megasapo import config
-from megasapo.algo.estimators import pass_at_k
+from megasapo.algo.passk import pass_at_k
 from megasapo.config import Config, ConfigError
 from megasapo.rewards.model import RewardModel
 from megasapo.types import Engine, Prompt, SamplingParams
 
+Decode = Callable[[tuple[int, ...]], str]
 EVAL_STREAM = 0x5EED  # keeps the seeds of evaluation apart from those of training
 RIGHT = 0.5
 
@@ -37,7 +39,7 @@ class Problem:
 
 
 async def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], scorer: RewardModel, decode: Callable[[tuple[int, ...]], str], cfg: Config
+    engine: Engine, prompts: Sequence[Prompt], scorer: RewardModel, decode: Decode, cfg: Config
 ) -> list[Problem]:
     """Sample eval.samples responses to each prompt and grade them."""
     count = cfg.eval.samples
@@ -57,9 +59,7 @@ async def evaluate(
 
 def summary(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, float]:
     """{"pass@1": ..., "problems": ..., "samples": ..., "response_length": ...}."""
-    result = {
-        f"pass@{k}": float(np.mean([pass_at_k(len(p.right), sum(p.right), k) for p in problems])) for k in ks
-    }
+    result = {f"pass@{k}": float(np.mean([pass_at_k(len(p.right), sum(p.right), k) for p in problems])) for k in ks}
     return result | {
         "problems": len(problems),
         "samples": len(problems[0].right),
@@ -90,7 +90,7 @@ def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
 def main(argv: list[str]) -> int:
     """Entry of the command: starts (or connects to) a server, samples, grades, prints pass@k."""
     parser = argparse.ArgumentParser(prog="megasapo evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its model, data.eval, reward, rollout and eval")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="model, data, reward, rollout and eval")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--url", help="a running rollout server instead of one started on model.path")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -144,7 +144,7 @@ def _measure(cfg: Config) -> tuple[dict[str, float], list[dict[str, Any]]]:
 
     async def sample(fleet: Fleet) -> list[Problem]:
         async with RewardModel(cfg.reward) as scorer:
-            found = await evaluate(fleet, prompts, scorer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), cfg)
+            found = await evaluate(fleet, prompts, scorer, partial(tokenizer.decode, skip_special_tokens=True), cfg)
         await fleet.close()
         return found
 

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from megasapo import config, launch
@@ -23,8 +22,8 @@ def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]
     """CONFIG.yaml, overrides and --nproc of a learner command. Exits on --help or unusable arguments."""
     parser = argparse.ArgumentParser(prog=f"megasapo {command}", description=description)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's, values as YAML")
-    parser.add_argument("--nproc", type=int, help="ranks to start on this machine (default: as few as the layout needs)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over the file's, values as YAML")
+    parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
     return cfg, check_nproc(cfg.parallel, args.nproc)
@@ -35,7 +34,7 @@ def check_nproc(parallel: config.ParallelConfig, nproc: int | None) -> int:
     fewest = parallel.pp * math.lcm(parallel.tp, parallel.ep)
     if nproc is not None and (nproc < 1 or nproc % fewest):
         raise ConfigError(
-            f"--nproc {nproc} is no multiple of pp({parallel.pp}) * lcm(tp({parallel.tp}), ep({parallel.ep})) = {fewest}: "
+            f"--nproc {nproc} is no multiple of pp({parallel.pp})*lcm(tp({parallel.tp}), ep({parallel.ep}))={fewest}: "
             f"use a multiple of {fewest} or change parallel"
         )
     return nproc or fewest

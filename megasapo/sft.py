@@ -39,6 +39,7 @@ def train(cfg: Config) -> None:
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
 
+    assert cfg.sft.data is not None  # main refuses it
     topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
     try:
         stop = launch.stop_flag()

@@ -256,8 +256,9 @@ def _make_source(
 
 def _report_end(cfg: Config, directory: run.RunDir, step: int, finished: bool) -> None:
     path = directory.path
+    stopped = f"stopped after step {step} of {cfg.train.steps}; run it again to continue"
     run.report_end(
-        f"{path} finished" if finished else f"{path} stopped after step {step} of {cfg.train.steps}; run it again to continue",
+        f"{path} {'finished' if finished else stopped}",
         {
             "TensorBoard": f"tensorboard --logdir {path / 'tensorboard'}",
             "metrics": str(path / "metrics.jsonl"),

@@ -1,4 +1,4 @@
-"""The records that travel between components: prompts, completions, samples, groups, training sequences, packed batches.
+"""The records that travel between components: prompts, completions, samples, groups, training sequences, batches.
 
 Every component may import this module; it imports nothing of megasapo and does not import torch at run time.
 
@@ -70,7 +70,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G samples of one prompt. `uid` counts prompts drawn since the run began: the order of a batch, on any layout."""
+    """The G samples of one prompt. `uid` counts prompts drawn in the run: the order of a batch, on any layout."""
 
     uid: int
     prompt: Prompt

@@ -25,29 +25,22 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
     out = args.out.resolve()
-    if not (out / "eval.jsonl").exists():
-        call(sys.executable, str(HERE / "make_task.py"), "--out", str(out), "--seed", "1")
     where = [f"run.dir={out / 'runs'}", f"data.eval={out / 'eval.jsonl'}"]
-    cold = out / "cold_start"
+    cold = out / "cold-start"
+    if not (out / "model" / "config.json").exists():
+        call(sys.executable, str(HERE / "make_task.py"), "--out", str(out), "--seed", "1")
     if not (cold / "config.json").exists():
-        megasapo(
-            "sft", "sft.yaml", *where, f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}"
-        )
-    learning = [*where, f"model.path={cold}", f"data.train={out / 'train.jsonl'}", *args.overrides]
+        source = [f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}"]
+        megasapo("sft", "sft.yaml", f"run.dir={out / 'runs'}", *source)
     before = evaluate(out / "before.json", *where, f"model.path={cold}")
-    megasapo("train", "sapo.yaml", *learning)
-    run = out / "runs" / "sapo"
+    megasapo("train", "sapo.yaml", *where, f"model.path={cold}", f"data.train={out / 'train.jsonl'}", *args.overrides)
+    run = out / "runs" / "arithmetic"
     if not (run / "done").exists():
         print(f"\nstopped before the end; the same command continues from {run / 'checkpoints'}")
         return 1
     after = evaluate(out / "after.json", *where, f"model.path={run / 'hf'}")
     draw_curve(run, before, after, out / "curve.png")
-    print(f"\nPass@1 on {after['problems']} held-out problems: {before['pass@1']:.1%} -> {after['pass@1']:.1%}")
-    print(f"whole example: {(time.monotonic() - started) / 60:.1f} minutes")
-    print(f"TensorBoard:   tensorboard --logdir {run / 'tensorboard'}")
-    print(f"metrics:       {run / 'metrics.jsonl'}")
-    print(f"checkpoint:    {run / 'checkpoints'} (training), {run / 'hf'} (HF format)")
-    print(f"curve:         {out / 'curve.png'}")
+    report(out, run, before, after, time.monotonic() - started)
     return 0
 
 
@@ -64,12 +57,12 @@ def megasapo(command: str, config: str, *settings: str) -> None:
 
 def evaluate(result: Path, *settings: str) -> dict[str, float]:
     if not result.exists():
-        megasapo("evaluate", "sapo.yaml", "--out", str(result), *settings)
+        megasapo("evaluate", "sapo.yaml", *settings, "--out", str(result))
     return json.loads(result.read_text())
 
 
 def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], picture: Path) -> None:
-    """Training reward by step with the held-out Pass@1 before, during and after."""
+    """Training reward by step, and the held-out Pass@1 before, during and after."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,17 +71,27 @@ def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], pic
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [(0, before["pass@1"])]
     held_out += [(row["step"], row["eval/pass@1"]) for row in rows if "eval/pass@1" in row]
-    held_out.append((rows[-1]["step"], after["pass@1"]))
+    if held_out[-1][0] != rows[-1]["step"]:
+        held_out.append((rows[-1]["step"], after["pass@1"]))
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(
-        [row["step"] for row in rows], [row["reward/mean"] for row in rows], color="tab:blue", label="training reward"
-    )
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row["reward/mean"] for row in rows], color="tab:blue", label="training reward")
     axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out Pass@1")
     axes.set(xlabel="step (one rollout batch, 4 optimizer steps)", ylabel="share of right answers", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
+
+
+def report(out: Path, run: Path, before: dict[str, float], after: dict[str, float], seconds: float) -> None:
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    print(f"\nPass@1 on {after['problems']} held-out problems: {before['pass@1']:.1%} -> {after['pass@1']:.1%}")
+    print(f"  minutes      {seconds / 60:.1f}")
+    print(f"  TensorBoard  tensorboard --logdir {shown / 'tensorboard'}")
+    print(f"  metrics      {shown / 'metrics.jsonl'}")
+    print(f"  checkpoints  {shown / 'checkpoints'} (training), {shown / 'hf'} (HF format)")
+    print(f"  curve        {out / 'curve.png'}")
 
 
 if __name__ == "__main__":

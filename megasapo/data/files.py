@@ -6,11 +6,15 @@ Called by prompts.py and sft.py; knows nothing of tokenizers or of what a record
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 PARQUET_MAGIC = b"PAR1"
+ROWS_AT_ONCE = 1024
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -60,3 +64,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield line, {k: v for k, v in record.items() if v is not None}
     except pyarrow.ArrowException as e:
         raise DataError(f"{path}: not a readable parquet file after row {line}: {e}") from e
+
+
+def batched(rows: Iterable[T]) -> Iterator[list[T]]:
+    """Lists of at most ROWS_AT_ONCE, for what is quicker on many rows than on one."""
+    rows = iter(rows)
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        yield batch

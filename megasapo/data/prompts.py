@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megasapo.config import DataConfig
-from megasapo.data.files import DataError, read_records
+from megasapo.data.files import DataError, batched, read_records
 from megasapo.types import Prompt
 
 
@@ -29,18 +30,24 @@ class PromptDataset:
         self.path = Path(path)
         self.num_dropped = 0
         self.prompts: list[Prompt] = []
-        digest = hashlib.sha256()
-        for line, record in read_records(self.path):
-            prompt = read_prompt(record, f"{self.path}:{line}", line, tokenizer, cfg)
-            if prompt is None:
-                self.num_dropped += 1
-                continue
-            self.prompts.append(prompt)
-            digest.update(_canonical(prompt))
+        for rows in batched(read_records(self.path)):
+            self._add(rows, tokenizer, cfg)
         if not self.prompts:
             left_out = f" ({self.num_dropped} were longer than {cfg.max_prompt_tokens})" if self.num_dropped else ""
             raise DataError(f"{self.path}: no prompts in it{left_out}")
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(_canonical(prompt))
         self.fingerprint = digest.hexdigest()  # changes with any prompt, answer, field, or with the tokenizer
+
+    def _add(self, rows: list[tuple[int, dict[str, Any]]], tokenizer: Any, cfg: DataConfig) -> None:
+        rendered = [render_prompt(record, f"{self.path}:{line}", tokenizer, cfg) for line, record in rows]
+        answers = [read_answer(record, f"{self.path}:{line}", cfg.answer_key) for line, record in rows]
+        for (line, record), text, answer, ids in zip(rows, rendered, answers, tokenise(tokenizer, rendered)):
+            if not _fits(ids, f"{self.path}:{line}", cfg):
+                self.num_dropped += 1
+                continue
+            self.prompts.append(Prompt(index=line, input_ids=ids, text=text.text, answer=answer, fields=record))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -110,22 +117,16 @@ def epoch_order(num: int, seed: int, epoch: int, shuffle: bool = True) -> np.nda
     return np.argsort(keys, kind="stable")
 
 
-def read_prompt(record: dict[str, Any], where: str, line: int, tokenizer: Any, cfg: DataConfig) -> Prompt | None:
-    """One record as a Prompt, or None if it is over-long and cfg.overlong is drop. `where` opens every complaint."""
-    text, input_ids = render_prompt(record, where, tokenizer, cfg)
-    answer = read_answer(record, where, cfg.answer_key)
-    if len(input_ids) > cfg.max_prompt_tokens:
-        if cfg.overlong == "drop":
-            return None
-        raise DataError(
-            f"{where}: the prompt has {len(input_ids)} tokens, more than data.max_prompt_tokens="
-            f"{cfg.max_prompt_tokens}: raise it, or leave such prompts out with data.overlong=drop"
-        )
-    return Prompt(index=line, input_ids=tuple(input_ids), text=text, answer=answer, fields=record)
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What is tokenised. Plain text gets what the tokenizer puts around text, such as a begin-of-sequence token."""
+
+    text: str
+    is_plain: bool
 
 
-def render_prompt(record: dict[str, Any], where: str, tokenizer: Any, cfg: DataConfig) -> tuple[str, list[int]]:
-    """The text that is tokenised, chat template applied where it belongs, and its token ids."""
+def render_prompt(record: dict[str, Any], where: str, tokenizer: Any, cfg: DataConfig) -> Rendered:
+    """A record's prompt as text, chat template applied where it belongs. `where` opens every complaint."""
     messages = read_messages(record, where, cfg)
     if isinstance(messages, str):
         if cfg.system_prompt is not None:
@@ -133,12 +134,22 @@ def render_prompt(record: dict[str, Any], where: str, tokenizer: Any, cfg: DataC
                 f"{where}: {cfg.prompt_key!r} is plain text, so data.system_prompt would be lost: "
                 "set data.apply_chat_template=true or remove data.system_prompt"
             )
-        # Plain text gets what the tokenizer puts around text, such as a begin-of-sequence token.
-        return messages, _not_empty(list(tokenizer(messages)["input_ids"]), where)
+        return Rendered(messages, is_plain=True)
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: the last message is the assistant's: there is nothing to answer")
-    text = apply_template(messages, where, tokenizer)
-    return text, _not_empty(list(tokenizer(text, add_special_tokens=False)["input_ids"]), where)
+    return Rendered(apply_template(messages, where, tokenizer), is_plain=False)
+
+
+def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> list[tuple[int, ...]]:
+    """The token ids of each text, in order; tokenizers take many texts ten times faster than one by one."""
+    ids: list[tuple[int, ...]] = [()] * len(rendered)
+    for is_plain in (True, False):
+        at = [i for i, r in enumerate(rendered) if r.is_plain is is_plain]
+        if at:
+            encoded = tokenizer([rendered[i].text for i in at], add_special_tokens=is_plain)["input_ids"]
+            for i, tokens in zip(at, encoded):
+                ids[i] = tuple(tokens)
+    return ids
 
 
 def apply_template(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
@@ -209,10 +220,18 @@ def _check_messages(value: Any, key: str, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _not_empty(input_ids: list[int], where: str) -> list[int]:
-    if not input_ids:
+def _fits(ids: tuple[int, ...], where: str, cfg: DataConfig) -> bool:
+    """False where the prompt is to be left out."""
+    if not ids:
         raise DataError(f"{where}: the prompt has no tokens")
-    return input_ids
+    if len(ids) <= cfg.max_prompt_tokens:
+        return True
+    if cfg.overlong == "drop":
+        return False
+    raise DataError(
+        f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={cfg.max_prompt_tokens}: "
+        "raise it, or leave such prompts out with data.overlong=drop"
+    )
 
 
 def _name(value: Any) -> str:

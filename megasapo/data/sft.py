@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megasapo.config import DataConfig, SftConfig
-from megasapo.data.files import DataError, read_records
-from megasapo.data.prompts import render_prompt
+from megasapo.data.files import DataError, batched, read_records
+from megasapo.data.prompts import Rendered, render_prompt, tokenise
 from megasapo.types import TrainSequence
 
 
@@ -28,30 +28,40 @@ def load_demonstrations(path: str | Path, tokenizer: Any, data: DataConfig, sft:
             f"the tokenizer in {tokenizer.name_or_path!r} has no end-of-sequence token to end responses with"
         )
     examples: list[TrainSequence] = []
-    for line, record in read_records(path):
-        examples.append(_example(len(examples), record, f"{path}:{line}", tokenizer, data, sft))
+    for rows in batched(read_records(path)):
+        examples += _examples(path, rows, len(examples), tokenizer, data, sft)
     if not examples:
         raise DataError(f"{path}: no examples in it")
     return examples
 
 
-def _example(
-    uid: int, record: dict[str, Any], where: str, tokenizer: Any, data: DataConfig, sft: SftConfig
-) -> TrainSequence:
-    record, response = _split_response(record, where, data, sft)
-    _, prompt_ids = render_prompt(record, where, tokenizer, data)
-    response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    num_tokens = len(prompt_ids) + len(response_ids)
+def _examples(
+    path: Path, rows: list[tuple[int, dict[str, Any]]], first_uid: int, tokenizer: Any, data: DataConfig, sft: SftConfig
+) -> list[TrainSequence]:
+    prompts, responses = [], []
+    for line, record in rows:
+        record, response = _split_response(record, f"{path}:{line}", data, sft)
+        prompts.append(render_prompt(record, f"{path}:{line}", tokenizer, data))
+        responses.append(Rendered(response, is_plain=False))
+    ids = zip(tokenise(tokenizer, prompts), tokenise(tokenizer, responses))
+    return [
+        _example(first_uid + i, prompt, (*response, tokenizer.eos_token_id), f"{path}:{rows[i][0]}", sft)
+        for i, (prompt, response) in enumerate(ids)
+    ]
+
+
+def _example(uid: int, prompt: tuple[int, ...], response: tuple[int, ...], where: str, sft: SftConfig) -> TrainSequence:
+    num_tokens = len(prompt) + len(response)
     if num_tokens > sft.max_tokens:
         raise DataError(
             f"{where}: prompt and response have {num_tokens} tokens, more than sft.max_tokens={sft.max_tokens}: "
             "raise it or shorten the example"
         )
     loss_mask = np.zeros(num_tokens, dtype=bool)
-    loss_mask[len(prompt_ids) :] = True
+    loss_mask[len(prompt) :] = True
     return TrainSequence(
         uid=uid,
-        tokens=np.asarray(prompt_ids + response_ids, dtype=np.int32),
+        tokens=np.asarray(prompt + response, dtype=np.int32),
         loss_mask=loss_mask,
         rollout_logp=np.zeros(num_tokens, dtype=np.float32),
         advantage=1.0,

@@ -28,6 +28,20 @@ def apply() -> None:
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
     _keep_adam_step()
+    _silence_known_warnings()
+
+
+def _silence_known_warnings() -> None:
+    """Warnings about megatron-core's own calls (0.16.1 and 0.19.2 on torch 2.13), which no user can act on."""
+    for message in (
+        r"`torch.distributed.\w+` is deprecated",  # *_tensor collectives got new names in torch 2.13
+        r"`load_state_dict` is deprecated",  # of torch.distributed.checkpoint
+        r"Please use DTensor instead",
+    ):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # the distributed optimizer looks at .grad of views of its buffers and handles both answers
+    message = r"The .grad attribute of a Tensor that is not a leaf"
+    warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 def _keep_adam_step() -> None:
@@ -53,6 +67,19 @@ def _keep_adam_step() -> None:
 
     set_states.keeps_adam_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def separate_expert_gradients(model: torch.nn.Module, tp: int) -> None:
+    """Have the gradients of experts that are not cut by tensor parallelism summed over the tensor-parallel ranks too.
+
+    0.16.1 marks experts for their own data-parallel group only when ep > 1: with ep = 1 and tp > 1 each rank would keep
+    the gradient of its own slice of the tokens. 0.19.2 marks them as here.
+    """
+    if tp == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def transformer_engine_usable() -> bool:

@@ -40,7 +40,7 @@ def build_batch(
     max_tokens: int,
     weight_rule: WeightRule,
 ) -> Batch:
-    """Collective. Split all ranks' sequences into mini-batches, balance them over data-parallel ranks, pack this rank's.
+    """Collective. Split all ranks' sequences into mini-batches, balance them over replicas, pack this rank's.
 
     `mine`: what this rank's leader fetched (empty on other ranks). A mini-batch is a run of groups in uid order, so its
     content does not depend on the layout. Raises ValueError for a sequence longer than `max_tokens` slots.
@@ -51,7 +51,7 @@ def build_batch(
     for part in split_mini_batches(len(groups), mini_batches):
         chosen = {groups[i] for i in part}
         rows = [h for h in headers if h[0] // group_size in chosen]
-        split = plan([slots for _, slots, _ in rows], topo.dp, max_tokens)
+        split = plan([slots for _, slots, _ in rows], topo.dp, max_tokens, uids=[uid for uid, _, _ in rows])
         assignments.append([[[rows[i][0] for i in micro] for micro in rank] for rank in split])
         counts.append((len(rows), sum(loss for _, _, loss in rows)))
     held = _move(mine, assignments, topo)

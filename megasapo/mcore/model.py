@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megasapo.config import ConfigError, ModelConfig
 from megasapo.mcore.attention import PackedAttention, PackedRotaryEmbedding, pack
-from megasapo.mcore.compat import transformer_engine_usable
+from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.topology import Topology
 from megasapo.types import MicroBatch
@@ -71,6 +71,7 @@ def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology) -> list[nn.Mod
     if not use_te:
         model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, _rope_theta(hf_config))
     model.hf_vocab_size = hf_config.vocab_size
+    separate_expert_gradients(model, topo.tp)
     return [model.to(topo.device)]
 
 

@@ -43,7 +43,7 @@ def wrap_ddp(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
         finalize_model_grads(model, None, **kwargs)
 
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize
+        chunk.config.finalize_model_grads_func = finalize  # type: ignore[union-attr]
     return wrapped
 
 
@@ -92,7 +92,7 @@ class Optimizer:
         self._schedule.step(1)
         if self.skipped > self._cfg.max_skipped_steps:
             raise FloatingPointError(
-                f"{self.skipped} optimizer steps had a NaN or infinite gradient (norm {norm} in the last one), more than "
+                f"{self.skipped} steps had a NaN or infinite gradient (norm {norm} in the last one), more than "
                 f"optim.max_skipped_steps={self._cfg.max_skipped_steps}: lower optim.lr, or look at ratio/max and "
                 "mismatch/kl in TensorBoard before this step"
             )

@@ -16,9 +16,7 @@ def to_sequences(groups: list[Group], algo: ResolvedAlgo) -> list[TrainSequence]
 
 def _group_sequences(group: Group, algo: ResolvedAlgo) -> list[TrainSequence]:
     lengths = np.array([len(s.completion.output_ids) for s in group.samples])
-    penalty = overlong_penalty(
-        lengths, max_new_tokens=algo.max_new_tokens, penalty_tokens=algo.overlong_penalty_tokens
-    )
+    penalty = overlong_penalty(lengths, max_new_tokens=algo.max_new_tokens, penalty_tokens=algo.overlong_penalty_tokens)
     advantages = group_advantages(group.rewards() + penalty, algo.advantage, eps=algo.advantage_eps)
     prompt = group.prompt.input_ids
     sequences = []

@@ -32,10 +32,14 @@ MAX_REFILLS = 20
 class Ranks(Protocol):
     """What this module needs to know of the layout (mcore.topology.Topology has it)."""
 
-    dp: int
-    dp_rank: int
-    is_leader: bool
-    world_group_cpu: Any
+    @property
+    def dp(self) -> int: ...
+    @property
+    def dp_rank(self) -> int: ...
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def world_group_cpu(self) -> Any: ...
 
 
 class LoopThread:
@@ -79,7 +83,9 @@ class RolloutSource:
         stale: Callable[[], bool],
         republish: Callable[[int], None],
     ):
-        """`engine`: None on ranks that are no leader. `stale`: some server lacks the current weights; `republish(version)`: collective, gives them to it."""
+        """`engine`: None on ranks that are no leader. `stale()`: some server lacks the current weights;
+        `republish(version)`, collective, gives them to it.
+        """
         self._cfg, self._engine, self._stream, self._scorer, self._decode = cfg, engine, stream, scorer, decode
         self._ranks, self._loop, self._stale, self._republish = ranks, loop, stale, republish
         self._pending: deque[_Pending] = deque()
@@ -126,7 +132,7 @@ class RolloutSource:
             useful = [g for g in fresh if np.ptp(g.rewards()) > 0]
             kept, dropped = kept + useful, dropped + len(fresh) - len(useful)
         raise RolloutError(
-            f"after {MAX_REFILLS} refills {missing} of {wanted} groups still have all-equal rewards: the task is too easy "
+            f"after {MAX_REFILLS} refills {missing} of {wanted} groups have all-equal rewards: the task is too easy "
             "or too hard for the policy; change the data or set rollout.drop_zero_variance=false"
         )
 
