@@ -1,0 +1,128 @@
+"""Real runs of the command line for end-to-end tests: start, watch, kill, compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+TIMEOUT_S = 240
+TIMING = ("time/", "perf/", "rollout/retries", "rollout/unreachable", "rollout/server_restarts")
+
+
+def write_config(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+class Run:
+    """One `megasapo COMMAND` in its own process group; its output is in `log`."""
+
+    def __init__(self, command: str, config: Path, *overrides: str, log: Path):
+        self._log = log
+        self._out = log.open("ab")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megasapo.cli", command, str(config), *overrides],
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
+    def wait(self) -> int:
+        """The exit code; a run that takes too long fails the test with the end of its output."""
+        try:
+            return self._process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end after {TIMEOUT_S} s:\n{self.output()[-3000:]}") from None
+
+    def succeed(self) -> str:
+        code = self.wait()
+        assert code == 0, f"exit code {code}:\n{self.output()[-5000:]}"
+        return self.output()
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert self._process.poll() is None, f"ended before {what}:\n{self.output()[-5000:]}"
+            assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s for {what}:\n{self.output()[-3000:]}"
+            time.sleep(0.05)
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Those of the run whose command line has all `words`."""
+        found = []
+        for p in [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]:
+            try:
+                line = " ".join(p.cmdline())
+            except psutil.NoSuchProcess:
+                continue
+            if all(w in line for w in words):
+                found.append(p)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in self.processes("megasapo") if "RANK" in p.environ() and not self._is_server(p)]
+
+    def servers(self) -> list[psutil.Process]:
+        return [p for p in self.processes("megasapo.rollout.local") if self._is_server(p)]
+
+    @staticmethod
+    def _is_server(p: psutil.Process) -> bool:
+        return "megasapo.rollout.local" in p.cmdline()
+
+    def close(self) -> None:
+        """Nothing of the run may outlive the test."""
+        left = self.processes("") if self._process.poll() is None else []
+        for p in left:
+            try:
+                p.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait(10)
+        self._out.close()
+
+
+@contextmanager
+def running(command: str, config: Path, *overrides: str, log: Path) -> Iterator[Run]:
+    run = Run(command, config, *overrides, log=log)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def kill_hard(processes: list[psutil.Process]) -> None:
+    assert processes, "nothing to kill"
+    for p in processes:
+        p.kill()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]

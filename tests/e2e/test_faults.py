@@ -1,0 +1,81 @@
+"""kill -9 of a learner, of the server, of both; SIGTERM: the run ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import STEPS
+from tests.e2e.runs import Run, kill_hard, metrics, running, steps_done, without_timing, write_config
+
+Settings = Callable[..., dict[str, Any]]
+
+
+def start_and_break(tmp_path: Path, settings: Settings, break_it: Callable[[Run], None]) -> tuple[Path, Run]:
+    """Start a run and do something to it after its third step; the run and its configuration."""
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    with running("train", config, log=tmp_path / "log") as run:
+        run.until(lambda: steps_done(tmp_path / "run") >= 3, "the third step")
+        break_it(run)
+        code = run.wait()
+    assert (code == 0) == (tmp_path / "run" / "done").exists() or "stopped after step" in run.output()
+    return config, run
+
+
+def finish(tmp_path: Path, config: Path) -> None:
+    with running("train", config, log=tmp_path / "log2") as run:
+        run.succeed()
+
+
+def assert_as_unbroken(run_dir: Path, unbroken: Path) -> None:
+    rows, expected = without_timing(metrics(run_dir)), without_timing(metrics(unbroken))
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    for row, want in zip(rows, expected, strict=True):
+        assert row == want, (
+            f"step {row['step']}: { ({k: (row.get(k), want.get(k)) for k in want if row.get(k) != want[k]}) }"
+        )
+    assert json.loads((run_dir / "done").read_text()) == {"step": STEPS}
+    model = "hf/model.safetensors"
+    assert (run_dir / model).read_bytes() == (unbroken / model).read_bytes()
+
+
+def test_an_uninterrupted_run_leaves_everything_in_its_place(unbroken: Path) -> None:
+    assert (unbroken / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}"
+    assert (unbroken / "config.yaml").exists()
+    assert list((unbroken / "tensorboard").glob("events.*"))
+    assert len(list((unbroken / "rollouts").glob("step_*.jsonl"))) == 2 * STEPS  # one file a leader and step
+    assert len(list((unbroken / "checkpoints").glob("step_*"))) == 2  # train.keep_checkpoints
+    last = metrics(unbroken)[-1]
+    for name in ("reward/mean", "reward/std", "loss/policy", "sapo/gate_mean_pos", "sapo/attenuated_frac", "ratio/ess"):
+        assert name in last
+    assert last["mismatch/logprob_abs_diff"] < 1e-5  # server and learner hold the same weights at every step
+    assert last["staleness/max"] == 0
+
+
+def test_kill_learner(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
+    config, run = start_and_break(tmp_path, settings, lambda r: kill_hard(r.ranks()[-1:]))
+    assert not (tmp_path / "run" / "done").exists(), run.output()[-2000:]
+    finish(tmp_path, config)
+    assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_kill_server_and_the_running_job_survives(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
+    _, run = start_and_break(tmp_path, settings, lambda r: kill_hard(r.servers()))
+    assert (tmp_path / "run" / "done").exists(), run.output()[-3000:]
+    assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_kill_everything(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
+    config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes("")))
+    finish(tmp_path, config)
+    assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
+    config, run = start_and_break(tmp_path, settings, lambda r: r.terminate())
+    reached = steps_done(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}", run.output()[-2000:]
+    finish(tmp_path, config)
+    assert_as_unbroken(tmp_path / "run", unbroken)
