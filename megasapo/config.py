@@ -124,7 +124,7 @@ class RolloutConfig(Section):
     drop_zero_variance: bool = False
     """Drop groups whose rewards are all equal and draw new ones (DAPO); counted either way."""
     deterministic: bool = True
-    """Embedded server at max_staleness 0: the same run gives the same samples bit for bit (one request a leader and step,
+    """Embedded server at max_staleness 0: a run gives the same samples bit for bit (one request a leader and step,
     seeded, run by itself). False: requests mix freely, which is faster."""
     publish: Literal["disk", "distributed"] = "disk"
     """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""

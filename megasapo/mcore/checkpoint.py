@@ -114,7 +114,7 @@ def _state_dict(model: list[torch.nn.Module], optimizer: Optimizer, topo: Topolo
     return state
 
 
-def _named(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+def _named(model: list[torch.nn.Module]) -> list[tuple[str, Any]]:
     # the keys megatron-core's optimizers expect
     return [("model", model[0])] if len(model) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(model)]
 
