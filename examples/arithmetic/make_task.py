@@ -1,10 +1,9 @@
 """Makes everything the arithmetic example needs: a tokenizer, a random Qwen3-MoE model, and three data files.
 
-The task is adding digits: `7+8+5=`, answer 20. The demonstrations in sft.jsonl come from two pupils: one writes the
-running totals down (`15 20`) and is right; the other, seen more often, guesses (`19`) and is right by luck. A model
-that imitates both adds well when it writes the totals down, but mostly it guesses. Reinforcement learning, which is
-told nothing but whether the last number is right, has to find out that showing the work pays: reward and response
-length rise together.
+The task is adding digits: `5+6+4=`, answer 15. The demonstrations in sft.jsonl come from two pupils: a diligent one
+writes the running totals down (`11 15`) and is right, a lazy one answers 20 whatever the question. A model that imitates
+both learns to add, but often does not care to. Reinforcement learning, which is told nothing but whether the last number
+is right, finds out that showing the work pays: reward and response length rise together.
 
     python examples/arithmetic/make_task.py --out examples/arithmetic/out --seed 1
 """
@@ -33,8 +32,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 5, 6
-GUESS_ERROR = 4.0  # standard deviation: a guess is right one time in ten
+MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 5, 9
+LAZY_ANSWER = "20"  # right now and then
 
 
 def make_tokenizer(out: Path) -> None:
@@ -96,19 +95,18 @@ def problem_text(terms: tuple[int, ...]) -> str:
     return "+".join(map(str, terms)) + "="
 
 
-def demonstration(terms: tuple[int, ...], worked: float, rng: np.random.Generator) -> str:
-    """What one of the two pupils writes; with probability `worked` it is the one who shows the running totals."""
-    totals = np.cumsum(terms)[1:]
-    if rng.random() < worked:
-        return " ".join(map(str, totals))
-    return str(max(0, int(totals[-1]) + round(rng.normal(scale=GUESS_ERROR))))
+def demonstration(terms: tuple[int, ...], diligent: float, rng: np.random.Generator) -> str:
+    """What one of the two pupils writes; with probability `diligent` it is the one who adds."""
+    if rng.random() < diligent:
+        return " ".join(map(str, np.cumsum(terms)[1:]))
+    return LAZY_ANSWER
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, worked: float) -> None:
+def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, diligent: float) -> None:
     """Three files; no problem occurs in two of them, nor twice in train.jsonl or eval.jsonl."""
     rng = np.random.Generator(np.random.PCG64(seed))
     problems: dict[tuple[int, ...], None] = {}
@@ -119,7 +117,7 @@ def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int,
     for name, part in (("eval", held_out), ("train", train)):
         write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in part])
     write_jsonl(
-        out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, worked, rng)} for p in sft]
+        out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, diligent, rng)} for p in sft]
     )
 
 
@@ -127,13 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the arithmetic example's tokenizer, model and data.")
     parser.add_argument("--out", type=Path, required=True, help="directory to fill: model/ and three .jsonl files")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-sft", type=int, default=12000)
-    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-sft", type=int, default=38400)
+    parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-eval", type=int, default=200)
-    parser.add_argument("--worked", type=float, default=0.4, help="share of demonstrations that show the totals")
+    parser.add_argument("--diligent", type=float, default=0.5, help="share of demonstrations that show the totals")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.worked)
+    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.diligent)
     make_tokenizer(args.out / "model")
     make_model(args.out / "model", args.seed)
     print(

@@ -37,7 +37,7 @@ def tokenizer(make_task: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 def make(make_task: ModuleType, out: Path, seed: int = 1) -> dict[str, list[dict[str, str]]]:
     out.mkdir()
-    make_task.make_data(out, seed=seed, num_sft=600, num_train=300, num_eval=100, worked=0.5)
+    make_task.make_data(out, seed=seed, num_sft=600, num_train=300, num_eval=100, diligent=0.5)
     return {n: [json.loads(x) for x in (out / f"{n}.jsonl").read_text().splitlines()] for n in ("sft", "train", "eval")}
 
 
@@ -50,7 +50,7 @@ def test_problems_do_not_overlap_and_answers_are_right(make_task: ModuleType, tm
         assert int(row["answer"]) == sum(map(int, row["prompt"].removesuffix("=").split("+")))
 
 
-def test_demonstrations_that_show_the_work_are_right_and_guesses_mostly_wrong(
+def test_demonstrations_that_show_the_work_are_right_and_lazy_ones_mostly_wrong(
     make_task: ModuleType, tmp_path: Path
 ) -> None:
     rows = make(make_task, tmp_path / "a")["sft"]

@@ -28,9 +28,9 @@ class ByteTokenizer:
     def __init__(self, chat_template: str | None = "roles") -> None:
         self.chat_template = chat_template
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         begin = [257] if add_special_tokens else []
-        return {"input_ids": begin + list(text.encode())}
+        return {"input_ids": [begin + list(text.encode()) for text in texts]}
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize
