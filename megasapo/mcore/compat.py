@@ -28,7 +28,20 @@ def apply() -> None:
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
     _keep_adam_step()
+    _save_without_a_manager_process()
     _silence_known_warnings()
+
+
+def _save_without_a_manager_process() -> None:
+    """Collect the results of a checkpoint's writers in this process, where a synchronous save runs.
+
+    0.16.1 to 0.19.2 start a multiprocessing manager for them at the first save, in every rank: seconds of start-up, and
+    a process that outlives a rank killed by -9. Only asynchronous saves, which we do not use, need it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _silence_known_warnings() -> None:
