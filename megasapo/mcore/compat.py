@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import queue
 import warnings
 from typing import Any
 

@@ -108,7 +108,25 @@ class Optimizer:
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
         }
+        if is_loading:
+            self._allocate_state()
         return self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    def _allocate_state(self) -> None:
+        """Give a fresh torch AdamW the state that a checkpoint is read into; fused Adams' is made by megatron-core.
+
+        Needed with 0.16.1 to 0.19.2, whose distributed optimizer asks every state for its step before it is loaded.
+        """
+        for part in getattr(self._inner, "chained_optimizers", [self._inner]):
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                continue
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = part.optimizer.state[parameter]
+                    if not state:
+                        state["step"] = torch.tensor(0.0)
+                        state["exp_avg"] = torch.zeros_like(parameter)
+                        state["exp_avg_sq"] = torch.zeros_like(parameter)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._inner.load_state_dict(state)
