@@ -6,12 +6,27 @@ Importing it does not import torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import socket
+from dataclasses import replace
+
 from megasapo.rollout.local.options import parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """`megasapo serve`; returns the exit code."""
     options = parse(argv)
+    listener = _bind(options.host, options.port)  # before anything slow: a port in use is reported at once
     from megasapo.rollout.local.server import serve
 
-    return serve(options)
+    return serve(replace(options, port=listener.getsockname()[1]), listener)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that nobody connects before the model is there."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as e:
+        raise SystemExit(f"megasapo serve: cannot listen on {host}:{port}: {e}") from e
+    return bound

@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 import uvicorn
@@ -31,13 +30,11 @@ from megasapo.rollout.local.weights import Weights
 log = logging.getLogger("megasapo.serve")
 
 
-def serve(options: Options) -> int:
+def serve(options: Options, listener: socket.socket) -> int:
     """Run until SIGTERM, SIGINT or (if asked) the end of stdin; the exit code says whether the engine lived."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    listener = _listen(options.host, options.port)
-    options = replace(options, port=listener.getsockname()[1])
     loaded = load(options)
     engine, app = build(options, loaded)
     engine.start()
@@ -57,18 +54,6 @@ def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
     engine = Engine(batch, options.weight_version, options.deterministic)
     control = Control(engine, weights, options.model, loaded.model.device)
     return engine, App(options, loaded, engine, control, forward.cache.max_cells)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded: a port in use is reported at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as e:
-        raise SystemExit(f"megasapo serve: cannot listen on {host}:{port}: {e}") from e
-    return listener
 
 
 async def _listen_and_serve(options: Options, engine: Engine, app: App, listener: socket.socket) -> None:

@@ -1,0 +1,155 @@
+"""`megasapo serve` as a process: its command line, the ready line, how it ends, and clients that go away."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from megasapo.rollout.local.options import parse
+from tests.tiny import make_model
+
+COMMAND = [sys.executable, "-m", "megasapo.rollout.local"]
+DEADLINE_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+class Process:
+    """A started server; killed at the end of the test whatever happened."""
+
+    def __init__(self, model_dir, *flags):
+        self.process = subprocess.Popen(
+            [*COMMAND, "--model", str(model_dir), "--port", "0", "--threads", "1", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        guard = threading.Timer(DEADLINE_S, self.process.kill)
+        guard.daemon = True
+        guard.start()
+        self._guard = guard
+        line = next((line for line in self.process.stdout if line.startswith("megasapo serve: ready at ")), None)
+        assert line is not None, f"the server ended with {self.process.wait()}"
+        self.url = line.removeprefix("megasapo serve: ready at ").strip()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.wait()
+        self._guard.cancel()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def running(self):
+        loads = httpx.get(f"{self.url}/v1/loads", timeout=30, trust_env=False).json()["loads"][0]
+        return loads["num_running_reqs"]
+
+    def wait_until_running(self, count):
+        deadline = time.monotonic() + DEADLINE_S
+        while self.running() != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+LONG = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+
+
+def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
+    with Process(model_dir) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/generate", json=LONG, timeout=1.0, trust_env=False)
+        server.wait_until_running(0)
+        body = LONG | {"stream": True}
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60, trust_env=False) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+            server.wait_until_running(1)
+        server.wait_until_running(0)
+
+        answers = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=LONG, timeout=60, trust_env=False))
+        )
+        waiting.start()
+        server.wait_until_running(1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        waiting.join(30)
+        assert answers[0].status_code == 500
+        assert "shutting down" in answers[0].json()["error"]["message"]
+
+
+def test_exit_with_parent(model_dir):
+    with Process(model_dir, "--exit-with-parent") as server:
+        assert httpx.get(f"{server.url}/health", timeout=30, trust_env=False).status_code == 200
+        server.process.stdin.close()
+        assert server.process.wait(30) == 0
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from megasapo.rollout.local import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as e:\n    assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--enable-return-routed-experts" in done.stdout
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as e:
+        parse(list(flags))
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_options_that_cannot_be_served(model_dir, tmp_path, capsys):
+    model = ["--model", str(model_dir)]
+    assert "no config.json" in refused(capsys, "--model", str(tmp_path))
+    for host in ("0.0.0.0", "192.168.1.4", "example.org", "::"):
+        assert "--api-key-file" in refused(capsys, *model, "--host", host)
+    assert "70000" in refused(capsys, *model, "--port", "70000")
+    assert "not positive" in refused(capsys, *model, "--max-running-requests", "0")
+    key = tmp_path / "key"
+    assert "key" in refused(capsys, *model, "--api-key-file", str(key))
+    key.write_text("  \n")
+    assert "expected one key" in refused(capsys, *model, "--api-key-file", str(key))
+    key.write_text("secret\n")
+    assert "two keys" in refused(capsys, *model, "--api-key-file", str(key), "--admin-api-key-file", str(key))
+
+
+def test_options_that_can(model_dir, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    options = parse(["--model", str(model_dir), "--host", "0.0.0.0", "--api-key-file", str(key), "--port", "0"])
+    assert (options.api_key, options.host, options.port) == ("secret", "0.0.0.0", 0)
+    for host in ("localhost", "127.0.0.1", "127.0.0.9", "::1"):
+        assert parse(["--model", str(model_dir), "--host", host]).host == host
+
+
+def test_a_port_in_use_is_named(model_dir):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [*COMMAND, "--model", str(model_dir), "--port", str(port)], capture_output=True, text=True, timeout=90
+        )
+    assert done.returncode != 0
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr

@@ -1,0 +1,297 @@
+"""The embedded server's weights: file names, checksum, updates from disk and by broadcast, and updates that fail."""
+
+import asyncio
+import json
+import multiprocessing
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megasapo.checksum import weights_checksum
+from megasapo.rollout.local.weights import Weights
+from megasapo.rollout.weight_group import WeightGroup, host_store
+from tests.serving import serving
+from tests.tiny import make_model
+
+SHORT = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+ASK = {"input_ids": [5, 6, 7], "sampling_params": SHORT}
+
+
+@pytest.fixture(scope="module")
+def dirs(tmp_path_factory):
+    """Two models of one shape."""
+    return [make_model(tmp_path_factory.mktemp(f"model{seed}"), seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def server(dirs):
+    with serving(dirs[0], weight_version="0") as s:
+        yield s
+
+
+def checksum(server):
+    return server.post("/weights_checker", {"action": "checksum"}).json()["checksum"]
+
+
+def file_checksum(directory):
+    return weights_checksum(load_file(directory / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "over"),
+    [
+        ("moe", {}),
+        ("moe", {"mlp_only_layers": [1], "num_experts": 3}),
+        ("dense", {}),
+        ("dense", {"tie_word_embeddings": True, "attention_bias": True}),
+    ],
+)
+def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):
+    directory = make_model(tmp_path, kind=kind, **over)
+    weights = Weights(AutoModelForCausalLM.from_pretrained(directory))
+    file = load_file(directory / "model.safetensors")
+    assert sorted(weights.names) == sorted(file)
+    assert all(torch.equal(weights.get(name), tensor) for name, tensor in file.items())
+    assert weights.checksum() == weights_checksum(file)
+
+
+def test_update_from_disk_is_the_other_model(server, dirs):
+    assert checksum(server) == file_checksum(dirs[0])
+    before = server.generate(**ASK)["output_ids"]
+    answer = server.post("/update_weights_from_disk", {"model_path": str(dirs[1]), "weight_version": "7"})
+    assert answer.status_code == 200
+    assert answer.json()["success"] is True
+    assert checksum(server) == file_checksum(dirs[1])
+    after = server.generate(**ASK)
+    with serving(dirs[1]) as fresh:
+        assert after["output_ids"] == fresh.generate(**ASK)["output_ids"] != before
+    assert after["meta_info"]["weight_version"] == "7"
+    info = server.post("/model_info", method="GET").json()
+    assert (info["weight_version"], info["model_path"]) == ("7", str(dirs[1]))
+
+
+def test_update_from_shards(server, dirs, tmp_path):
+    file = load_file(dirs[1] / "model.safetensors")
+    names = sorted(file)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in parts.items():
+        save_file({n: file[n] for n in part}, tmp_path / shard)
+    index = {"weight_map": {n: shard for shard, part in parts.items() for n in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert server.post("/update_weights_from_disk", {"model_path": str(tmp_path)}).status_code == 200
+    assert checksum(server) == file_checksum(dirs[1])
+
+
+def rewritten(change):
+    """A function that copies a model directory and changes its tensors."""
+
+    def spoil(source, target):
+        file = load_file(source / "model.safetensors")
+        change(file)
+        save_file(file, target / "model.safetensors")
+
+    return spoil
+
+
+def truncated(source, target):
+    data = (source / "model.safetensors").read_bytes()
+    (target / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def missing_shard(source, target):
+    shutil.copy(source / "model.safetensors", target / "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda source, target: None, "no such weights"),
+        (truncated, "cannot read"),
+        (missing_shard, "b.safetensors"),
+        (lambda source, target: (target / "model.safetensors.index.json").write_text("{}"), "index"),
+        (rewritten(lambda file: file.pop("model.norm.weight")), "lacks 1 weights, the first is 'model.norm.weight'"),
+        (rewritten(lambda file: file.update({"model.norn.weight": torch.ones(1)})), "nearest: model.norm.weight"),
+        (rewritten(lambda file: file.update({"lm_head.weight": torch.ones(3, 64)})), "[3, 64]"),
+    ],
+)
+def test_a_failed_update_leaves_the_old_weights(server, dirs, tmp_path, spoil, words):
+    before = server.generate(**ASK)["output_ids"]
+    spoil(dirs[1], tmp_path)
+    answer = server.post("/update_weights_from_disk", {"model_path": str(tmp_path), "weight_version": "9"})
+    assert answer.status_code == 400
+    assert answer.json()["success"] is False
+    assert words in answer.json()["message"]
+    assert checksum(server) == file_checksum(dirs[0])
+    again = server.generate(**ASK)
+    assert again["output_ids"] == before
+    assert again["meta_info"]["weight_version"] == "0"
+
+
+def test_overwriting_the_file_does_not_reach_the_model(tmp_path):
+    directory = make_model(tmp_path)
+    with serving(directory) as server:
+        before = checksum(server)
+        with (directory / "model.safetensors").open("r+b") as f:
+            f.seek(-200_000, 2)
+            f.write(b"\x01" * 200_000)
+        assert checksum(server) == before
+
+
+def test_an_update_waits_for_what_runs_and_holds_back_what_comes(server, dirs):
+    async def run(client):
+        first = asyncio.create_task(
+            client.post("/generate", json=ASK | {"sampling_params": {**SHORT, "max_new_tokens": 80}})
+        )
+        await server.started()
+        body = {"model_path": str(dirs[1]), "weight_version": "1"}
+        update = asyncio.create_task(client.post("/update_weights_from_disk", json=body))
+        await server.until(lambda: len(server.engine._inbox) == 1)
+        late = await client.post("/generate", json=ASK)
+        return (await first).json(), (await update).status_code, late.json()
+
+    first, status, late = server.ask(run)
+    assert status == 200
+    assert first["meta_info"]["weight_versions"] == [{"version": "0", "start": 0, "end": 80}]
+    assert late["meta_info"]["weight_versions"] == [{"version": "1", "start": 0, "end": 6}]
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_an_update_while_paused_is_at_once_and_in_the_spans(server, dirs, mode):
+    async def run(client):
+        params = {**SHORT, "max_new_tokens": 60}
+        task = asyncio.create_task(client.post("/generate", json={"input_ids": [5, 6], "sampling_params": params}))
+        await server.started()
+        await client.post("/pause_generation", json={"mode": mode})
+        waiting = asyncio.create_task(client.post("/generate", json=ASK))
+        await server.until(lambda: server.engine.num_unfinished() == 2)
+        body = {"model_path": str(dirs[1]), "weight_version": "1"}
+        assert (await client.post("/update_weights_from_disk", json=body)).status_code == 200
+        assert not waiting.done()
+        await client.post("/continue_generation", json={})
+        return (await task).json(), (await waiting).json()
+
+    answer, waited = server.ask(run)
+    spans = answer["meta_info"]["weight_versions"]
+    assert [s["version"] for s in spans] == ["0", "1"]
+    assert spans[0]["start"] == 0
+    assert 3 <= spans[0]["end"] == spans[1]["start"] < spans[1]["end"] == 60
+    assert answer["meta_info"]["weight_version"] == "1"
+    assert answer["meta_info"]["num_retractions"] == (1 if mode == "retract" else 0)
+    assert waited["meta_info"]["weight_version"] == "1"
+
+
+def test_abort_all_before_an_update(server, dirs):
+    async def run(client):
+        params = {**SHORT, "max_new_tokens": 1500}
+        task = asyncio.create_task(client.post("/generate", json=ASK | {"sampling_params": params}))
+        await server.started()
+        body = {"model_path": str(dirs[1]), "abort_all_requests": True}
+        assert (await client.post("/update_weights_from_disk", json=body)).status_code == 200
+        return (await task).json()
+
+    assert server.ask(run)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_weight_by_name(server, dirs):
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    got = server.post("/get_weights_by_name", {"name": name, "truncate_size": 2}).json()
+    assert got == load_file(dirs[0] / "model.safetensors")[name][:2].tolist()
+    answer = server.post("/get_weights_by_name", {"name": "model.norm.wait"})
+    assert answer.status_code == 400
+    assert "model.norm.weight" in answer.json()["error"]["message"]
+
+
+def test_sessions_and_versions(server):
+    update = {"names": [], "dtypes": [], "shapes": []}
+    outside = server.post("/update_weights_from_distributed", update)
+    assert outside.status_code == 400
+    assert "must run between begin_weight_update() and end_weight_update()" in outside.json()["message"]
+    assert server.post("/end_weight_update").status_code == 400
+    assert server.post("/begin_weight_update").status_code == 200
+    assert server.post("/begin_weight_update").status_code == 400
+    no_group = server.post("/update_weights_from_distributed", update)
+    assert "init_weights_update_group" in no_group.json()["message"]
+    assert server.post("/end_weight_update").status_code == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": "g"}).status_code == 400
+    assert server.post("/update_weight_version", {}).status_code == 400
+    assert server.post("/update_weight_version", {"new_version": "3"}).json()["new_version"] == "3"
+    assert server.generate(**ASK)["meta_info"]["weight_version"] == "3"
+
+
+def send(connection, directory, calls):
+    """Rank 0, in a process of its own as in life: broadcasts `calls`, each a list of names, each or flattened."""
+    file = load_file(directory / "model.safetensors")
+    store = host_store("127.0.0.1", 2, 30.0)
+    connection.send(store.port)
+    group = WeightGroup.join("127.0.0.1", store.port, 0, 2, "g", "gloo", 30.0, store=store)
+    for names, flat in calls:
+        tensors = [converted(name, file.get(name, torch.ones(3))) for name in names]
+        if flat:
+            tensors = [torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])]
+        for tensor in tensors:
+            group.broadcast(tensor)
+    connection.recv()  # the other side is done
+    group.close()
+
+
+def converted(name, tensor):
+    """Three bfloat16 numbers go first, so that what follows in a bucket is not aligned to four bytes."""
+    return tensor[:3].to(torch.bfloat16) if name == "model.nonsense" else tensor
+
+
+def test_update_by_broadcast(server, dirs):
+    """All weights of the other model, one by one and as buckets; one call that must fail and keep the group in step."""
+    file = load_file(dirs[1] / "model.safetensors")
+    names = sorted(file)
+    calls = [(names[:40], False), (["model.nonsense", *names[40:50]], True), (names[40:90], True), (names[90:], False)]
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    sender = multiprocessing.get_context("spawn").Process(target=send, args=(there, dirs[1], calls), daemon=True)
+    sender.start()
+
+    async def run(client):
+        assert await asyncio.to_thread(here.poll, 60), "the sender did not start"
+        body = {"master_address": "127.0.0.1", "master_port": here.recv(), "rank_offset": 1, "world_size": 2}
+        answers = [
+            await client.post("/init_weights_update_group", json=body | {"group_name": "g", "backend": "gloo"}),
+            await client.post("/begin_weight_update", json={}),
+        ]
+        for part, flat in calls:
+            tensors = [converted(n, file.get(n, torch.ones(3))) for n in part]
+            body = {
+                "names": part,
+                "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors],
+                "shapes": [list(t.shape) for t in tensors],
+                "group_name": "g",
+                "load_format": "flattened_bucket" if flat else None,
+                "weight_version": str(len(part)),
+            }
+            answers.append(await client.post("/update_weights_from_distributed", json=body))
+        answers.append(await client.post("/end_weight_update", json={}))
+        answers.append(await client.post("/destroy_weights_update_group", json={"group_name": "g"}))
+        return answers
+
+    try:
+        answers = server.ask(run)
+        here.send("done")
+        sender.join(30)
+    finally:
+        sender.kill()
+    assert [a.status_code for a in answers] == [200, 200, 200, 400, 200, 200, 200, 200]
+    assert "model.nonsense" in answers[3].json()["message"]
+    assert checksum(server) == file_checksum(dirs[1])
+    assert server.generate(**ASK)["meta_info"]["weight_version"] == str(len(names) - 90)
+    assert sender.exitcode == 0
+
+
+def test_a_group_that_nobody_leads_is_an_error_and_the_server_lives(server, monkeypatch):
+    monkeypatch.setattr("megasapo.rollout.local.control.JOIN_TIMEOUT_S", 1.0)
+    body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    answer = server.post("/init_weights_update_group", body)
+    assert answer.status_code == 400
+    assert answer.json()["success"] is False
+    assert len(server.generate(**ASK)["output_ids"]) == 6
