@@ -1,0 +1,151 @@
+"""The learner's step on real ranks: one batch gives one step on every layout, checkpoints continue exactly, NaN is skipped.
+
+Run as `python -m tests.dist.test_learner MODEL DIR tp pp ep` it is one rank of the scenario below.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megasapo import config
+from megasapo.types import TrainSequence
+from tests.dist.launcher import run_ranks
+from tests.tiny import make_model
+
+GROUPS, GROUP = 6, 2
+COMPARED = ("loss/policy", "loss/kl", "grad/norm", "ratio/log_var", "ratio/ess", "entropy/mean", "sapo/gate_mean_neg")
+LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (2, 1, 2, 1)]
+WIDE = [(4, 2, 1, 2), (4, 1, 2, 2), (8, 2, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("learner") / "model"
+    make_model(path, kind="moe", num_hidden_layers=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank gives."""
+    return run_layout(1, 1, 1, 1, model, tmp_path_factory.mktemp("one"))
+
+
+def run_layout(world: int, tp: int, pp: int, ep: int, model: Path, where: Path) -> dict[str, Any]:
+    run_ranks(world, "tests.dist.test_learner", str(model), str(where), str(tp), str(pp), str(ep), logs=where / "logs")
+    return json.loads((where / "result.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:] + [pytest.param(w, marks=pytest.mark.slow) for w in WIDE], ids=str)
+def test_every_layout_takes_the_same_steps(
+    layout: tuple[int, int, int, int], model: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    result = run_layout(*layout, model, tmp_path)
+    for name in COMPARED:
+        np.testing.assert_allclose(result["steps"][0][name], expected["steps"][0][name], rtol=1e-4, err_msg=name)
+    assert result["resumed"] == result["continued"], "a checkpoint does not continue exactly"
+    assert result["skipped"] == 1.0
+    assert result["unchanged"], "a skipped step must leave the weights alone"
+
+
+def test_one_rank_continues_exactly_and_skips_nan(expected: dict[str, Any]) -> None:
+    assert expected["resumed"] == expected["continued"]
+    assert expected["skipped"] == 1.0
+    assert expected["unchanged"]
+    assert "optim.max_skipped_steps=1" in expected["ceiling"]
+
+
+def sequences(seed: int) -> list[TrainSequence]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for uid in range(GROUPS * GROUP):
+        n = int(rng.integers(8, 40))
+        mask = np.arange(n) >= int(rng.integers(2, 6))
+        logp = np.where(mask, -5.0, 0.0).astype(np.float32)
+        tokens = rng.integers(0, 500, n).astype(np.int32)
+        rows.append(TrainSequence(uid, tokens, mask, logp, float(rng.normal())))
+    return rows
+
+
+def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
+    from megasapo import metrics
+    from megasapo.algo.settings import resolve
+    from megasapo.algo.weights import token_weights
+    from megasapo.checksum import Checksum
+    from megasapo.mcore import checkpoint, exchange
+    from megasapo.mcore.policy import Policy
+    from megasapo.mcore.topology import Topology
+
+    cfg = config.from_dict(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "optim": {"lr": 1e-3, "max_skipped_steps": 1},
+            "algo": {"kl_coef": 0.1, "entropy_coef": 0.01},
+            "parallel": {"tp": tp, "pp": pp, "ep": ep},
+            "data": {"max_prompt_tokens": 32},
+            "rollout": {"max_new_tokens": 64},
+            "train": {"micro_batch_tokens": 96},
+        }
+    )
+    topo = Topology.init(cfg.parallel)
+    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=0.8, total_steps=20)
+    rule = partial(token_weights, normalisation="sequence", constant_length=1)
+
+    def batch(seed: int, advantage: float | None = None) -> Any:
+        rows = [r for r in sequences(seed) if topo.is_leader and r.uid % topo.dp == topo.dp_rank]
+        if advantage is not None:
+            rows = [TrainSequence(r.uid, r.tokens, r.loss_mask, r.rollout_logp, advantage) for r in rows]
+        made = exchange.build_batch(
+            rows, topo, mini_batches=2, group_size=GROUP, max_tokens=cfg.train.micro_batch_tokens, weight_rule=rule
+        )
+        return policy.with_old_logprobs(made)
+
+    def step(seed: int, **options: Any) -> dict[str, float]:
+        return metrics.scalars(metrics.merge(topo.gather(policy.update(batch(seed, **options)))))
+
+    def weights() -> str:
+        total = Checksum()
+        for bucket in policy.export(1 << 20):
+            for name, tensor in bucket:
+                total.add(name, tensor)
+        return total.hexdigest()
+
+    steps = [step(0), step(1)]
+    policy.save(where / "run", 2, {"step": 2})
+    continued = [step(2), step(3)]
+    state = policy.load(checkpoint.latest(where / "run"))
+    assert state == {"step": 2}
+    resumed = [step(2), step(3)]
+    before = weights()
+    result: dict[str, Any] = {"steps": steps, "continued": continued, "resumed": resumed}
+    one_broken = exchange.build_batch(
+        [TrainSequence(0, np.arange(5, dtype=np.int32), np.arange(5) > 1, np.zeros(5, np.float32), float("nan"))]
+        if topo.rank == 0
+        else [],
+        topo,
+        mini_batches=1,
+        group_size=GROUP,
+        max_tokens=96,
+        weight_rule=rule,
+    )
+    broken = metrics.merge(topo.gather(policy.update(policy.with_old_logprobs(one_broken))))
+    result["skipped"] = broken["grad/skipped_steps"].value()
+    result["unchanged"] = weights() == before
+    try:
+        policy.update(policy.with_old_logprobs(one_broken))
+    except FloatingPointError as e:
+        result["ceiling"] = str(e)
+    if topo.rank == 0:
+        (where / "result.json").write_text(json.dumps(result))
+    topo.destroy()
+
+
+if __name__ == "__main__":
+    scenario(Path(sys.argv[1]), Path(sys.argv[2]), *(int(x) for x in sys.argv[3:6]))
