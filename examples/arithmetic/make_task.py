@@ -1,9 +1,9 @@
 """Makes everything the arithmetic example needs: a tokenizer, a random Qwen3-MoE model, and three data files.
 
 The task is adding digits: `5+6+4=`, answer 15. The demonstrations in sft.jsonl come from two pupils: a diligent one
-writes the running totals down (`11 15`) and is right, a lazy one answers 20 whatever the question. A model that imitates
-both learns to add, but often does not care to. Reinforcement learning, which is told nothing but whether the last number
-is right, finds out that showing the work pays: reward and response length rise together.
+writes the running totals down (`11 15`) and is right, a lazy one answers 16 whatever the question. A model that
+imitates both learns to add, but often does not care to. Reinforcement learning, which is told nothing but whether the
+last number is right, finds out that showing the work pays: reward and response length rise together.
 
     python examples/arithmetic/make_task.py --out examples/arithmetic/out --seed 1
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 5, 9
-LAZY_ANSWER = "20"  # right now and then
+MIN_TERMS, MAX_TERMS, MAX_DIGIT = 3, 5, 7
+LAZY_ANSWER = "16"  # right now and then
 
 
 def make_tokenizer(out: Path) -> None:
@@ -57,19 +58,19 @@ def make_tokenizer(out: Path) -> None:
 
 
 def make_model(out: Path, seed: int) -> None:
-    """A random Qwen3-MoE: 4 layers, hidden size 64, 8 experts of which each token takes 2."""
+    """A random Qwen3-MoE: 2 layers, hidden size 128, 8 experts of which each token takes 2."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
         vocab_size=256 + len(SPECIAL_TOKENS),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=128,
+        intermediate_size=256,
         moe_intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -77,7 +78,7 @@ def make_model(out: Path, seed: int) -> None:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
-        initializer_range=0.05,  # 0.02 suits wide layers; at hidden size 64 it only delays the start
+        initializer_range=0.05,  # 0.02 suits wide layers; here it only delays the start
         eos_token_id=256 + SPECIAL_TOKENS.index("<|end|>"),
         pad_token_id=256 + SPECIAL_TOKENS.index("<|pad|>"),
         bos_token_id=None,
@@ -107,33 +108,43 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int, diligent: float) -> None:
-    """Three files; no problem occurs in two of them, nor twice in train.jsonl or eval.jsonl."""
+    """Three files; the problems of eval.jsonl differ from one another and occur in neither of the others."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    problems: dict[tuple[int, ...], None] = {}
-    while len(problems) < num_eval + num_train + num_sft:
-        problems[draw_problem(rng)] = None
-    order = list(problems)
-    held_out, train, sft = order[:num_eval], order[num_eval : num_eval + num_train], order[num_eval + num_train :]
-    for name, part in (("eval", held_out), ("train", train)):
-        write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in part])
-    write_jsonl(
-        out / "sft.jsonl", [{"prompt": problem_text(p), "response": demonstration(p, diligent, rng)} for p in sft]
-    )
+    held_out: dict[tuple[int, ...], None] = {}
+    while len(held_out) < num_eval:
+        held_out[draw_problem(rng)] = None
+
+    def draw(num: int) -> list[tuple[int, ...]]:
+        problems: list[tuple[int, ...]] = []
+        while len(problems) < num:
+            problem = draw_problem(rng)
+            if problem not in held_out:
+                problems.append(problem)
+        return problems
+
+    sft = [{"prompt": problem_text(p), "response": demonstration(p, diligent, rng)} for p in draw(num_sft)]
+    write_jsonl(out / "sft.jsonl", sft)
+    for name, problems in (("train", draw(num_train)), ("eval", list(held_out))):
+        write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in problems])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the arithmetic example's tokenizer, model and data.")
     parser.add_argument("--out", type=Path, required=True, help="directory to fill: model/ and three .jsonl files")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-sft", type=int, default=38400)
+    parser.add_argument("--num-sft", type=int, default=57600)
     parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-eval", type=int, default=200)
     parser.add_argument("--diligent", type=float, default=0.5, help="share of demonstrations that show the totals")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.diligent)
-    make_tokenizer(args.out / "model")
-    make_model(args.out / "model", args.seed)
+    unfinished = args.out / "model.unfinished"
+    make_tokenizer(unfinished)
+    make_model(unfinished, args.seed)
+    if (args.out / "model").exists():
+        shutil.rmtree(args.out / "model")
+    unfinished.rename(args.out / "model")  # whoever finds model/ finds it, and the data, complete
     print(
         f"{args.out}: model/, sft.jsonl ({args.num_sft}), train.jsonl ({args.num_train}), eval.jsonl ({args.num_eval})"
     )
