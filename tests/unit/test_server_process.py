@@ -73,7 +73,8 @@ def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
         server.wait_until_running(0)
         body = LONG | {"stream": True}
         with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60, trust_env=False) as answer:
-            assert next(answer.iter_lines()).startswith("data: ")
+            lines = answer.iter_lines()  # kept: dropping it would close the connection
+            assert next(lines).startswith("data: ")
             server.wait_until_running(1)
         server.wait_until_running(0)
 

@@ -133,28 +133,32 @@ class App:
         return answers if wanted.many else answers[0]
 
     async def _events(self, wanted: protocol.Generate) -> AsyncIterator[bytes]:
-        """One event for every sequence that has new tokens, cumulative, then [DONE]."""
+        """One event for every sequence that has new tokens, cumulative, then [DONE]; fewer events for a slow reader."""
         loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Exception | None] = asyncio.Queue()
+        news = asyncio.Event()
+        errors: list[Exception] = []
 
         def notify(error: Exception | None) -> None:
+            if error is not None:
+                errors.append(error)
             with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
-                loop.call_soon_threadsafe(news.put_nowait, error)
+                loop.call_soon_threadsafe(news.set)
 
         job = self._submit(wanted.sequences, notify, stream=True)
         sent = [(0, False)] * len(wanted.sequences)
         try:
-            while not all(finished for _, finished in sent):
-                error = await news.get()
-                if error is not None:
-                    yield _event({"error": {"message": str(error), "type": "internal_error", "code": 500}})
-                    break
+            while not all(finished for _, finished in sent) and not errors:
+                await news.wait()
+                news.clear()
                 for i, s in enumerate(wanted.sequences):
                     out = protocol.answer(s, self._loaded, self._engine.weight_version, wanted.text_in_logprobs)
                     state = (len(out["output_ids"]), out["meta_info"]["finish_reason"] is not None)
                     if state != sent[i]:
                         sent[i] = state
                         yield _event(out | {"index": i} if wanted.many else out)
+                await asyncio.sleep(0)  # tokens may come faster than they are written: others get their turn
+            if errors:
+                yield _event({"error": {"message": str(errors[0]), "type": "internal_error", "code": 500}})
             yield b"data: [DONE]\n\n"
         finally:
             self._abandon(job)

@@ -1,0 +1,154 @@
+"""Tokens per second of the embedded rollout server against transformers' own batched `generate`.
+
+64 prompts of mixed length whose responses end at very different times, as in reinforcement learning. Both sides sample
+at temperature 1 on the same model, device and number of threads; the server is a process of its own and is asked over
+HTTP, with logprobs. `generate` runs all prompts as one batch, each row stopped at its own length (finished rows are
+padded), and returns no logprobs. Runs alternate; the table shows medians over runs.
+
+    python benchmarks/server.py [--hidden 64] [--layers 4] [--experts 8] [--threads 1] [--runs 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.tiny import make_model
+
+
+class OwnLength(StoppingCriteria):
+    """Stops each row after its own number of new tokens."""
+
+    def __init__(self, prompt_length: int, new_tokens: list[int]) -> None:
+        self._ends = prompt_length + torch.tensor(new_tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] >= self._ends
+
+
+def workload(num_prompts: int, mean_tokens: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 8 to 64 tokens; response lengths at the quantiles of an exponential distribution, shuffled."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, vocab_size, n).tolist() for n in rng.integers(8, 65, num_prompts)]
+    quantiles = (np.arange(num_prompts) + 0.5) / num_prompts
+    lengths = np.maximum(4, -np.log1p(-quantiles) * mean_tokens).astype(int)
+    rng.shuffle(lengths)
+    return prompts, lengths.tolist()
+
+
+def run_server(client: httpx.Client, prompts: list[list[int]], lengths: list[int]) -> float:
+    params = [{"max_new_tokens": n, "temperature": 1.0, "ignore_eos": True} for n in lengths]
+    start = time.perf_counter()
+    answer = client.post("/generate", json={"input_ids": prompts, "sampling_params": params, "return_logprob": True})
+    seconds = time.perf_counter() - start
+    got = [len(a["output_ids"]) for a in answer.raise_for_status().json()]
+    if got != lengths:
+        raise RuntimeError(f"asked for {lengths} tokens, got {got}")
+    return seconds
+
+
+def run_generate(model: Any, prompts: list[list[int]], lengths: list[int]) -> float:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # padded on the left
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    stop = StoppingCriteriaList([OwnLength(longest, lengths)])
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(lengths),
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=stop,
+        )
+    seconds = time.perf_counter() - start
+    if out.shape != (len(prompts), longest + max(lengths)):
+        raise RuntimeError(f"generate returned {tuple(out.shape)}")
+    return seconds
+
+
+def start_server(model_dir: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model_dir), "--port", "0"]
+    command += ["--exit-with-parent", "--threads", str(threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "ready at " in line:
+            return process, line.split("ready at ")[1].strip()
+    raise RuntimeError(f"the server ended with {process.wait()} before it was ready")
+
+
+def measure(args: argparse.Namespace, model_dir: Path) -> tuple[list[float], list[float], int]:
+    prompts, lengths = workload(args.prompts, args.mean_tokens, 512)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa").eval()
+    process, url = start_server(model_dir, args.threads)
+    ours, theirs = [], []
+    try:
+        with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+            for run in range(args.runs + 1):
+                seconds = run_server(client, prompts, lengths), run_generate(model, prompts, lengths)
+                if run:  # the first warms both up
+                    ours.append(seconds[0])
+                    theirs.append(seconds[1])
+    finally:
+        process.terminate()
+        process.wait(30)
+    return ours, theirs, sum(lengths)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, default in (("hidden", 64), ("layers", 4), ("experts", 8), ("threads", 1), ("runs", 5)):
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--mean-tokens", type=int, default=96, help="mean response length")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    shape = {
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_experts": args.experts,
+        "moe_intermediate_size": args.hidden // 2,
+        "num_attention_heads": args.hidden // 16,
+        "num_key_value_heads": args.hidden // 32,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        ours, theirs, tokens = measure(args, make_model(directory, **shape))
+    print(
+        f"{datetime.date.today()}, {platform.machine()}, {args.threads} thread(s), python {platform.python_version()},",
+        end=" ",
+    )
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"Qwen3-MoE {shape}; {args.prompts} prompts, {tokens} response tokens; medians of {args.runs} alternating runs"
+    )
+    print(f"{'':24}{'seconds':>10}{'min':>8}{'max':>8}{'tokens/s':>12}")
+    for name, seconds in (("transformers generate", theirs), ("megasapo serve", ours)):
+        median = statistics.median(seconds)
+        print(f"{name:24}{median:10.2f}{min(seconds):8.2f}{max(seconds):8.2f}{tokens / median:12.0f}")
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    print(f"speed-up: median of pairs {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
