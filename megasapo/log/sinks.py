@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -93,10 +94,11 @@ def make_log(
 
 
 class ConsoleSink:
-    """A progress bar on a terminal; one line a step where the output is a file or a pipe."""
+    """A progress bar on a terminal; lines where the output is a file or a pipe, at most one every `line_every_s`."""
 
-    def __init__(self, total_steps: int | None, start: int, stream: TextIO) -> None:
-        self._total, self._stream = total_steps, stream
+    def __init__(self, total_steps: int | None, start: int, stream: TextIO, line_every_s: float = 1.0) -> None:
+        self._total, self._stream, self._line_every_s = total_steps, stream, line_every_s
+        self._last_line_at = -math.inf
         self._shown: dict[str, str] = {}
         self._bar: Any = None
         if stream.isatty():
@@ -112,6 +114,10 @@ class ConsoleSink:
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
             return
+        is_special = step == self._total or "pass@1" in now
+        if time.monotonic() - self._last_line_at < self._line_every_s and not is_special:
+            return
+        self._last_line_at = time.monotonic()
         values = "  ".join(f"{label} {value}" for label, value in now.items())
         self._stream.write(f"{self._progress(step)}  {values}".rstrip() + "\n")
         self._stream.flush()

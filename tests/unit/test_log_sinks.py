@@ -65,7 +65,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_console_line_without_a_terminal() -> None:
     stream = io.StringIO()
-    sink = ConsoleSink(total_steps=40, start=0, stream=stream)
+    sink = ConsoleSink(total_steps=40, start=0, stream=stream, line_every_s=0.0)
     shown = {
         "reward/mean": 0.4123,
         "response/length_mean": 9.87,
@@ -81,6 +81,18 @@ def test_console_line_without_a_terminal() -> None:
         "[#####---------------] step 10/40  reward 0.412  length 9.9  gate+ 0.999  gate- 0.990  tokens/s 1834"
     )
     assert second == "[#####---------------] step 11/40"
+
+
+def test_console_thins_out_quick_steps_but_shows_evaluations_and_the_end() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(total_steps=40, start=0, stream=stream, line_every_s=3600.0)
+    for step in range(1, 41):
+        sink.log(step, {"eval/pass@1": 0.5} if step == 20 else {}, {}, {})
+    assert [line.split("step ")[1] for line in stream.getvalue().splitlines()] == [
+        " 1/40",
+        "20/40  pass@1 0.500",
+        "40/40",
+    ]
 
 
 def test_console_bar_on_a_terminal() -> None:
