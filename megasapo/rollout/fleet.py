@@ -52,7 +52,10 @@ class Fleet:
         calls it.
         """
         urls = cfg.servers or tuple(f"http://127.0.0.1:{free_port()}" for _ in range(cfg.spawn))
-        fleet = cls(cfg, urls, ModelLimits.read(model_path), leader_index)
+        limits = ModelLimits.read(model_path)
+        if not cfg.servers:
+            limits.check_engine(cfg.engine)
+        fleet = cls(cfg, urls, limits, leader_index)
         watch = Watch(cfg, fleet.servers, Path(model_path), Path(run_dir), fleet._key)
         fleet._watch = watch
         try:

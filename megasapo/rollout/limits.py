@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megasapo.rollout.protocol import RolloutError, RoutedShape
 from megasapo.types import SamplingParams
@@ -23,6 +24,8 @@ class ModelLimits:
     num_layers: int
     num_experts: int
     topk: int
+    model_type: str
+    dense_layers: tuple[int, ...]  # of a mixture-of-experts model
 
     @staticmethod
     def read(model_path: str | Path) -> ModelLimits:
@@ -42,12 +45,22 @@ class ModelLimits:
             num_layers=config["num_hidden_layers"],
             num_experts=experts,
             topk=config.get("num_experts_per_tok", 0),
+            model_type=config.get("model_type", ""),
+            dense_layers=_dense_layers(config),
         )
 
     def routed_shape(self) -> RoutedShape:
         if not self.num_experts or not self.topk:
             raise RolloutError("return_routed_experts was asked of a model whose config.json has no experts")
-        return RoutedShape(self.num_layers, self.topk, self.num_experts)
+        return RoutedShape(self.num_layers, self.topk, self.num_experts, self.dense_layers)
+
+    def check_engine(self, engine: str) -> None:
+        """Refuse a model that an engine would run wrongly without saying so."""
+        if engine == "sglang" and self.model_type == "qwen3_moe" and self.dense_layers:
+            raise RolloutError(
+                f"the model has dense layers {list(self.dense_layers)}; SGLang (0.5.21) takes every qwen3_moe layer "
+                "for a mixture of experts and would sample from uninitialised weights: use rollout.engine=embedded"
+            )
 
     def check(self, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> None:
         """Raise ValueError for a prompt that no server of this model can answer."""
@@ -63,3 +76,11 @@ class ModelLimits:
                     f"prompt {i}: {len(ids)} tokens + max_new_tokens={s.max_new_tokens} exceed the model's "
                     f"max_position_embeddings={self.max_positions}"
                 )
+
+
+def _dense_layers(config: dict[str, Any]) -> tuple[int, ...]:
+    """Layers without experts, as Qwen's and DeepSeek's configurations say it."""
+    only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+    first = config.get("first_k_dense_replace") or 0
+    layers = range(config["num_hidden_layers"])
+    return tuple(i for i in layers if i in only or (i + 1) % step or i < first)

@@ -51,6 +51,7 @@ class RoutedShape:
     num_layers: int
     topk: int
     num_experts: int
+    dense_layers: tuple[int, ...] = ()  # rows the server fills with anything: they are set to 0
 
 
 def generate_request(
@@ -169,9 +170,11 @@ def _routed(meta: dict[str, Any], num_rows: int, shape: RoutedShape) -> np.ndarr
             f"routed_experts has {flat.size} ids, not {'*'.join(map(str, want))}: the server's model has other layers "
             "or another top-k than the learner's config.json"
         )
-    if flat.size and (flat.min() < 0 or flat.max() >= shape.num_experts):
-        raise BadAnswer(f"expert ids {flat.min()}..{flat.max()} for {shape.num_experts} experts")
-    return flat.reshape(want)
+    routed = flat.reshape(want).copy()
+    routed[:, list(shape.dense_layers)] = 0
+    if routed.min() < 0 or routed.max() >= shape.num_experts:
+        raise BadAnswer(f"expert ids {routed.min()}..{routed.max()} for {shape.num_experts} experts")
+    return routed
 
 
 def check_versions(completions: Sequence[Completion], lowest: int | None, highest: int | None) -> None:

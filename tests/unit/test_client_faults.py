@@ -18,7 +18,7 @@ from megasapo.rollout.spawn import free_port
 from megasapo.types import Completion, SamplingParams
 from tests.unit.standin_server import Standin, serving
 
-LIMITS = ModelLimits(vocab_size=100, max_positions=64, num_layers=2, num_experts=4, topk=2)
+LIMITS = ModelLimits(100, max_positions=64, num_layers=2, num_experts=4, topk=2, model_type="", dense_layers=())
 PROMPTS = [(1, 2), (3,)]
 THREE = SamplingParams(max_new_tokens=3)
 

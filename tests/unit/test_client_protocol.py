@@ -113,6 +113,16 @@ def test_logprobs_must_be_finite_numbers(value: Any) -> None:
         read(answer(output_token_logprobs=[[-0.25, 7, None], [value, 8, None]]))
 
 
+def test_dense_layers_have_rows_of_zeros() -> None:
+    """SGLang fills them with whatever its buffer holds."""
+    spoilt = ROUTING.copy()
+    spoilt[:, 0] = 99
+    body = answer(routed_experts=base64.b64encode(spoilt.tobytes()).decode())
+    read_routing = read(body, RoutedShape(num_layers=2, topk=2, num_experts=4, dense_layers=(0,))).routed_experts
+    np.testing.assert_array_equal(read_routing[:, 0], 0)
+    np.testing.assert_array_equal(read_routing[:, 1], ROUTING[:, 1])
+
+
 def test_prompts_and_sampling_must_match() -> None:
     with pytest.raises(ValueError, match="2 prompts but 1"):
         generate_request([(1,), (2,)], [SamplingParams(max_new_tokens=1)], return_routed_experts=False)
@@ -141,3 +151,25 @@ def test_an_unusable_config_json_is_named(tmp_path: Path, content: str | None) -
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(RolloutError, match=r"config\.json"):
         ModelLimits.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dense"),
+    [
+        ({"mlp_only_layers": [1]}, (1,)),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"first_k_dense_replace": 2}, (0, 1)),
+        ({}, ()),
+    ],
+)
+def test_dense_layers_and_the_engine_that_ignores_them(tmp_path: Path, fields: Any, dense: tuple[int, ...]) -> None:
+    config = {"vocab_size": 50, "max_position_embeddings": 9, "num_hidden_layers": 3, "num_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | fields | {"model_type": "qwen3_moe"}))
+    limits = ModelLimits.read(tmp_path)
+    assert limits.dense_layers == dense
+    limits.check_engine("embedded")
+    if dense:
+        with pytest.raises(RolloutError, match=r"dense layers \[.*use rollout\.engine=embedded"):
+            limits.check_engine("sglang")
+    else:
+        limits.check_engine("sglang")

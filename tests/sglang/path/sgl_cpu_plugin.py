@@ -1,0 +1,20 @@
+"""SGLang plugin (entry point group sglang.srt.plugins): no pinned host buffers on a machine without a GPU.
+
+SGLang calls `load` in each of its processes. With --enable-return-routed-experts it pins a host buffer, which asserts
+that torch has CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load() -> None:
+    from sglang.srt.mem_cache.pool_host import common
+
+    allocate = common.alloc_with_host_register
+
+    def allocate_unpinned(*args: Any, **kwargs: Any) -> Any:
+        return allocate(*args, **{**kwargs, "pin_memory": False})
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate_unpinned

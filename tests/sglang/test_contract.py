@@ -1,0 +1,384 @@
+"""The embedded server and a real SGLang keep one contract: same fields, codes, versions, tokens, routing and weights.
+
+Each is compared with transformers and with the words of the contract, and so with the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megasapo.config import RolloutConfig
+from megasapo.publish import Bucket, Publisher
+from megasapo.types import Completion, SamplingParams
+from tests.sglang.conftest import Contract
+
+PROMPTS = [(5, 6, 7), (300, 41, 9, 17, 400, 401, 402), (64,)]
+GREEDY = SamplingParams(max_new_tokens=16, temperature=0.0, ignore_eos=True)
+LONG = {"max_new_tokens": 1500, "temperature": 0.0, "ignore_eos": True}  # several seconds: short ones end before a call
+META = {
+    *(
+        "id",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+        "cached_tokens",
+        "weight_version",
+        "weight_versions",
+    ),
+    *("num_retractions", "input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length"),
+}
+
+
+@cache
+def load(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@cache
+def greedy_of(directory: Path, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    ids = torch.tensor([prompt])
+    out = load(directory).generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None)
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def logprobs_of(
+    directory: Path, prompt: tuple[int, ...], output: tuple[int, ...], temperature: float = 1.0
+) -> np.ndarray:
+    """[R] teacher-forced."""
+    ids = torch.tensor([prompt + output])
+    with torch.no_grad():
+        logp = torch.log_softmax(load(directory)(ids).logits[0] / temperature, dim=-1)
+    return logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+def routing_of(directory: Path, prompt: tuple[int, ...], output: tuple[int, ...]) -> np.ndarray:
+    """[P + R - 1, L, K], descending weight."""
+    ids = torch.tensor([(prompt + output)[:-1]])
+    with torch.no_grad():
+        logits = load(directory)(ids, output_router_logits=True).router_logits
+    return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
+
+
+def generate(c: Contract, sampling: SamplingParams = GREEDY, routed: bool = False) -> list[Completion]:
+    async def run() -> list[Completion]:
+        try:
+            return await c.fleet.generate(PROMPTS, [sampling] * len(PROMPTS), return_routed_experts=routed)
+        finally:
+            await c.fleet.close()
+
+    return asyncio.run(run())
+
+
+def assert_serves(c: Contract, directory: Path, version: int) -> None:
+    for prompt, completion in zip(PROMPTS, generate(c), strict=True):
+        assert completion.output_ids == greedy_of(directory, prompt)
+        expected = logprobs_of(directory, prompt, completion.output_ids)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+        assert (completion.version_min, completion.version_max) == (version, version)
+
+
+def publish(c: Contract, directory: Path, version: int, method: Any) -> None:
+    def export() -> Iterator[Bucket]:
+        tensors = list(load_file(directory / "model.safetensors").items())
+        for i in range(0, len(tensors), 30):
+            yield tensors[i : i + 30]
+
+    publisher = Publisher(
+        export,
+        c.fleet,
+        RolloutConfig(publish=method, start_timeout_s=100.0),
+        rank=0,
+        agree=lambda x: x,
+        run_dir=c.run_dir,
+        model_dir=c.old,
+        verify=c.engine == "embedded",  # SGLang's checksum needs CUDA, and is another one
+    )
+    publisher(version)
+    publisher.close()
+
+
+# --- tokens, logprobs, routing ---
+
+
+def test_the_two_models_differ_in_what_they_say(contract: Contract) -> None:
+    for prompt in PROMPTS:
+        assert greedy_of(contract.old, prompt) != greedy_of(contract.new, prompt)
+
+
+def test_greedy_tokens_and_their_logprobs_are_transformers(contract: Contract) -> None:
+    assert contract.fleet.version is None
+    assert_serves(contract, contract.old, -1)
+
+
+def test_routed_experts_are_transformers(contract: Contract) -> None:
+    for prompt, completion in zip(PROMPTS, generate(contract, routed=True), strict=True):
+        assert completion.routed_experts is not None
+        expected = routing_of(contract.old, prompt, completion.output_ids)
+        np.testing.assert_array_equal(completion.routed_experts, expected)
+
+
+def test_sampled_logprobs_are_at_the_sampling_temperature(contract: Contract) -> None:
+    sampling = SamplingParams(max_new_tokens=16, temperature=0.7, ignore_eos=True)
+    for prompt, completion in zip(PROMPTS, generate(contract, sampling), strict=True):
+        expected = logprobs_of(contract.old, prompt, completion.output_ids, temperature=0.7)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+
+
+def test_a_stop_token_is_the_last_of_the_output(contract: Contract) -> None:
+    prompt = PROMPTS[0]
+    greedy = greedy_of(contract.old, prompt)
+    stop = greedy[4]
+    until = greedy.index(stop) + 1
+    answer = post(contract, {"input_ids": list(prompt), "sampling_params": {**GREEDY_FIELDS, "stop_token_ids": [stop]}})
+    assert answer["output_ids"] == list(greedy[:until])
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert len(answer["meta_info"]["output_token_logprobs"]) == until
+
+
+# --- fields ---
+
+GREEDY_FIELDS = {"max_new_tokens": 16, "temperature": 0.0}
+
+
+def post(c: Contract, body: dict[str, Any]) -> Any:
+    response = c.http.post("/generate", json={"return_logprob": True, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_field_names_and_the_shape_of_answers(contract: Contract) -> None:
+    one = post(contract, {"input_ids": [5, 6, 7], "sampling_params": GREEDY_FIELDS, "rid": "mine"})
+    assert set(one) == {"text", "output_ids", "meta_info"}
+    meta = one["meta_info"]
+    assert set(meta) >= META
+    assert (meta["id"], meta["prompt_tokens"], meta["completion_tokens"]) == ("mine", 3, 16)
+    assert meta["output_token_logprobs_length"] == 16
+    assert meta["finish_reason"] == {"type": "length", "length": 16}
+    assert [entry[1] for entry in meta["output_token_logprobs"]] == one["output_ids"]
+    assert meta["weight_versions"] == [{"version": meta["weight_version"], "start": 0, "end": 16}]
+    many = post(contract, {"input_ids": [[5, 6, 7], [8]], "sampling_params": GREEDY_FIELDS})
+    assert [m["meta_info"]["prompt_tokens"] for m in many] == [3, 1]
+    assert many[0]["output_ids"] == one["output_ids"]
+
+
+def test_prompt_logprobs_begin_with_none(contract: Contract) -> None:
+    prompt = PROMPTS[1]
+    answer = post(contract, {"input_ids": list(prompt), "sampling_params": GREEDY_FIELDS, "logprob_start_len": 0})
+    entries = answer["meta_info"]["input_token_logprobs"]
+    assert [e[1] for e in entries] == list(prompt)
+    assert entries[0][0] is None
+    expected = logprobs_of(contract.old, prompt[:1], prompt[1:])
+    np.testing.assert_allclose([e[0] for e in entries[1:]], expected, atol=1e-3)
+
+
+def test_a_stream_is_cumulative(contract: Contract) -> None:
+    events = []
+    body = {"input_ids": [5, 6, 7], "sampling_params": GREEDY_FIELDS, "stream": True}
+    with contract.http.stream("POST", "/generate", json=body) as response:
+        for line in response.iter_lines():
+            if line:
+                assert line.startswith("data: ")
+                events.append(line.removeprefix("data: "))
+    assert events[-1] == "[DONE]"
+    outputs = [json.loads(e)["output_ids"] for e in events[:-1]]
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(outputs))
+    assert outputs[-1] == list(greedy_of(contract.old, PROMPTS[0]))
+
+
+def test_model_and_server_say_who_they_are(contract: Contract) -> None:
+    for path in ("/model_info", "/get_model_info"):
+        info = contract.http.get(path).json()
+        assert (info["model_path"], info["weight_version"]) == (str(contract.old), "default")
+    for path in ("/server_info", "/get_server_info"):
+        info = contract.http.get(path).json()
+        assert (info["tp_size"], info["dp_size"]) == (1, 1)
+    assert contract.http.get("/health").status_code == 200
+    assert contract.http.get("/health_generate").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"input_ids": []},
+        {"input_ids": [["a"]]},
+        {"input_ids": [[1, 2]], "sampling_params": {"temperature": -1}},
+        {"input_ids": [[1, 2]], "sampling_params": {"max_new_tokens": -1}},
+        {"input_ids": [[1, 2]], "sampling_params": {"top_p": 2}},
+        {"input_ids": [[1] * 2100], "sampling_params": {"max_new_tokens": 4}},
+        {"input_ids": [[1] * 2000], "sampling_params": {"max_new_tokens": 100}},
+    ],
+    ids=["nothing", "no prompts", "text ids", "temperature", "max_new_tokens", "top_p", "long prompt", "long answer"],
+)
+def test_bad_requests_are_400_and_the_server_lives_on(contract: Contract, body: dict[str, Any]) -> None:
+    response = contract.http.post("/generate", json=body)
+    assert response.status_code == 400
+    answer = response.json()
+    assert answer.get("error", answer)["message"]
+    assert contract.http.get("/health").status_code == 200
+
+
+def test_a_body_that_is_not_json_is_400(contract: Contract) -> None:
+    response = contract.http.post("/generate", content=b'{"input', headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert contract.http.post("/no_such_endpoint", json={}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/update_weights_from_disk", {"model_path": "/nonexistent"}),
+        ("/update_weights_from_distributed", {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]}),
+        ("/destroy_weights_update_group", {"group_name": "unknown"}),
+        ("/end_weight_update", {}),
+        ("/pause_generation", {"mode": "unknown"}),
+    ],
+)
+def test_control_calls_that_cannot_be_done_are_400(contract: Contract, path: str, body: dict[str, Any]) -> None:
+    response = contract.http.post(path, json=body)
+    assert response.status_code == 400
+    assert response.json().get("success", False) is False
+
+
+# --- requests in flight ---
+
+
+class InFlight:
+    """A long request in a thread of its own."""
+
+    def __init__(self, c: Contract, rid: str) -> None:
+        self._thread = threading.Thread(target=self._run, args=(c, rid))
+        self._thread.start()
+        deadline = time.monotonic() + 60
+        while c.http.post("/flush_cache").status_code == 200:  # refused once the request runs
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def _run(self, c: Contract, rid: str) -> None:
+        self.answer = post(c, {"rid": rid, "input_ids": [5, 6, 7], "sampling_params": LONG})
+
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> Any:
+        self._thread.join(120)
+        assert not self.running()
+        assert len(self.answer["meta_info"]["output_token_logprobs"]) == len(self.answer["output_ids"])
+        return self.answer
+
+
+def abort_one(c: Contract) -> int:
+    return c.http.post("/abort_request", json={"rid": "long"}).status_code
+
+
+def abort_all(c: Contract) -> int:
+    return c.http.post("/abort_request", json={"abort_all": True}).status_code
+
+
+def pause_abort(c: Contract) -> int:
+    status = c.http.post("/pause_generation", json={"mode": "abort"}).status_code
+    assert c.http.post("/continue_generation", json={}).status_code == 200
+    return status
+
+
+@pytest.mark.parametrize("how", [abort_one, abort_all, pause_abort])
+def test_an_aborted_request_is_200_with_what_it_had(contract: Contract, how: Callable[[Contract], int]) -> None:
+    request = InFlight(contract, "long")
+    assert how(contract) == 200
+    answer = request.result()
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert len(answer["output_ids"]) < LONG["max_new_tokens"]
+
+
+@pytest.mark.parametrize(("mode", "flushed", "retractions"), [("in_place", 400, 0), ("retract", 200, 1)])
+def test_a_paused_request_goes_on_with_the_next_version(
+    contract: Contract, mode: str, flushed: int, retractions: int
+) -> None:
+    before = contract.http.get("/model_info").json()["weight_version"]
+    request = InFlight(contract, "long")
+    assert contract.http.post("/pause_generation", json={"mode": mode}).json()["status"] == "ok"
+    assert contract.http.post("/flush_cache").status_code == flushed
+    stamp = {"new_version": f"after-{mode}", "abort_all_requests": False}
+    assert contract.http.post("/update_weight_version", json=stamp).status_code == 200
+    assert request.running()
+    waiting = threading.Thread(target=post, args=(contract, {"input_ids": [9], "sampling_params": GREEDY_FIELDS}))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()  # a request that comes during the pause waits too
+    assert contract.http.post("/continue_generation", json={}).status_code == 200
+    waiting.join(120)
+    assert not waiting.is_alive()
+    meta = request.result()["meta_info"]
+    assert meta["finish_reason"]["type"] == "length"
+    assert meta["num_retractions"] == retractions
+    first, second = meta["weight_versions"]
+    assert (first["version"], second["version"]) == (before, f"after-{mode}")
+    assert first["start"] == 0
+    assert 0 < first["end"] == second["start"] < second["end"] == LONG["max_new_tokens"]
+
+
+def test_a_flush_is_refused_while_requests_run(contract: Contract) -> None:
+    request = InFlight(contract, "long")
+    assert contract.http.post("/flush_cache").status_code == 400
+    abort_all(contract)
+    request.result()
+    deadline = time.monotonic() + 20
+    while contract.http.post("/flush_cache").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- weights: these come last, for they change what the server holds ---
+
+
+@pytest.mark.parametrize("method", ["disk", "distributed"])
+def test_published_weights_are_the_ones_that_answer(contract: Contract, method: str) -> None:
+    base = 10 if method == "disk" else 20
+    for version, directory in enumerate((contract.new, contract.old, contract.new), base):
+        publish(contract, directory, version, method)
+        assert_serves(contract, directory, version)
+    if contract.engine == "embedded":  # SGLang's Qwen models know no weights by name
+        name = "model.layers.2.mlp.experts.3.up_proj.weight"
+        got = contract.http.post("/get_weights_by_name", json={"name": name, "truncate_size": 5}).json()
+        expected = load_file(contract.new / "model.safetensors")[name][:5]
+        np.testing.assert_array_equal(np.float32(got), expected.numpy())
+
+
+@pytest.mark.parametrize("method", ["disk", "distributed"])
+def test_a_request_in_flight_outlives_a_publish(contract: Contract, method: str) -> None:
+    base = 30 if method == "disk" else 40
+    publish(contract, contract.old, base, method)
+    request = InFlight(contract, "long")
+    publish(contract, contract.new, base + 1, method)
+    answer = request.result()
+    spans = [s["version"] for s in answer["meta_info"]["weight_versions"]]
+    assert spans == [str(base), str(base + 1)]
+    boundary = answer["meta_info"]["weight_versions"][0]["end"]
+    # tokens after the update follow the new weights on the prefix that the old ones made
+    got = np.float32([e[0] for e in answer["meta_info"]["output_token_logprobs"][boundary : boundary + 20]])
+    prefix = (5, 6, 7, *answer["output_ids"][:boundary])
+    expected = logprobs_of(contract.new, prefix, tuple(answer["output_ids"][boundary : boundary + 20]))
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    assert_serves(contract, contract.new, base + 1)
+
+
+def test_a_failed_update_from_disk_leaves_weights_and_stamp(contract: Contract) -> None:
+    publish(contract, contract.new, 50, "disk")
+    body = {"model_path": str(contract.run_dir / "missing"), "weight_version": "51"}
+    assert contract.http.post("/update_weights_from_disk", json=body).status_code == 400
+    assert_serves(contract, contract.new, 50)
