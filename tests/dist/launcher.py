@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def run_ranks(
     Nothing is left running: once a rank fails, or at `timeout_s`, the others are killed.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     outputs = [logs / f"rank{rank}.log" for rank in range(world_size)]
     ranks: list[subprocess.Popen[bytes]] = []
@@ -52,7 +53,12 @@ def run_ranks(
     return texts
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, outside the range from which Linux takes the ports of outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as s:
+            if port not in ports and s.connect_ex(("127.0.0.1", port)) != 0:
+                ports.append(port)
+    return ports

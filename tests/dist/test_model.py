@@ -1,11 +1,12 @@
 """The learner's model against transformers, over processes: logprobs, entropies and gradients in every layout.
 
-pytest starts this file again as N ranks (`python -m tests.dist.test_model LAYOUT MODELS_DIR`); rank 0 saves what the
-ranks computed, under HF names, and pytest compares.
+pytest starts this file again as N ranks (`python -m tests.dist.test_model LAYOUTS PORTS MODELS_DIR`), once for each
+world size; rank 0 saves what the ranks computed, under HF names, and pytest compares.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,18 +16,21 @@ import pytest
 import torch
 
 from tests.dist import model_reference as given
-from tests.dist.launcher import run_ranks
+from tests.dist.launcher import free_ports, run_ranks
 
-LAYOUTS = {  # world size, tp, pp, ep
-    "single": (1, 1, 1, 1),
-    "tp2": (2, 2, 1, 1),
-    "pp2": (2, 1, 2, 1),
-    "ep2": (2, 1, 1, 2),
-    "tp2ep2": (2, 2, 1, 2),
-    "tp2pp2": (4, 2, 2, 1),
-    "tp2ep4": (4, 2, 1, 4),
-    "pp2ep2": (4, 1, 2, 2),
+LAYOUTS = {  # world size: tp, pp, ep
+    1: {"single": (1, 1, 1)},
+    2: {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "ep2": (1, 1, 2), "tp2ep2": (2, 1, 2)},
+    4: {"tp2pp2": (2, 2, 1), "tp2ep4": (2, 1, 4), "pp2ep2": (1, 2, 2)},
+    8: {"tp2pp2ep2": (2, 2, 2)},
 }
+CASES = [
+    pytest.param(world_size, layout, model, marks=pytest.mark.slow if world_size == 8 else (), id=f"{layout}-{model}")
+    for world_size, layouts in LAYOUTS.items()
+    for layout, (_tp, _pp, ep) in layouts.items()
+    for model in given.MODELS
+    if ep == 1 or given.MODELS[model]["kind"] == "moe"
+]
 TOLERANCE = 1e-4
 
 
@@ -42,52 +46,51 @@ def reference(model_dir: Path):
     return given.reference(model_dir)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_model_agrees_with_transformers(layout: str, models: Path) -> None:
-    _compare(layout, *LAYOUTS[layout], models)
+@cache
+def computed(world_size: int, models: Path) -> Path | AssertionError:
+    """Run all layouts of a world size once; the directory of their results, or why there are none."""
+    layouts = LAYOUTS[world_size]
+    ports = ",".join(map(str, free_ports(len(layouts))))  # a process group for each layout
+    out = models / f"ranks{world_size}"
+    try:
+        run_ranks(world_size, "tests.dist.test_model", str(world_size), ports, str(models), logs=out)
+    except AssertionError as e:
+        return e  # kept, so that a hang is waited for once and not by every case
+    return out
 
 
-@pytest.mark.slow
-def test_model_agrees_with_transformers_on_eight_ranks(models: Path) -> None:
-    _compare("tp2pp2ep2", 8, 2, 2, 2, models)
-
-
-def _compare(layout: str, world_size: int, tp: int, pp: int, ep: int, models: Path) -> None:
-    out = models / layout
-    run_ranks(world_size, "tests.dist.test_model", *map(str, (tp, pp, ep)), str(models), str(out), logs=out)
-    names = [name for name in given.MODELS if _fits(name, ep)]
-    assert names
-    for name in names:
-        got = torch.load(out / f"{name}.pt")
-        logps, entropies, gradients = reference(models / name)
-        assert len(got["logp"]) == len(logps)
-        for i, (logp, entropy) in enumerate(zip(logps, entropies, strict=True)):
-            assert (got["logp"][i] - logp).abs().max() < TOLERANCE, f"{name} {layout}: logp of sequence {i}"
-            assert (got["entropy"][i] - entropy).abs().max() < TOLERANCE, f"{name} {layout}: entropy of sequence {i}"
-        assert got["gradients"].keys() == gradients.keys()
-        for key, value in gradients.items():
-            worst = (got["gradients"][key] - value).abs().max() / value.abs().max().clamp(min=1e-3)
-            assert worst < 1e-3, f"{name} {layout}: gradient of {key} is off by {worst:.2e} of its largest entry"
-
-
-def _fits(model: str, ep: int) -> bool:
-    return ep == 1 or given.MODELS[model]["kind"] == "moe"
+@pytest.mark.parametrize(("world_size", "layout", "model"), CASES)
+def test_model_agrees_with_transformers(world_size: int, layout: str, model: str, models: Path) -> None:
+    results = computed(world_size, models)
+    if isinstance(results, AssertionError):
+        raise results
+    got = torch.load(results / f"{layout}-{model}.pt")
+    logps, entropies, gradients = reference(models / model)
+    assert len(got["logp"]) == len(logps)
+    for i, (logp, entropy) in enumerate(zip(logps, entropies, strict=True)):
+        assert (got["logp"][i] - logp).abs().max() < TOLERANCE, f"logp of sequence {i}"
+        assert (got["entropy"][i] - entropy).abs().max() < TOLERANCE, f"entropy of sequence {i}"
+    assert got["gradients"].keys() == gradients.keys()
+    for key, value in gradients.items():
+        worst = (got["gradients"][key] - value).abs().max() / value.abs().max().clamp(min=1e-3)
+        assert worst < 1e-3, f"gradient of {key} is off by {worst:.2e} of its largest entry"
 
 
 def _rank_main() -> None:
     from megasapo.config import ParallelConfig
     from megasapo.mcore.topology import Topology
 
-    tp, pp, ep = map(int, sys.argv[1:4])
-    models, out = Path(sys.argv[4]), Path(sys.argv[5])
-    topo = Topology.init(ParallelConfig(tp=tp, pp=pp, ep=ep))
-    for name in given.MODELS:
-        if _fits(name, ep):
-            result = _run_model(models / name, topo)
-            if topo.rank == 0:
-                torch.save(result, out / f"{name}.pt")
-    topo.barrier()
-    topo.destroy()
+    world_size, ports, models = int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
+    for port, (layout, (tp, pp, ep)) in zip(ports, LAYOUTS[world_size].items(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        topo = Topology.init(ParallelConfig(tp=tp, pp=pp, ep=ep))
+        for name in given.MODELS:
+            if (world_size, layout, name) in {tuple(case.values) for case in CASES}:
+                result = _run_model(models / name, topo)
+                if topo.rank == 0:
+                    torch.save(result, models / f"ranks{world_size}" / f"{layout}-{name}.pt")
+        topo.barrier()
+        topo.destroy()
 
 
 def _run_model(model_dir: Path, topo) -> dict[str, object]:
