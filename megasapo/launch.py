@@ -1,16 +1,17 @@
-"""Starts a command on N local ranks, or joins the ranks that torchrun or srun already started.
+"""Starts a command on N local ranks, or joins those that torchrun or srun already started.
 
-Called by the commands that use the learner. Local ranks are torchrun's; this module only builds its command line, ties
-the life of a rank to its parent and turns SIGTERM into a flag that the training loop reads between two steps.
+Called by the commands that use the learner. Local ranks are started by torchrun's launcher; this module ties the life
+of a rank to its parent and turns SIGTERM into a flag that the training loop reads between two steps.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
-import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -22,15 +23,37 @@ def is_rank() -> bool:
 
 
 def run(command: str, argv: list[str], nproc: int) -> int:
-    """Run `megasapo COMMAND ARGV` on `nproc` local ranks under torchrun; the exit code is torchrun's (0 or 1)."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    env = dict(os.environ)
+    """Run `megasapo COMMAND ARGV` on `nproc` local ranks, as torchrun would; 0, or 1 when a rank failed.
+
+    The first rank to fail is named; its own message is in the output above.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     # Two ranks that each start a thread per core fight for them: measured slower than one thread a rank.
-    env.setdefault("OMP_NUM_THREADS", "1")
-    child = subprocess.Popen([*torchrun, "-m", "megasapo.cli", command, *argv], env=env)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: child.send_signal(received))
-    return child.wait()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megasapo.cli", command, *argv)
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
+        print(f"megasapo {command}: rank {rank} of {nproc} {how}; its own message is above", file=sys.stderr)
+        return 1
+    except SignalException as e:
+        print(f"megasapo {command}: stopped by signal {int(e.sigval)}", file=sys.stderr)
+        return 128 + int(e.sigval)
+    return 0
 
 
 def die_with_parent() -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megasapo import config, launch
@@ -26,7 +27,18 @@ def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
+    _check_files(cfg)
     return cfg, check_nproc(cfg.parallel, args.nproc)
+
+
+def _check_files(cfg: Config) -> None:
+    """Refuse what is not there before any rank starts."""
+    if not (Path(cfg.model.path) / "config.json").is_file():
+        raise ConfigError(f"model.path={cfg.model.path}: no config.json there; give the directory of an HF model")
+    files = {"data.train": cfg.data.train, "data.eval": cfg.data.eval, "sft.data": cfg.sft.data}
+    for name, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{name}={path}: no such file")
 
 
 def check_nproc(parallel: config.ParallelConfig, nproc: int | None) -> int:
