@@ -20,6 +20,7 @@ REQUIRES = [
     "jinja2>=3.1",  # chat templates
     "pyarrow>=15",
     "math-verify>=0.7",
+    "regex",  # patterns of rewards, with a time limit
     "tensorboard>=2.16",
     "tqdm",
     "matplotlib>=3.8",
