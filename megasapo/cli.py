@@ -9,7 +9,7 @@ import importlib
 import sys
 
 from megasapo import __version__
-from megasapo.config import ConfigError
+from megasapo.errors import UserError
 
 RANKS = "CONFIG.yaml [a.b=c ...] [--nproc N]"
 COMMANDS = {
@@ -31,7 +31,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the process's exit code (2 for a mistake in the arguments or the configuration)."""
+    """Run one subcommand; returns the process's exit code (2 for what the user can mend)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(argv[1:]) or 0)
-    except ConfigError as e:
+    except UserError as e:
         print(f"megasapo {argv[0]}: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import time
@@ -54,6 +55,8 @@ def check_nproc(parallel: config.ParallelConfig, nproc: int | None) -> int:
 
 def on_ranks(command: str, argv: list[str], nproc: int) -> int | None:
     """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank."""
+    rank = f"rank {os.environ['RANK']} " if launch.is_rank() else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{rank}%(levelname)s %(name)s: %(message)s")
     if launch.is_rank():
         launch.die_with_parent()
         return None

@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megasapo.errors import UserError
+
 PARQUET_MAGIC = b"PAR1"
 ROWS_AT_ONCE = 1024
 
 T = TypeVar("T")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data file is missing or one of its lines is malformed; the message names file, line and what to change."""
 
 

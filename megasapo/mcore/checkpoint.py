@@ -19,13 +19,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megasapo.errors import UserError
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
 
 FORMAT = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read or does not fit this run; the message names it and says what to do."""
 
 

@@ -142,7 +142,7 @@ def _qwen3(hf: Any) -> dict[str, Any]:
         "ffn_hidden_size": hf.intermediate_size,
         "num_attention_heads": hf.num_attention_heads,
         "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": hf.head_dim,
+        "kv_channels": _head_dim(hf),
         "init_method_std": hf.initializer_range,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
@@ -181,6 +181,12 @@ def _require(hf: Any, **wanted: Any) -> None:
     for name, value in wanted.items():
         if getattr(hf, name) != value:
             raise ConfigError(f"{name}={getattr(hf, name)!r} is not supported for {hf.model_type}; only {value!r} is")
+
+
+def _head_dim(hf: Any) -> int:
+    """Qwen3-MoE configs may leave it out, and then heads share the hidden size."""
+    head_dim = getattr(hf, "head_dim", None)
+    return int(head_dim if head_dim is not None else hf.hidden_size // hf.num_attention_heads)
 
 
 def _rope_theta(hf: Any) -> float:

@@ -14,6 +14,7 @@ import pickle
 import sys
 from typing import Any
 
+from megasapo.errors import UserError
 from megasapo.rewards.worker import FRAME
 from megasapo.types import Prompt
 
@@ -27,7 +28,7 @@ class GraderError(RuntimeError):
     """A grader raised, hung, died, or returned what is not a finite number; scored by reward.on_error."""
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """Grading cannot go on: a grader cannot be loaded, or failed under `on_error: error`. Stops the run."""
 
 

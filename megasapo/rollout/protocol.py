@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from megasapo.errors import UserError
 from megasapo.types import Completion, SamplingParams
 
 UNSTAMPED = -1  # version of a server that no learner has published to ("default"), or whose update was cut short
 INCOMPLETE = "incomplete"  # the stamp of a server that holds parts of two versions
 
 
-class RolloutError(RuntimeError):
+class RolloutError(UserError, RuntimeError):
     """A rollout server cannot do what was asked, or its retries are spent; the message has the server's own."""
 
 

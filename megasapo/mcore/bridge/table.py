@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from megasapo.errors import UserError
+
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # start and stop in every dimension
 
 
-class BridgeError(ValueError):
+class BridgeError(UserError, ValueError):
     """Weights do not fit the model: a tensor is missing, left over, of the wrong shape, or its file is broken."""
 
 

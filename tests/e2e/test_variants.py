@@ -1,0 +1,105 @@
+"""Other ways to run the same command: own data, asynchronous rollouts over a broadcast, evaluation, a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.runs import metrics, running, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+Settings = Callable[..., dict[str, Any]]
+
+
+def test_a_users_own_word_problems(tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    changes = [
+        f"data.train={ROOT / 'examples' / 'word_problems.jsonl'}",
+        "data.max_prompt_tokens=200",
+        "reward.rewards=[{name: math}, {name: format, weight: 0.5, options: {pattern: '.*[0-9].*'}}]",
+        "parallel.ep=1",
+        "train.steps=2",
+        "algo.objective=gspo",
+    ]
+    with running("train", config, *changes, log=tmp_path / "log") as run:
+        run.succeed()
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2
+    assert {"reward/math", "reward/format", "ratio/clip_frac"} <= rows[0].keys()
+    assert rows[-1]["grad/skipped_steps"] == 0
+    line = json.loads((tmp_path / "run" / "rollouts" / "step_00000001.jsonl").read_text().splitlines()[0])
+    assert any(word in line["prompt"] for word in ("How", "how", "What", "what"))
+
+
+def test_asynchronous_rollouts_over_a_broadcast(tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    changes = [
+        "rollout.max_staleness=1",
+        "rollout.publish=distributed",
+        "rollout.deterministic=false",
+        "rollout.drop_zero_variance=true",
+        "algo.tis_cap=2.0",
+        "train.eval_every=3",
+        f"data.eval={tmp_path / 'eval.jsonl'}",
+    ]
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2=", "answer": "4"}\n')
+    with running("train", config, *changes, log=tmp_path / "log") as run:
+        run.succeed()
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["staleness/max"] == 0
+    assert max(r["staleness/max"] for r in rows) == 1
+    assert all(r["groups/zero_variance_frac"] == 0 for r in rows)
+    assert "mismatch/correction_mean" in rows[0]
+    assert "eval/pass@1" in rows[2]
+
+
+def test_evaluate_prints_and_writes_pass_at_k(tmp_path: Path, settings: Settings, task: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    changes = [f"data.eval={task / 'train.jsonl'}", "eval.max_problems=4", "eval.samples=3", "eval.k=[1,3]"]
+    outputs = ["--out", str(tmp_path / "figures.json"), "--responses", str(tmp_path / "responses.jsonl")]
+    with running("evaluate", config, *changes, *outputs, log=tmp_path / "log") as run:
+        assert "pass@1" in run.succeed()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["problems"] == 4
+    assert 0 <= figures["pass@1"] <= figures["pass@3"] <= 1
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [len(r["responses"]) for r in rows] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.stepz=3", "did you mean 'train.steps'?"),
+        ("data.train=absent.jsonl", "data.train=absent.jsonl: no such file"),
+        ("model.path=absent", "model.path=absent: no config.json there"),
+        ("parallel.tp=0", "parallel.tp=0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, settings: Settings, change: str, words: str) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    with running("train", config, change, log=tmp_path / "log") as run:
+        assert run.wait() == 2
+    assert words in run.output()
+    assert "Traceback" not in run.output()
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_named_with_file_and_line(tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
+    with running("train", config, f"data.train={bad}", "parallel.ep=1", log=tmp_path / "log") as run:
+        assert run.wait() == 2
+    assert f"{bad}:2" in run.output()
+    assert "Traceback" not in run.output()
+
+
+def test_more_kv_heads_than_the_layout_can_cut_are_refused(tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    with running("train", config, "parallel.tp=4", "parallel.ep=1", log=tmp_path / "log") as run:
+        assert run.wait() != 0
+    assert "num_key_value_heads=2" in run.output()
