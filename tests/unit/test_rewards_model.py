@@ -152,9 +152,7 @@ def test_async_grader_runs_calls_together_and_its_hangs_are_cut() -> None:
 
 
 def test_error_policy_stops_the_run() -> None:
-    with pytest.raises(
-        RewardError, match=r"failed on prompt 7 and response 'raise': .*: no mood.*on_error"
-    ):
+    with pytest.raises(RewardError, match=r"failed on prompt 7 and response 'raise': .*: no mood.*on_error"):
         score([spec(f"{GRADERS}:misbehave")], ["raise"], on_error="error")
 
 
