@@ -1,0 +1,163 @@
+"""From an HF config to megatron-core's, and what is refused on the way; the model itself is tested in tests/dist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from megasapo.config import ConfigError, ModelConfig, ParallelConfig
+from megasapo.mcore.model import RMSNorm, check_divisible, padded_vocab_size, read_hf_config, transformer_config
+from megasapo.mcore.topology import check_layout
+
+
+def moe(**over: Any) -> Qwen3MoeConfig:
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+    }
+    return Qwen3MoeConfig(**shape | over)
+
+
+def layout(tp: int = 1, pp: int = 1, ep: int = 1) -> Any:
+    return SimpleNamespace(tp=tp, pp=pp, ep=ep, device=torch.device("cpu"))
+
+
+def built(hf: Any, topo: Any = None, **cfg: Any) -> Any:
+    return transformer_config(ModelConfig(path="/nowhere", **cfg), hf, topo or layout())
+
+
+def test_moe_fields() -> None:
+    hf = moe(moe_intermediate_size=48, intermediate_size=96, head_dim=24, num_experts_per_tok=3, rms_norm_eps=1e-5)
+    config = built(hf, layout(tp=2, pp=2, ep=4))
+    assert (config.hidden_size, config.ffn_hidden_size, config.moe_ffn_hidden_size) == (64, 96, 48)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (4, 2, 24)
+    assert (config.num_moe_experts, config.moe_router_topk, config.layernorm_epsilon) == (8, 3, 1e-5)
+    assert (config.hidden_dropout, config.attention_dropout, config.moe_aux_loss_coeff) == (0, 0, 0)
+    assert config.moe_router_load_balancing_type == "none"
+    assert config.calculate_per_token_loss
+    assert config.sequence_parallel
+    assert config.params_dtype == config.pipeline_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("over", "pattern"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"decoder_sparse_step": 2}, [0, 1, 0, 1, 0, 1]),
+        ({"mlp_only_layers": [0, 5]}, [0, 1, 1, 1, 1, 0]),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, [0, 0, 0, 0, 0, 1]),
+    ],
+)
+def test_which_layers_have_experts(over: dict[str, Any], pattern: list[int]) -> None:
+    assert built(moe(**over)).moe_layer_freq == pattern
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_gate_probabilities_are_normalised_over_the_chosen_experts_or_all(norm_topk_prob: bool) -> None:
+    assert built(moe(norm_topk_prob=norm_topk_prob)).moe_router_pre_softmax is not norm_topk_prob
+
+
+def test_overrides_reach_megatron() -> None:
+    config = built(moe(), override_transformer_config={"recompute_granularity": "selective", "num_layers": 6})
+    assert config.recompute_granularity == "selective"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"recompute_granularty": "full"}, "no field 'recompute_granularty'; did you mean 'recompute_granularity'"),
+        ({"tensor_model_parallel_size": 2}, "follows from `parallel.tp`"),
+        ({"calculate_per_token_loss": False}, "follows from `algo.normalisation`"),
+    ],
+)
+def test_overrides_that_cannot_be_meant_are_refused(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        built(moe(), override_transformer_config=override)
+
+
+@pytest.mark.parametrize(
+    ("topo", "message"),
+    [
+        (layout(tp=8), r"parallel.tp=8 does not divide the model's num_attention_heads=4; use one of \[1, 2, 4\]"),
+        (layout(tp=4), r"parallel.tp=4 does not divide the model's num_key_value_heads=2; use one of \[1, 2\]"),
+        (layout(pp=4), r"parallel.pp=4 does not divide the model's num_hidden_layers=6; use one of \[1, 2, 3, 6\]"),
+        (layout(ep=3), r"parallel.ep=3 does not divide the model's num_experts=8; use one of \[1, 2, 4, 8\]"),
+    ],
+)
+def test_models_that_a_layout_cannot_cut_are_refused(topo: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_divisible(moe(), topo)
+
+
+def test_expert_parallel_dense_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel.ep=2, but model_type='qwen3' has no experts"):
+        built(Qwen3Config(num_key_value_heads=2, num_attention_heads=4), layout(ep=2))
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+    ],
+)
+def test_variants_nobody_tested_are_refused(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        built(moe(**over))
+
+
+def test_other_families_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="model_type='llama' is not supported; supported: qwen3_moe, qwen3"):
+        built(SimpleNamespace(model_type="llama"))
+
+
+def test_missing_and_broken_model_directories(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
+    with pytest.raises(ConfigError, match="no_such_family"):
+        read_hf_config(tmp_path)
+
+
+def test_padded_vocabulary() -> None:
+    assert [padded_vocab_size(515, tp) for tp in (1, 2, 4, 8)] == [515, 516, 516, 520]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "message"),
+    [
+        ({"tp": 4, "pp": 2}, 12, r"tp\(4\)\*pp\(2\)=8 does not divide world size 12; start a multiple of 8"),
+        ({"tp": 2}, 1, r"tp\(2\)\*pp\(1\)=2 does not divide world size 1"),
+        ({"pp": 2, "ep": 4}, 4, r"ep\(4\) does not divide the 2 ranks of a pipeline stage"),
+    ],
+)
+def test_impossible_layouts_are_refused(sizes: dict[str, int], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(ParallelConfig(**sizes), world_size)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size"), [({}, 1), ({}, 3), ({"tp": 2, "ep": 2}, 2), ({"tp": 2, "pp": 2, "ep": 4}, 8)]
+)
+def test_possible_layouts_pass(sizes: dict[str, int], world_size: int) -> None:
+    check_layout(ParallelConfig(**sizes), world_size)
+
+
+def test_rms_norm_is_the_formula_and_marks_its_weight() -> None:
+    norm = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True), 4, eps=0.5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    # mean square 1.5, plus 0.5: divided by sqrt(2)
+    out = norm(torch.tensor([1.0, -1.0, 2.0, 0.0]))
+    torch.testing.assert_close(out * 2**0.5, torch.tensor([1.0, -2.0, 6.0, 0.0]))
+    assert norm.weight.sequence_parallel is True
