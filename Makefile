@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 
-.PHONY: install train test lint test-py312 clean
+.PHONY: install train train-sglang test lint test-py312 clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,12 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 train: install
 	$(PY) examples/arithmetic/run.py
+
+# The same example with a real SGLang (its own environment, on the CPU) as the rollout server.
+train-sglang: install
+	bash tests/sglang/setup.sh
+	$(PY) examples/arithmetic/run.py --out examples/arithmetic/out-sglang rollout.engine=sglang \
+	  'rollout.spawn_command=[bash, tests/sglang/launch.sh, "{model}", "{port}", --dtype, float32, --max-running-requests, "64"]'
 
 test: install
 	bash tests/sglang/setup.sh
@@ -35,4 +41,4 @@ test-py312:
 	.venv312/bin/python -m pytest tests/unit tests/dist -m 'not gpu and not slow' $(ARGS)
 
 clean:
-	rm -rf .venv .venv312 .venv-sglang build *.egg-info runs examples/arithmetic/out
+	rm -rf .venv .venv312 .venv-sglang build *.egg-info runs examples/arithmetic/out examples/arithmetic/out-sglang
