@@ -14,11 +14,24 @@ import sys
 import uuid
 from collections.abc import Callable
 
+from megasapo.config import ConfigError
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_rank() -> bool:
-    """True inside a process that torchrun or srun started as a rank."""
+    """True inside a process that torchrun or srun started as a rank; srun's variables are translated to torchrun's.
+
+    Raises ConfigError under srun without MASTER_ADDR and MASTER_PORT: only the batch script knows the first node.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and int(tasks) > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(f"under srun with {tasks} tasks: export {' and '.join(missing)} of rank 0's node first")
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["WORLD_SIZE"] = tasks
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

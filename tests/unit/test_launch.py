@@ -1,0 +1,62 @@
+"""Who is a rank: torchrun's variables, srun's, neither."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megasapo import launch
+from megasapo.config import ConfigError, ParallelConfig
+from megasapo.run import check_nproc
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*VARIABLES, *(n for n in os.environ if n.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "set so that monkeypatch restores it")
+        monkeypatch.delenv(name)
+
+
+def test_a_plain_process_is_no_rank() -> None:
+    assert not launch.is_rank()
+
+
+def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.is_rank()
+
+
+def srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_srun_joins_with_the_address_that_the_batch_script_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    srun(monkeypatch)
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert launch.is_rank()
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("9", "1", "16")
+
+
+def test_srun_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    srun(monkeypatch)
+    with pytest.raises(ConfigError, match="export MASTER_ADDR and MASTER_PORT"):
+        launch.is_rank()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "ranks"),
+    [({}, None, 1), ({"ep": 2}, None, 2), ({"tp": 2, "pp": 2, "ep": 2}, None, 4), ({"tp": 2, "pp": 2, "ep": 2}, 8, 8)],
+)
+def test_as_few_ranks_as_the_layout_needs(sizes: dict[str, int], asked: int | None, ranks: int) -> None:
+    assert check_nproc(ParallelConfig(**sizes), asked) == ranks
+
+
+def test_an_impossible_number_of_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--nproc 3 is no multiple of pp\(1\)\*lcm\(tp\(2\), ep\(1\)\)=2"):
+        check_nproc(ParallelConfig(tp=2), 3)
