@@ -26,7 +26,7 @@ class SamplerState:
     filtered: torch.Tensor | None  # [F] rows with top-k, top-p or min-p
     top_k: torch.Tensor  # [F, 1]
     top_p: torch.Tensor  # [F, 1] float64
-    min_p: torch.Tensor  # [F, 1] float64
+    min_p: torch.Tensor  # [F, 1] float32
     seeds: np.ndarray  # [B] uint64
 
     @staticmethod
@@ -45,7 +45,7 @@ class SamplerState:
             torch.tensor(chosen, device=device) if chosen else None,
             column([rows[i].top_k for i in chosen], torch.int64),
             column([rows[i].top_p for i in chosen], torch.float64),
-            column([rows[i].min_p for i in chosen], torch.float64),
+            column([rows[i].min_p for i in chosen], torch.float32),
             np.array([s.seed for s in rows], dtype=np.uint64),
         )
 
@@ -69,12 +69,12 @@ def sample(logits: torch.Tensor, state: SamplerState, positions: list[int]) -> t
 
 
 def _draw(logp: torch.Tensor, state: SamplerState, positions: list[int]) -> torch.Tensor:
-    """Inverse of the cumulative distribution at one uniform number a row, in float64: [B]."""
-    probs = logp.double().exp_()
+    """Inverse of the cumulative distribution, summed in float64, at one uniform number a row: [B]."""
+    probs = logp.exp()
     if state.filtered is not None:
         probs[state.filtered] = _filter(probs[state.filtered], state)
-    cumulative = probs.cumsum_(-1)
-    total = cumulative[:, -1:].clone()
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
     uniform = torch.from_numpy(uniforms(state.seeds, np.array(positions, dtype=np.uint64))).to(logp.device)
     # right=True: the first token whose cumulative probability exceeds the draw, so never one of probability zero
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
@@ -85,7 +85,8 @@ def _filter(probs: torch.Tensor, state: SamplerState) -> torch.Tensor:
     """Zero what top-k, top-p (mass before the token exceeds p) or min-p (less than p of the best) leave out: [F, V]."""
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[-1], device=ranked.device)
-    keep = (rank < state.top_k) & (ranked.cumsum(-1) - ranked <= state.top_p) & (ranked >= ranked[:, :1] * state.min_p)
+    before = ranked.cumsum(-1, dtype=torch.float64) - ranked
+    keep = (rank < state.top_k) & (before <= state.top_p) & (ranked >= ranked[:, :1] * state.min_p)
     return torch.zeros_like(probs).scatter_(-1, order, ranked * keep)
 
 
