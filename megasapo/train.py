@@ -249,7 +249,7 @@ def _make_source(
     def evaluate_now(version: int) -> dict[str, float]:
         found = topo.gather(source.wait(thread.submit(measure()), version))
         figures = summary([problem for part in found for problem in part], cfg.eval.k)
-        return {f"eval/{name}": value for name, value in figures.items()}
+        return {f"eval/{name}": value for name, value in figures.items() if name not in ("problems", "samples")}
 
     return source, evaluate_now
 
