@@ -34,6 +34,7 @@ def enable() -> None:
     _patch_tensor()
     # Expected on a CPU, and each rank would say so eight times; `megasapo doctor` says what is missing.
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     with _without_torch_compile():
         import megatron.core  # noqa: F401
     _patch_megatron()
