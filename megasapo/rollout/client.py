@@ -33,6 +33,7 @@ T = TypeVar("T")
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 3.0
 CONNECT_TIMEOUT_S = 10.0
+RESUME_FOR_S = 3.0
 QUESTION_TIMEOUT_S = 30.0  # health and info; SGLang's /health takes at least a second
 _jitter = random.Random()  # its own generator: waiting must not move anybody's seeded stream
 
@@ -147,8 +148,8 @@ class ServerClient:
         await self.pause("retract")
         try:
             yield
-        finally:
-            await self.resume()
+        finally:  # a server left paused would keep every request waiting
+            await retrying(self.resume, what=f"resuming {self.url}", for_s=RESUME_FOR_S)
 
     async def abort(self, rid: str | None = None) -> None:
         """Abort one request, or all of them; their answers come with finish_reason abort."""
