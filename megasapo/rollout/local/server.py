@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -37,6 +38,8 @@ def serve(options: Options, listener: socket.socket) -> int:
         torch.set_num_threads(options.threads)
     loaded = load(options)
     engine, app = build(options, loaded)
+    gc.collect()
+    gc.freeze()  # what imports and the model left behind need not be walked again between steps
     engine.start()
     try:
         asyncio.run(_listen_and_serve(options, engine, app, listener))
