@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megasapo.rollout.local.fused import Fused
 from tests.serving import serving
 from tests.tiny import make_model
 
@@ -76,12 +77,14 @@ def logprobs(answer):
     return np.array([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
 @pytest.mark.parametrize("kind", ["moe_dir", "dense_dir", "mixed_dir"])
-def test_greedy_equals_generate(kind, request):
+def test_greedy_equals_generate(kind, plain, request):
     directory = request.getfixturevalue(kind)
     counts = [20, 3, 35, 1, 10]
     params = [{"max_new_tokens": n, "temperature": 0, "ignore_eos": True} for n in counts]
-    with serving(directory) as server:
+    with serving(directory, plain_forward=plain) as server:
+        assert (server.engine.batch._forward._fused is None) == plain
         answers = server.generate(input_ids=PROMPTS, sampling_params=params)
     reference = load_reference(directory)
     assert [a["output_ids"] for a in answers] == [greedy(reference, p, n) for p, n in zip(PROMPTS, counts, strict=True)]
@@ -143,6 +146,38 @@ def test_prompt_logprobs(server, reference, start):
         assert np.abs(np.array([e[0] for e in got[1:]]) - want).max() < EXACT
     assert answer["output_ids"] == []
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+
+
+def test_plain_forward_scores_and_routes_alike(moe_dir, reference):
+    params = [{"max_new_tokens": n, "ignore_eos": True} for n in (30, 9, 16, 1, 5)]
+    with serving(moe_dir, plain_forward=True, enable_return_routed_experts=True) as server:
+        answers = server.generate(
+            input_ids=PROMPTS, sampling_params=params, return_logprob=True, return_routed_experts=True
+        )
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        want = teacher_forced(reference, prompt, answer["output_ids"], 1.0)
+        assert np.abs(logprobs(answer) - want).max() < EXACT
+        assert (routed(answer) == router_choices(reference, prompt + answer["output_ids"][:-1])).all()
+
+
+@pytest.mark.parametrize("over", [{"norm_topk_prob": False}, {"rope_theta": 100.0}, {"rms_norm_eps": 1e-2}], ids=str)
+def test_settings_of_the_model_are_heeded(tmp_path, over):
+    directory = make_model(tmp_path, **over)
+    params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    with serving(directory) as server:
+        assert server.engine.batch._forward._fused is not None
+        answers = server.generate(input_ids=PROMPTS, sampling_params=params, return_logprob=True)
+    reference = load_reference(directory)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert is_greedy(reference, prompt, answer["output_ids"])
+        assert np.abs(logprobs(answer) - teacher_forced(reference, prompt, answer["output_ids"], 1.0)).max() < EXACT
+
+
+def test_fused_arithmetic_that_is_wrong_does_not_start(moe_dir, monkeypatch):
+    monkeypatch.setattr(Fused, "_norm", lambda self, x, weight: x * weight)
+    with pytest.raises(RuntimeError, match="--plain-forward"):
+        with serving(moe_dir):
+            pass
 
 
 def routed(answer, start=0, layers=4):
@@ -343,6 +378,7 @@ def test_bfloat16_serves_and_scores(moe_dir):
             sampling_params={"max_new_tokens": 20, "temperature": 0, "ignore_eos": True},
             return_logprob=True,
         )
+        assert server.engine.batch._forward._fused is None  # only float32 is
         reference = server.loaded.model.__class__.from_pretrained(moe_dir, dtype=torch.bfloat16).eval()
     for prompt, a in zip(PROMPTS, answer, strict=True):
         want = teacher_forced(reference, prompt, a["output_ids"], 1.0)

@@ -129,8 +129,9 @@ class Batch:
         position = torch.tensor(positions, device=device)
         mask = None
         if num_decode:
-            later = torch.arange(longest, device=device) > position[:num_decode, None]
-            mask = torch.zeros(later.shape, device=device).masked_fill_(later, float("-inf"))[:, None, None]
+            last = position[:num_decode].repeat_interleave(self._cache.num_heads)[:, None, None]
+            later = torch.arange(longest, device=device) > last
+            mask = torch.zeros(later.shape, device=device).masked_fill_(later, float("-inf"))
         slots = self._cache.slots(torch.tensor(rows, device=device), position)
         plan = Plan(torch.tensor(tokens, device=device), position, slots, num_decode, mask, longest, lengths)
         return plan, torch.tensor(keep, device=device), counts

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from megasapo.rollout.local import fused
 from megasapo.rollout.local.cache import Cache
+from megasapo.rollout.local.fused import Fused
 
 _names = itertools.count()  # attention and experts are registered by name, once for each model
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -33,7 +35,7 @@ class Plan:
     positions: torch.Tensor  # [T] int64, position in its sequence
     slots: torch.Tensor  # [T * kv heads] int64, see Cache.slots
     num_decode: int  # D
-    decode_mask: torch.Tensor | None  # [D, 1, 1, longest] additive, None when D is 0
+    decode_mask: torch.Tensor | None  # [D * kv heads, 1, longest] additive, None when D is 0
     decode_length: int  # longest
     prefill_lengths: list[int]  # tokens of each prefilled prompt
     routed: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (layer, [T, K] expert ids)
@@ -42,7 +44,9 @@ class Plan:
 class Forward:
     """The model with its attention and experts on the packed layout, and the cache it writes to."""
 
-    def __init__(self, model: PreTrainedModel, max_cells: int | None, max_rows: int, record_routing: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_cells: int | None, max_rows: int, record_routing: bool, plain: bool = False
+    ) -> None:
         self._model = model
         self._record_routing = record_routing
         self._plan: Plan | None = None
@@ -53,6 +57,10 @@ class Forward:
         model.set_attn_implementation(name)
         self._hook_experts(name)
         self.cache = self._make_cache(max_cells, max_rows)
+        self._fused: Fused | None = None
+        if fused.supported(model) and not plain:
+            self._fused = Fused(model, self._attend, self._experts)
+            self._check_fused()
 
     def _hook_experts(self, name: str) -> None:
         """Experts modules of transformers that take an implementation have `_apply_gate`."""
@@ -77,17 +85,41 @@ class Forward:
         cells = max_cells or DEFAULT_CACHE_BYTES // cell_bytes
         return Cache(len(seen), heads, cells, max_rows, self._model.device)
 
+    def _check_fused(self) -> None:
+        """Raise unless the fused arithmetic gives what transformers' code gives, on a prompt of 32 tokens."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self._model.config.vocab_size, (32,), generator=generator)
+        positions = torch.arange(32)
+        self.cache.reserve(1, 32)
+        plan = Plan(tokens, positions, self.cache.slots(positions * 0, positions), 0, None, 0, [32])
+        with torch.inference_mode():
+            got = self(plan, positions)
+            kept, self._fused = self._fused, None
+            want = self(plan, positions)
+        self._fused = kept
+        self.cache.release()
+        worst, scale = float((got - want).abs().max()), float(want.abs().max())
+        if not worst <= 1e-3 * max(1.0, scale):
+            raise RuntimeError(
+                f"fused {self._model.config.model_type} differs from transformers' by {worst:.2e} (logits up to "
+                f"{scale:.2e}): start with --plain-forward, and please report this with the versions of both"
+            )
+
     def __call__(self, plan: Plan, keep: torch.Tensor) -> torch.Tensor:
         """Logits [len(keep), V] float32 at the packed positions `keep`; fills plan.routed when routing is recorded."""
         self._plan = plan
-        out = self._model(
-            input_ids=plan.tokens.unsqueeze(0),
-            position_ids=plan.positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=keep,
-        )
+        if self._fused is not None:
+            logits = self._fused(plan.tokens, plan.positions, keep)
+        else:
+            out = self._model(
+                input_ids=plan.tokens.unsqueeze(0),
+                position_ids=plan.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=keep,
+            )
+            logits = out.logits[0].float()
         self._plan = None
-        return out.logits[0].float()
+        return logits
 
     def _attention(
         self,
@@ -105,10 +137,16 @@ class Forward:
         if self._probe is not None:
             self._probe.append((key.shape[1], key.shape[3], value.shape[3]))
             return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=2), None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self._attend(int(module.layer_idx), q, k, v, scaling).unsqueeze(0), None  # type: ignore[arg-type]
+
+    def _attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """[T, heads, d] of the plan's tokens, each over its own sequence; keys and values go to the cache."""
         plan = self._plan
         assert plan is not None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-        keys, values = self.cache.write(int(module.layer_idx), plan.slots, k, v)  # type: ignore[arg-type]
+        keys, values = self.cache.write(layer, plan.slots, k, v)
         num_decode, parts = plan.num_decode, []
         if num_decode:
             past_k, past_v = (x[:num_decode, :, : plan.decode_length] for x in (keys, values))
@@ -121,7 +159,7 @@ class Forward:
             out = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scaling, enable_gqa=gqa)
             parts.append(out[0].transpose(0, 1))
             start = end
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _experts(
         self, module: Any, hidden: torch.Tensor, top_index: torch.Tensor, top_weight: torch.Tensor
@@ -151,13 +189,12 @@ def _attend_one(
     grouped = query.reshape(rows, kv_heads, -1, query.shape[2])
     assert plan.decode_mask is not None
     if query.dtype is not torch.float32 or query.device.type != "cpu" or scaling is None:
-        mask = plan.decode_mask.to(query.dtype)
+        mask = plan.decode_mask.to(query.dtype).view(rows, kv_heads, 1, length)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
         return out.reshape(rows, query.shape[1], -1)
     # On CPU the fused kernel is slow for single queries at 64 rows; in fp32 plain products do as well.
     flat = [x.flatten(0, 1) for x in (grouped, keys, values)]
-    mask = plan.decode_mask.expand(rows, kv_heads, 1, length).reshape(rows * kv_heads, 1, length)
-    scores = torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(plan.decode_mask, flat[0], flat[1].transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), flat[2]).view(rows, query.shape[1], -1)
 
 

@@ -29,6 +29,7 @@ class Options:
     weight_version: str = "default"
     deterministic: bool = False
     enable_return_routed_experts: bool = False
+    plain_forward: bool = False
     exit_with_parent: bool = False
     log_requests: bool = False
     api_key: str | None = None
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-version", default="default", help="stamp of the weights the server starts with")
     p.add_argument("--deterministic", action="store_true", help="run every request by itself, one after another")
     p.add_argument("--enable-return-routed-experts", action="store_true", help="record the experts of every token")
+    p.add_argument("--plain-forward", action="store_true", help="transformers' modules as they are: slower when small")
     p.add_argument("--exit-with-parent", action="store_true", help="exit when standard input is closed")
     p.add_argument("--log-requests", action="store_true", help="one line for every HTTP request")
     return p
