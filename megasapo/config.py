@@ -91,7 +91,7 @@ class RewardConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """What `spawn` starts."""
+    """What the servers are, and what `spawn` starts."""
     servers: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """URLs of running servers; empty: start `spawn` of them on this machine."""
     spawn: PositiveInt = 1
@@ -132,6 +132,11 @@ class RolloutConfig(Section):
     """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""
     publish_bucket_mb: PositiveFloat = 256.0
     """Most bytes of full tensors gathered at once."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same run gives the same samples bit for bit."""
+        return self.deterministic and self.max_staleness == 0 and self.engine == "embedded"
 
 
 class AlgoConfig(Section):
@@ -201,7 +206,7 @@ class TrainConfig(Section):
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on data.eval; 0: off."""
     export_every: NonNegativeInt = 0
-    """Steps between HF exports below RUN/hf/; 0: only at the end."""
+    """Steps between HF exports to RUN/hf_STEP; 0: only at the end, to RUN/hf."""
 
 
 class SftConfig(Section):
@@ -307,6 +312,8 @@ def _check_algo(cfg: Config) -> None:
 
 def _check_rollout(cfg: Config) -> None:
     r = cfg.rollout
+    if r.drop_zero_variance and r.group_size == 1:
+        raise ValueError("rollout.drop_zero_variance needs groups of at least 2: a group of one has no variance")
     if r.top_k != -1 and r.top_k < 1:
         raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
     if r.top_p < 1 or r.top_k != -1:
@@ -353,6 +360,18 @@ def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), 
 def save(cfg: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load` reads back to an equal one."""
     path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two resolved configurations, one line a setting."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> None:

@@ -74,7 +74,7 @@ def _sampling(cfg: Config, prompt: Prompt, index: int) -> SamplingParams:
         temperature=cfg.eval.temperature,
         top_p=cfg.eval.top_p,
         stop_token_ids=cfg.rollout.stop_token_ids,
-        sampling_seed=seed if cfg.rollout.deterministic else None,
+        sampling_seed=seed if cfg.rollout.repeatable else None,
     )
 
 
@@ -127,9 +127,10 @@ def _served_model(url: str) -> str:
     import httpx
 
     try:
-        answer = httpx.get(f"{url}/model_info", timeout=30).raise_for_status()
+        answer = httpx.get(f"{url}/model_info", timeout=30, trust_env=False).raise_for_status()
     except httpx.HTTPError as e:
-        raise ConfigError(f"--url {url}: {e}") from e
+        hint = "a server with an API key needs model.path and rollout.api_key_file"
+        raise ConfigError(f"--url {url}: {e}; {hint}") from e
     return str(answer.json()["model_path"])
 
 

@@ -35,10 +35,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run(command: str, argv: list[str], nproc: int) -> int:
+def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] | None = None) -> int:
     """Run `megasapo COMMAND ARGV` on `nproc` local ranks, as torchrun would; 0, or 1 when a rank failed.
 
-    The first rank to fail is named; its own message is in the output above.
+    The first rank to fail is named; its own message is in the output above. `on_term` answers SIGTERM: it asks the
+    ranks to stop in their own time, where the launcher itself would kill them 30 s later.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -56,6 +57,9 @@ def run(command: str, argv: list[str], nproc: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
     )
+    if on_term is not None and hasattr(config, "signals_to_handle"):  # torch < 2.10 has only the 30 s
+        config.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        signal.signal(signal.SIGTERM, lambda *_: on_term())
     try:
         elastic_launch(config, sys.executable)("-m", "megasapo.cli", command, *argv)
     except ChildFailedError as e:

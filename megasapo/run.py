@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+import yaml
 
 from megasapo import config, launch
 from megasapo.config import Config, ConfigError
@@ -53,14 +54,30 @@ def check_nproc(parallel: config.ParallelConfig, nproc: int | None) -> int:
     return nproc or fewest
 
 
-def on_ranks(command: str, argv: list[str], nproc: int) -> int | None:
-    """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank."""
+def on_ranks(command: str, argv: list[str], nproc: int, stop_file: Path | None = None) -> int | None:
+    """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank.
+
+    SIGTERM makes `stop_file`, which the ranks look for between two steps.
+    """
     rank = f"rank {os.environ['RANK']} " if launch.is_rank() else ""
     logging.basicConfig(level=logging.WARNING, format=f"{rank}%(levelname)s %(name)s: %(message)s")
     if launch.is_rank():
         launch.die_with_parent()
         return None
-    return launch.run(command, argv, nproc) if nproc > 1 else None
+    return launch.run(command, argv, nproc, stop_file.touch if stop_file else None) if nproc > 1 else None
+
+
+def refuse_other_command(command: str, cfg: Config) -> None:
+    """One run directory belongs to one command: its checkpoints and `done` mean nothing to another."""
+    pointer = cfg.run_dir / "checkpoints" / "latest"
+    marks = [cfg.run_dir / "done"]
+    if pointer.exists():
+        marks.append(pointer.parent / pointer.read_text().strip() / "megasapo.json")
+    for mark in marks:
+        record = json.loads(mark.read_text()) if mark.exists() else {}
+        owner = record.get("trainer", record).get("command", command)
+        if owner != command:
+            raise ConfigError(f"{cfg.run_dir} belongs to `megasapo {owner}`: choose another run.name for {command}")
 
 
 class RunDir:
@@ -72,19 +89,23 @@ class RunDir:
         if is_main:
             for name in ("logs", "checkpoints", "rollouts"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            config.save(cfg, self.path / "config.yaml")
+            self._save_config(cfg)
             (self.path / "stop").unlink(missing_ok=True)
 
-    def finished(self) -> dict[str, Any] | None:
-        """What `done` says, when the run has ended by itself."""
-        path = self.path / "done"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def finish(self, **facts: Any) -> None:
+    def finish(self, command: str, step: int) -> None:
+        """Write `done`: the run has ended by itself."""
         if self._is_main:
             temporary = self.path / "done.new"
-            temporary.write_text(json.dumps(facts))
+            temporary.write_text(json.dumps({"command": command, "step": step}))
             os.replace(temporary, self.path / "done")
+
+    def _save_config(self, cfg: Config) -> None:
+        path = self.path / "config.yaml"
+        if path.exists():
+            before = yaml.safe_load(path.read_text())
+            for line in config.differences(before, cfg.model_dump(mode="json")):
+                print(f"{self.path}: setting changed since the run began: {line}", flush=True)
+        config.save(cfg, path)
 
     def stop_requested(self) -> bool:
         """Someone made the file RUN/stop."""

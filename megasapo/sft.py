@@ -5,9 +5,12 @@ Reads demonstrations, trains on the mean negative log-likelihood of response tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +18,24 @@ from megasapo import launch, run
 from megasapo.config import Config, ConfigError
 from megasapo.types import TrainSequence
 
+if TYPE_CHECKING:
+    from megasapo.log.sinks import Log
+    from megasapo.mcore.policy import Policy
+    from megasapo.mcore.topology import Topology
+
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
     cfg, nproc = run.parse("sft", __doc__.splitlines()[0], argv)
     if cfg.sft.data is None:
         raise ConfigError("sft.data is required: JSONL or parquet with prompt (or messages) and response")
-    code = run.on_ranks("sft", argv, nproc)
+    if cfg.sft.max_tokens > cfg.train.micro_batch_tokens:
+        raise ConfigError(
+            f"sft.max_tokens={cfg.sft.max_tokens} is more than train.micro_batch_tokens="
+            f"{cfg.train.micro_batch_tokens}: lower the first or raise the second"
+        )
+    run.refuse_other_command("sft", cfg)
+    code = run.on_ranks("sft", argv, nproc, cfg.run_dir / "stop")
     if code is None:
         train(cfg)
     return code or 0
@@ -29,66 +43,81 @@ def main(argv: list[str]) -> int:
 
 def train(cfg: Config) -> None:
     """Train for sft.epochs, resuming from the run's last checkpoint, and export."""
-    from megasapo import metrics
     from megasapo.algo.settings import resolve
-    from megasapo.algo.weights import token_weights
     from megasapo.data.sft import load_demonstrations
     from megasapo.data.tokenizer import load_tokenizer
     from megasapo.log.sinks import make_log
-    from megasapo.mcore import checkpoint, exchange
+    from megasapo.mcore import checkpoint
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
 
     assert cfg.sft.data is not None  # main refuses it
     topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
         examples = load_demonstrations(cfg.sft.data, load_tokenizer(cfg.model.path), cfg.data, cfg.sft)
         steps = -(-len(examples) // cfg.sft.batch_size) * cfg.sft.epochs
-        policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=steps)
-        last = checkpoint.latest(directory.path)
+        algo = replace(resolve(cfg.algo, cfg.rollout), kl_coef=0.0)  # no reference model is needed here
+        policy = Policy(cfg, topo, algo, temperature=1.0, total_steps=steps)
+        last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         step = policy.load(last)["step"] if last else 0
         log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)
-        rule = partial(token_weights, normalisation="token", constant_length=1)
-        phases = run.Phases()
-        for rows in _batches(examples, cfg, start=step):
-            with phases("update"):
-                mine = [row for i, row in enumerate(rows) if i % topo.dp == topo.dp_rank] if topo.is_leader else []
-                batch = exchange.build_batch(
-                    mine,
-                    topo,
-                    mini_batches=1,
-                    group_size=1,
-                    max_tokens=cfg.train.micro_batch_tokens,
-                    weight_rule=rule,
-                )
-                stats = metrics.merge(topo.gather(policy.update_supervised(batch.mini[0])))
-            step += 1
-            times, seconds = phases.take()
-            tokens = sum(len(row.tokens) for row in rows)
-            log(step, metrics.scalars(stats) | times | {"perf/tokens_per_s": tokens / seconds})
-            ending = topo.any(stop() or directory.stop_requested())
-            if ending or step % cfg.train.save_every == 0 or step == steps:
-                policy.save(directory.path, step, {"step": step})
-            if ending:
-                break
-        log.close()
+        cleanup.callback(log.close)
+        step = _loop(cfg, topo, policy, examples, directory, stop, log, step, steps)
         if step == steps:
             out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
             policy.save_hf(out)
-            directory.finish(step=step)
-            if topo.rank == 0:
-                run.report_end(
-                    f"{directory.path} finished",
-                    {"HF model": str(out), "metrics": str(directory.path / "metrics.jsonl")},
-                )
-    finally:
-        topo.destroy()
+            directory.finish("sft", step)
+    if topo.rank == 0 and step == steps:
+        places = {"HF model": str(out), "metrics": str(directory.path / "metrics.jsonl")}
+        run.report_end(f"{directory.path} finished", places)
+
+
+def _loop(
+    cfg: Config,
+    topo: Topology,
+    policy: Policy,
+    examples: list[TrainSequence],
+    directory: run.RunDir,
+    stop: Callable[[], bool],
+    log: Log,
+    step: int,
+    steps: int,
+) -> int:
+    """From `step` to `steps`, or until asked to stop; returns the step reached. Collective."""
+    from megasapo import metrics
+    from megasapo.algo.weights import token_weights
+    from megasapo.mcore.exchange import build_batch
+
+    phases = run.Phases()
+    for rows in _batches(examples, cfg, start=step):
+        with phases("update"):
+            mine = rows[topo.dp_rank :: topo.dp] if topo.is_leader else []
+            batch = build_batch(
+                mine,
+                topo,
+                mini_batches=1,
+                group_size=1,
+                max_tokens=cfg.train.micro_batch_tokens,
+                weight_rule=partial(token_weights, normalisation="token", constant_length=1),
+            )
+            stats = metrics.merge(topo.gather(policy.update_supervised(batch.mini[0])))
+        step += 1
+        times, seconds = phases.take()
+        speed = sum(len(row.tokens) for row in rows) / seconds
+        log(step, metrics.scalars(stats) | times | {"perf/tokens_per_s": speed})
+        ending = topo.any(stop() or directory.stop_requested())
+        if ending or step % cfg.train.save_every == 0 or step == steps:
+            policy.save(directory.path, step, {"command": "sft", "step": step})
+        if ending:
+            break
+    return step
 
 
 def _batches(examples: list[TrainSequence], cfg: Config, start: int) -> Iterator[list[TrainSequence]]:
-    """Batches of every epoch in a seeded order, from optimizer step `start` on; uids are unique over epochs."""
+    """Batches of every epoch in a seeded order, from optimizer step `start` on."""
     from megasapo.data.prompts import epoch_order
 
     size = cfg.sft.batch_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +35,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:
         raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
-    finished = cfg.run_dir / "done"
-    if finished.exists() and not launch.is_rank():
-        print(f"{cfg.run_dir} has already finished ({finished.read_text()}): choose another run.name, or remove it")
+    run.refuse_other_command("train", cfg)
+    if (cfg.run_dir / "done").exists() and not launch.is_rank():
+        print(f"{cfg.run_dir} has already finished: choose another run.name, or remove it")
         return 0
-    code = run.on_ranks("train", argv, nproc)
+    code = run.on_ranks("train", argv, nproc, cfg.run_dir / "stop")
     if code is None:
         train(cfg)
     return code or 0
@@ -82,12 +82,14 @@ def loop(p: Parts, step: int) -> int:
             p.publish(step)
         with phases("evaluate"):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
-        stats = metrics.merge(p.topo.gather(metrics.merge([sampled, learned])))
+        stats = metrics.merge(p.topo.gather(metrics.merge([sampled, learned, p.source.take_metrics()])))
         write_step(p, step, stats, groups, held_out, phases)
         ending = p.topo.any(p.stop() or p.directory.stop_requested())
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
-                p.policy.save(p.directory.path, step, {"step": step, "source": p.source.state()})
+                p.policy.save(p.directory.path, step, {"command": "train", "step": step, "source": p.source.state()})
+        if _every(p.cfg.train.export_every, step):
+            p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
         if ending:
             break
     return step
@@ -141,7 +143,7 @@ def train(cfg: Config) -> None:
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
-        last = topo.first(checkpoint.latest(directory.path))
+        last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         parts = _make_parts(cfg, topo, directory, stop, last, cleanup)
         step = 0
         if last is not None:
@@ -152,7 +154,7 @@ def train(cfg: Config) -> None:
         finished = step >= cfg.train.steps
         if finished:
             parts.policy.save_hf(directory.path / "hf")
-            directory.finish(step=step)
+            directory.finish("train", step)
     if topo.rank == 0:
         _report_end(cfg, directory, step, finished)
 
@@ -169,7 +171,10 @@ def _make_parts(
     from megasapo.publish import Publisher
 
     tokenizer = load_tokenizer(cfg.model.path)
-    stream = PromptStream(PromptDataset(cfg.data.train or "", tokenizer, cfg.data), cfg.run.seed, cfg.data.shuffle)
+    dataset = PromptDataset(cfg.data.train or "", tokenizer, cfg.data)
+    if dataset.num_dropped and topo.rank == 0:
+        print(f"{dataset.path}: {dataset.num_dropped} prompts above data.max_prompt_tokens left out", flush=True)
+    stream = PromptStream(dataset, cfg.run.seed, cfg.data.shuffle)
     policy = Policy(
         cfg,
         topo,
@@ -239,12 +244,12 @@ def _make_source(
     def decode(ids: tuple[int, ...]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    stale = fleet.stale if fleet is not None and topo.rank == 0 else lambda: False
-    source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, stale=stale, republish=publisher)
+    source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, republish=publisher)
     held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
 
     async def measure() -> list[Problem]:
-        return [] if fleet is None else await evaluate(fleet, held_out, scorer, decode, cfg)
+        found = [] if fleet is None else await evaluate(fleet, held_out, scorer, decode, cfg)
+        return [replace(problem, texts=()) for problem in found]  # other ranks count them, nobody reads them
 
     def evaluate_now(version: int) -> dict[str, float]:
         found = topo.gather(source.wait(thread.submit(measure()), version))

@@ -65,7 +65,6 @@ class Sample:
     text: str  # the response, decoded without special tokens
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # by reward name, before weighting
-    grader_errors: int = 0  # graders that raised or hung and were counted as 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ def policy_loss(
         stats["loss/kl"] = _mean(kl, weight)
     if entropy is not None:
         entropy = inside(entropy)
-        per_token = per_token - algo.entropy_coef * entropy
+        if algo.entropy_coef:  # else it is only logged, and backward need not pass through it
+            per_token = per_token - algo.entropy_coef * entropy
         stats["entropy/mean"] = _mean(entropy, loss_mask)
     return (weight * per_token).sum(), stats
 

@@ -59,7 +59,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Collective. Write checkpoint `step`, point `latest` at it, remove all but the newest `keep`.
+    """Collective. Write checkpoint `step`, point `latest` at it, remove all but the last `keep` up to it.
 
     `trainer_state` is plain JSON, equal on every rank (step, data position, schedule).
     """
@@ -80,8 +80,9 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         _write_durably(folder / "latest", name)
-        complete = sorted(p for p in folder.glob("step_????????") if (p / "megasapo.json").is_file())
-        for old in complete[:-keep]:
+        # later steps, if any, are a branch that somebody went back from: not ours to remove
+        complete = [p for p in folder.glob("step_????????") if (p / "megasapo.json").is_file() and step_of(p) <= step]
+        for old in sorted(complete)[:-keep]:
             shutil.rmtree(old)
     topo.barrier()
     return final

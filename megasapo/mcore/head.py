@@ -62,16 +62,22 @@ class _VocabParallelLogProb(torch.autograd.Function):
         log_total = total.log()
         entropy = log_total - weighted / total
         probs = exp.div_(total[:, None])
+        ctx.set_materialize_grads(False)  # entropy is often only logged: its half of backward is then left out
         ctx.save_for_backward(probs, mine, column, entropy)
         ctx.temperature, ctx.padding, ctx.dtype = temperature, logits.shape[1] - real, logits.dtype
         return target_z - log_total, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         probs, mine, column, entropy = ctx.saved_tensors
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(entropy)
         # d logp / dz = onehot - p;  d entropy / dz = -p (log p + entropy)
-        grad = probs * -(grad_logp + grad_entropy * entropy)[:, None]
-        grad -= torch.special.xlogy(probs, probs) * grad_entropy[:, None]
+        if grad_entropy is None:
+            grad = probs * -grad_logp[:, None]
+        else:
+            grad = probs * -(grad_logp + grad_entropy * entropy)[:, None]
+            grad -= torch.special.xlogy(probs, probs) * grad_entropy[:, None]
         if grad.shape[1]:
             grad.scatter_add_(1, column[:, None], torch.where(mine, grad_logp, 0.0)[:, None])
         grad = torch.nn.functional.pad(grad / ctx.temperature, (0, ctx.padding))

@@ -63,12 +63,14 @@ class Optimizer:
             max_lr=cfg.lr,
             min_lr=min(cfg.min_lr, cfg.lr),
             lr_warmup_steps=cfg.warmup_steps,
-            lr_decay_steps=max(total_steps, cfg.warmup_steps + 1),
+            lr_decay_steps=max(total_steps, cfg.warmup_steps) + 1,  # so that the last step still moves
             lr_decay_style=cfg.schedule,
             start_wd=cfg.weight_decay,
             end_wd=cfg.weight_decay,
             wd_incr_steps=max(total_steps, 1),
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
         self._schedule.step(1)  # the first step must not have learning rate 0 when there is a warm-up
         self.skipped = 0
@@ -137,6 +139,8 @@ class Optimizer:
     def load_schedule_state(self, state: dict[str, Any]) -> None:
         # load_state_dict steps from where the object stands; it must start from 0
         self._schedule.num_steps = 0
+        for group in self._inner.param_groups:  # the configuration wins over what the run began with
+            group["max_lr"], group["min_lr"] = self._cfg.lr, min(self._cfg.min_lr, self._cfg.lr)
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
 

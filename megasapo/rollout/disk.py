@@ -60,7 +60,10 @@ class DiskDelivery:
     def settle(self) -> None:
         for old in self._root.iterdir():
             if old != self.weights_dir:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as e:  # a server may still have it mapped; the next publish tries again
+                    log.warning("%s is left behind: %s", old, e)
 
     def abandon(self) -> None:
         shutil.rmtree(self._unfinished, ignore_errors=True)

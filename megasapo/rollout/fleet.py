@@ -34,7 +34,7 @@ class Fleet:
         self.urls = tuple(urls)
         self.version: int | None = None  # what `generate` accepts; None until the first publish: anything
         self.servers = [Server(index=i, url=url) for i, url in enumerate(self.urls)]
-        self.deterministic = cfg.deterministic and cfg.max_staleness == 0
+        self.deterministic = cfg.repeatable
         self._limits = limits
         self._leader_index = leader_index
         self._key = read_key(cfg.api_key_file)
@@ -135,6 +135,8 @@ class Fleet:
     ) -> list[Completion]:
         cost = sum(len(ids) + s.max_new_tokens for ids, s in zip(input_ids, sampling, strict=True))
         shape = self._limits.routed_shape() if routed else None
+        # What is asked for now is trained on at most max_staleness versions from now; an older sample would be too old.
+        oldest = self.version
 
         async def attempt() -> list[Completion]:
             self.check()
@@ -142,7 +144,7 @@ class Fleet:
             server.outstanding_tokens += cost
             try:
                 completions = await self._clients[server.index].generate(input_ids, sampling, routed=shape)
-                self._check_versions(completions, server)
+                self._check_versions(completions, oldest, server)
             except Retryable:
                 server.failed_at = time.monotonic()
                 raise
@@ -165,13 +167,13 @@ class Fleet:
             return min(well, key=lambda s: (s.index - self._leader_index) % len(self.servers))
         return min(well, key=lambda s: (s.outstanding_tokens, s.index))
 
-    def _check_versions(self, completions: list[Completion], server: Server) -> None:
-        if self.version is None:
+    def _check_versions(self, completions: list[Completion], oldest: int | None, server: Server) -> None:
+        if oldest is None:
             return
-        # Another rank may already have seen a newer version published than this one; a newer sample is never stale.
-        highest = self.version if self.cfg.max_staleness == 0 else None
+        # a publish while the request runs makes it newer, which is never too old
+        newest = oldest if self.cfg.max_staleness == 0 else None
         try:
-            check_versions(completions, max(0, self.version - self.cfg.max_staleness), highest)
+            check_versions(completions, oldest, newest)
         except WrongVersion as e:
             raise WrongVersion(f"{server.url}: {e}") from e
 

@@ -20,13 +20,15 @@ import torch.distributed as dist
 
 from megasapo.config import Config
 from megasapo.data.prompts import PromptStream
+from megasapo.metrics import Metrics
 from megasapo.rewards.model import RewardModel
+from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
-from megasapo.types import Engine, Group, Prompt, Sample, SamplingParams
+from megasapo.types import Group, Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
 POLL_S = 0.05
-MAX_REFILLS = 20
+MAX_DRAWN = 20  # batches' worth of prompts for one step before drop_zero_variance gives up
 
 
 class Ranks(Protocol):
@@ -73,24 +75,23 @@ class RolloutSource:
     def __init__(
         self,
         cfg: Config,
-        engine: Engine | None,
+        fleet: Fleet | None,
         stream: PromptStream,
         scorer: RewardModel,
         decode: Callable[[tuple[int, ...]], str],
         ranks: Ranks,
         loop: LoopThread,
         *,
-        stale: Callable[[], bool],
         republish: Callable[[int], None],
     ):
-        """`engine`: None on ranks that are no leader. `stale()`: some server lacks the current weights;
-        `republish(version)`, collective, gives them to it.
+        """`fleet`: None on ranks that are no leader. `republish(version)`, collective, gives weights to a server that
+        lacks them.
         """
-        self._cfg, self._engine, self._stream, self._scorer, self._decode = cfg, engine, stream, scorer, decode
-        self._ranks, self._loop, self._stale, self._republish = ranks, loop, stale, republish
+        self._cfg, self._fleet, self._stream, self._scorer, self._decode = cfg, fleet, stream, scorer, decode
+        self._ranks, self._loop, self._republish = ranks, loop, republish
         self._pending: deque[_Pending] = deque()
         # one request for the whole batch is the unit that a deterministic server repeats bit for bit
-        self._together = cfg.rollout.deterministic and cfg.rollout.max_staleness == 0
+        self._together = cfg.rollout.repeatable
 
     def next(self, version: int) -> tuple[list[Group], int]:
         """Collective. This leader's groups (none on other ranks) for the step after `version`, and groups dropped here.
@@ -106,11 +107,18 @@ class RolloutSource:
         return self._refill(groups, version)
 
     def state(self) -> dict[str, Any]:
-        """Where to resume: before the oldest batch that is still in flight."""
+        """Where to resume: before the oldest batch that is still in flight.
+
+        With drop_zero_variance and max_staleness > 0, prompts drawn as replacements meanwhile are drawn again.
+        """
         return self._pending[0].stream_state if self._pending else self._stream.state()
 
     def restore(self, state: dict[str, Any]) -> None:
         self._stream.restore(state)
+
+    def take_metrics(self) -> Metrics:
+        """Graders' errors, retries by cause and restarts of servers since the last call."""
+        return self._scorer.take_metrics() | (self._fleet.take_metrics() if self._fleet is not None else {})
 
     def _submit(self, prompts: int) -> None:
         before = self._stream.state()
@@ -119,22 +127,28 @@ class RolloutSource:
         self._pending.append(_Pending(before, self._loop.submit(self._sample(mine))))
 
     def _refill(self, groups: list[Group], version: int) -> tuple[list[Group], int]:
-        """Replace groups that teach nothing until the batch is full again (DAPO, arXiv 2503.14476)."""
+        """Draw new prompts in place of groups that teach nothing until the batch is full (DAPO, arXiv 2503.14476).
+
+        The useful groups with the lowest uids are kept, so that the batch does not depend on the layout.
+        """
         wanted = self._cfg.rollout.prompts_per_step
-        kept = [g for g in groups if np.ptp(g.rewards()) > 0]
-        dropped = len(groups) - len(kept)
-        for _ in range(MAX_REFILLS):
-            missing = wanted - self._sum_over_ranks(len(kept))
-            if missing <= 0:
-                return kept, dropped
-            self._submit(missing)
-            fresh = self.wait(self._pending.pop().future, version)
-            useful = [g for g in fresh if np.ptp(g.rewards()) > 0]
-            kept, dropped = kept + useful, dropped + len(fresh) - len(useful)
-        raise RolloutError(
-            f"after {MAX_REFILLS} refills {missing} of {wanted} groups have all-equal rewards: the task is too easy "
-            "or too hard for the policy; change the data or set rollout.drop_zero_variance=false"
-        )
+        drawn = wanted
+        while True:
+            useful = [g for g in groups if np.ptp(g.rewards()) > 0]
+            uids = sorted(self._gather([g.uid for g in useful]))
+            if len(uids) >= wanted:
+                kept = [g for g in useful if g.uid <= uids[wanted - 1]]
+                return kept, len(groups) - len(kept)
+            if drawn >= MAX_DRAWN * wanted:
+                raise RolloutError(
+                    f"of {drawn} groups {len(uids)} have unequal rewards, {wanted} are wanted: the task is too easy "
+                    "or too hard for the policy; change the data or set rollout.drop_zero_variance=false"
+                )
+            expected = -(-(wanted - len(uids)) * drawn // max(len(uids), 1))  # at the rate seen so far
+            more = min(expected, 2 * wanted, MAX_DRAWN * wanted - drawn)
+            self._submit(more)
+            groups = groups + self.wait(self._pending.pop().future, version)
+            drawn += more
 
     async def _sample(self, drawn: list[tuple[int, Prompt]]) -> list[Group]:
         parts = [drawn] if self._together else [[d] for d in drawn]
@@ -145,15 +159,15 @@ class RolloutSource:
         size = self._cfg.rollout.group_size
         inputs = [prompt.input_ids for _, prompt in drawn for _ in range(size)]
         sampling = [self._sampling(uid, i) for uid, _ in drawn for i in range(size)]
-        assert self._engine is not None
-        completions = await self._engine.generate(inputs, sampling)
+        assert self._fleet is not None
+        completions = await self._fleet.generate(inputs, sampling)
         texts = [self._decode(c.output_ids) for c in completions]
 
         async def finish(at: int, uid: int, prompt: Prompt) -> Group:
             rows = slice(at * size, (at + 1) * size)
             scores = await self._scorer.score_group(prompt, texts[rows])
             samples = tuple(
-                Sample(completion, text, score.reward, score.parts, len(score.errors))
+                Sample(completion, text, score.reward, score.parts)
                 for completion, text, score in zip(completions[rows], texts[rows], scores, strict=True)
             )
             return Group(uid, prompt, samples)
@@ -177,7 +191,8 @@ class RolloutSource:
         while True:
             wait([future], timeout=POLL_S)
             failed = future.done() and future.exception() is not None
-            flags = torch.tensor([not future.done(), failed, self._stale()], dtype=torch.int32)
+            lacking = self._fleet is not None and self._fleet.stale()
+            flags = torch.tensor([not future.done(), failed, lacking], dtype=torch.int32)
             dist.all_reduce(flags, group=self._ranks.world_group_cpu)
             unfinished, failures, stale = flags.tolist()
             if failures:
@@ -189,7 +204,8 @@ class RolloutSource:
             if stale:
                 self._republish(version)
 
-    def _sum_over_ranks(self, number: int) -> int:
-        total = torch.tensor([number])
-        dist.all_reduce(total, group=self._ranks.world_group_cpu)
-        return int(total)
+    def _gather(self, mine: list[int]) -> list[int]:
+        """All ranks' numbers."""
+        everyones: list[list[int]] = [[] for _ in range(dist.get_world_size(self._ranks.world_group_cpu))]
+        dist.all_gather_object(everyones, mine, group=self._ranks.world_group_cpu)
+        return [number for part in everyones for number in part]

@@ -38,7 +38,7 @@ def server_command(cfg: RolloutConfig, model: str | Path, port: int) -> list[str
     if cfg.engine == "embedded":
         command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
         command += ["--exit-with-parent"]
-        if cfg.deterministic and cfg.max_staleness == 0:
+        if cfg.repeatable:
             command += ["--deterministic"]
         if cfg.api_key_file is not None:
             command += ["--api-key-file", cfg.api_key_file]

@@ -35,7 +35,6 @@ def _sample_stats(sample: Sample, prompt_tokens: int, version: int) -> Metrics:
     behind = float(version - done.version_min)
     stats: dict[str, Metric] = {
         "reward/mean": Mean(sample.reward, 1.0),
-        "reward/grader_errors": Sum(float(sample.grader_errors)),
         "rollout/tokens": Sum(prompt_tokens + length),
         "response/length_mean": Mean(length, 1.0),
         "response/length_max": Max(length),

@@ -162,8 +162,7 @@ class Watch:
         self._updating.release()
 
     def _judge(self, server: Server) -> None:
-        oldest = None if self._version is None else max(0, self._version - self._cfg.max_staleness)
-        server.ready = server.up and (oldest is None or (server.version is not None and server.version >= oldest))
+        server.ready = server.up and (self._version is None or server.version == self._version)
 
     async def _first_start(self, server: Server) -> None:
         """A port may be taken between choosing it and the server's bind; anything else ends the run at once."""
@@ -197,6 +196,7 @@ class Watch:
                 raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{_log_end(server)}")
             await asyncio.sleep(POLL_S)
         server.incarnation += 1
+        server.seen_at = time.monotonic()
         await self._look(server)
 
     async def _healthy(self, server: Server) -> bool:

@@ -20,6 +20,7 @@ from tests.dist.launcher import run_ranks
 from tests.tiny import make_model
 
 GROUPS, GROUP = 6, 2
+TOTAL_STEPS = 20
 COMPARED = ("loss/policy", "loss/kl", "grad/norm", "ratio/log_var", "ratio/ess", "entropy/mean", "sapo/gate_mean_neg")
 LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (2, 1, 2, 1)]
 WIDE = [(4, 2, 1, 2), (4, 1, 2, 2), (8, 2, 2, 2)]
@@ -48,6 +49,7 @@ def test_every_layout_takes_the_same_steps(
     layout: tuple[int, int, int, int], model: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     result = run_layout(*layout, model, tmp_path)
+    assert result["steps"][0]["optim/lr"] == pytest.approx(1e-3 * (1 - 1 / (TOTAL_STEPS + 1)))  # the last is not 0
     for name in COMPARED:
         np.testing.assert_allclose(result["steps"][0][name], expected["steps"][0][name], rtol=1e-4, err_msg=name)
     assert result["resumed"] == result["continued"], "a checkpoint does not continue exactly"
@@ -59,6 +61,7 @@ def test_one_rank_continues_exactly_and_skips_nan(expected: dict[str, Any]) -> N
     assert expected["resumed"] == expected["continued"]
     assert expected["skipped"] == 1.0
     assert expected["unchanged"]
+    assert expected["checkpoints"] == ["latest", "step_00000001", "step_00000002", "step_00000100"]
     assert "optim.max_skipped_steps=1" in expected["ceiling"]
 
 
@@ -86,7 +89,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
     cfg = config.from_dict(
         {
             "model": {"path": str(model), "dtype": "float32"},
-            "optim": {"lr": 1e-3, "max_skipped_steps": 1},
+            "optim": {"lr": 1e-3, "max_skipped_steps": 1, "schedule": "linear"},
             "algo": {"kl_coef": 0.1, "entropy_coef": 0.01},
             "parallel": {"tp": tp, "pp": pp, "ep": ep},
             "data": {"max_prompt_tokens": 32},
@@ -95,7 +98,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
         }
     )
     topo = Topology.init(cfg.parallel)
-    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=0.8, total_steps=20)
+    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=0.8, total_steps=TOTAL_STEPS)
     rule = partial(token_weights, normalisation="sequence", constant_length=1)
 
     def batch(seed: int, advantage: float | None = None) -> Any:
@@ -117,14 +120,21 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
                 total.add(name, tensor)
         return total.hexdigest()
 
+    result: dict[str, Any] = {}
     steps = [step(0), step(1)]
-    policy.save(where / "run", 2, {"step": 2})
+    if topo.rank == 0:  # what somebody who went back from step 100 leaves behind
+        abandoned = where / "run" / "checkpoints" / "step_00000100"
+        abandoned.mkdir(parents=True)
+        (abandoned / "megasapo.json").write_text("{}")
+    for number in (0, 1, 2):
+        policy.save(where / "run", number, {"step": number})
+    result["checkpoints"] = sorted(p.name for p in (where / "run" / "checkpoints").iterdir())
     continued = [step(2), step(3)]
     state = policy.load(checkpoint.latest(where / "run"))
     assert state == {"step": 2}
     resumed = [step(2), step(3)]
     before = weights()
-    result: dict[str, Any] = {"steps": steps, "continued": continued, "resumed": resumed}
+    result |= {"steps": steps, "continued": continued, "resumed": resumed}
     one_broken = exchange.build_batch(
         [TrainSequence(0, np.arange(5, dtype=np.int32), np.arange(5) > 1, np.zeros(5, np.float32), float("nan"))]
         if topo.rank == 0

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 TIMEOUT_S = 240
-TIMING = ("time/", "perf/", "rollout/retries", "rollout/unreachable", "rollout/server_restarts")
+TIMING = ("time/", "perf/", "rollout/retries", "rollout/unreachable", "rollout/server_restarts", "rollout/bad_answer")
 
 
 def write_config(path: Path, settings: dict[str, Any]) -> Path:

@@ -36,7 +36,7 @@ def assert_as_unbroken(run_dir: Path, unbroken: Path) -> None:
         assert row == want, (
             f"step {row['step']}: { ({k: (row.get(k), want.get(k)) for k in want if row.get(k) != want[k]}) }"
         )
-    assert json.loads((run_dir / "done").read_text()) == {"step": STEPS}
+    assert json.loads((run_dir / "done").read_text()) == {"command": "train", "step": STEPS}
     model = "hf/model.safetensors"
     assert (run_dir / model).read_bytes() == (unbroken / model).read_bytes()
 
@@ -64,6 +64,7 @@ def test_kill_learner(tmp_path: Path, settings: Settings, unbroken: Path) -> Non
 def test_kill_server_and_the_running_job_survives(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
     _, run = start_and_break(tmp_path, settings, lambda r: kill_hard(r.servers()))
     assert (tmp_path / "run" / "done").exists(), run.output()[-3000:]
+    assert sum(row["rollout/server_restarts"] for row in metrics(tmp_path / "run")) == 1
     assert_as_unbroken(tmp_path / "run", unbroken)
 
 

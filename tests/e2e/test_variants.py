@@ -1,4 +1,4 @@
-"""Other ways to run the same command: own data, asynchronous rollouts over a broadcast, evaluation, a user's mistakes."""
+"""Other ways to run: own data, asynchronous rollouts over a broadcast, evaluation, a user's mistakes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def test_a_users_own_word_problems(tmp_path: Path, settings: Settings) -> None:
         "reward.rewards=[{name: math}, {name: format, weight: 0.5, options: {pattern: '.*[0-9].*'}}]",
         "parallel.ep=1",
         "train.steps=2",
+        "train.export_every=1",
         "algo.objective=gspo",
     ]
     with running("train", config, *changes, log=tmp_path / "log") as run:
         run.succeed()
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2
+    assert (tmp_path / "run" / "hf_00000001" / "model.safetensors").exists()
     assert {"reward/math", "reward/format", "ratio/clip_frac"} <= rows[0].keys()
     assert rows[-1]["grad/skipped_steps"] == 0
     line = json.loads((tmp_path / "run" / "rollouts" / "step_00000001.jsonl").read_text().splitlines()[0])

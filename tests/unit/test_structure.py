@@ -1,4 +1,4 @@
-"""The limits that keep the library readable are tests: import direction, file and function size, no torch for --help."""
+"""The limits that keep the library readable: import direction, file and function size, no torch for --help."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""Run directories: one command each, changed settings are said, `stop` and `done`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megasapo import config
+from megasapo.config import Config, ConfigError
+from megasapo.run import RunDir, refuse_other_command
+
+
+def settings(root: Path, *overrides: str) -> Config:
+    return config.from_dict({"model": {"path": "m"}, "run": {"dir": str(root)}}, list(overrides))
+
+
+def test_a_directory_belongs_to_one_command(tmp_path: Path) -> None:
+    cfg = settings(tmp_path)
+    refuse_other_command("train", cfg)
+    RunDir(cfg, is_main=True).finish("sft", 3)
+    refuse_other_command("sft", cfg)
+    with pytest.raises(ConfigError, match=r"belongs to `megasapo sft`: choose another run\.name for train"):
+        refuse_other_command("train", cfg)
+
+
+def test_an_unfinished_run_of_another_command_is_refused_too(tmp_path: Path) -> None:
+    cfg = settings(tmp_path)
+    checkpoint = cfg.run_dir / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "megasapo.json").write_text(json.dumps({"trainer": {"command": "sft", "step": 2}}))
+    (checkpoint.parent / "latest").write_text("step_00000002")
+    with pytest.raises(ConfigError, match="belongs to `megasapo sft`"):
+        refuse_other_command("train", cfg)
+
+
+def test_changed_settings_are_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunDir(settings(tmp_path), is_main=True)
+    assert capsys.readouterr().out == ""
+    RunDir(settings(tmp_path, "optim.lr=0.5"), is_main=True)
+    assert "setting changed since the run began: optim.lr: 1e-06 -> 0.5" in capsys.readouterr().out
+    assert config.load(tmp_path / "run" / "config.yaml").optim.lr == 0.5
+
+
+def test_a_stop_file_of_an_earlier_run_does_not_stop_this_one(tmp_path: Path) -> None:
+    directory = RunDir(settings(tmp_path), is_main=True)
+    (directory.path / "stop").touch()
+    assert directory.stop_requested()
+    assert not RunDir(settings(tmp_path), is_main=True).stop_requested()
