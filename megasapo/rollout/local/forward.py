@@ -24,7 +24,7 @@ from megasapo.rollout.local.fused import Fused
 
 _names = itertools.count()  # attention and experts are registered by name, once for each model
 DEFAULT_CACHE_BYTES = 2 << 30
-DENSE_EXPERTS_MACS = 1 << 25  # below this many multiply-adds, all experts in one product beat sorting tokens by expert
+DENSE_EXPERTS_MACS = 1 << 22  # below this many multiply-adds, all experts in one product beat sorting tokens by expert
 
 
 @dataclass(slots=True)
