@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.launcher import free_port, run_ranks
+from tests.dist.launcher import free_ports, run_ranks
 from tests.tiny import make_model
 
 LAYOUTS = {  # by world size: tp, pp, ep
@@ -52,7 +52,7 @@ def test_load_then_export_is_the_identity(world_size: int, models: Path) -> None
     layouts = LAYOUTS[world_size]
     ports: set[int] = set()  # one for each layout's process group
     while len(ports) < len(layouts):
-        ports.add(free_port())
+        ports.update(free_ports(1))
     arguments = (str(world_size), str(models), ",".join(map(str, ports)))
     outputs = run_ranks(world_size, "tests.dist.test_bridge", *arguments, logs=models / f"logs{world_size}")
     done = {line.removeprefix("ok ") for line in outputs[0].splitlines() if line.startswith("ok ")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ def test_help_works_without_torch(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "megasapo" in done.stdout
+
+
+def test_no_directory_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    """pytest passes over every directory named dist unless it is told otherwise."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {p.parent.name for p in (ROOT.parent / "tests").rglob("test_*.py")}
+    assert folders == {"unit", "dist", "e2e", "sglang"}
+    assert not [f for f in folders for pattern in left_out if fnmatch(f, pattern)]
 
 
 def test_no_module_is_called_utils() -> None:
