@@ -89,7 +89,7 @@ def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
 
 def main(argv: list[str]) -> int:
     """Entry of the command: starts (or connects to) a server, samples, grades, prints pass@k."""
-    parser = argparse.ArgumentParser(prog="megasapo evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megasapo evaluate", description="pass@k on held-out problems")
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="model, data, reward, rollout and eval")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--url", help="a running rollout server instead of one started on model.path")

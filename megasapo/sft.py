@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
-    cfg, nproc = run.parse("sft", __doc__.splitlines()[0], argv)
+    cfg, nproc = run.parse("sft", "Supervised cold start with the learner of `megasapo train`.", argv)
     if cfg.sft.data is None:
         raise ConfigError("sft.data is required: JSONL or parquet with prompt (or messages) and response")
     if cfg.sft.max_tokens > cfg.train.micro_batch_tokens:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Settings = Callable[..., dict[str, Any]]
 
 
-def test_a_users_own_word_problems(tmp_path: Path, settings: Settings) -> None:
+def test_a_users_own_word_problems_in_bfloat16(tmp_path: Path, settings: Settings) -> None:
     config = write_config(tmp_path / "config.yaml", settings(tmp_path))
     changes = [
         f"data.train={ROOT / 'examples' / 'word_problems.jsonl'}",
@@ -24,6 +24,7 @@ def test_a_users_own_word_problems(tmp_path: Path, settings: Settings) -> None:
         "parallel.ep=1",
         "train.steps=2",
         "train.export_every=1",
+        "model.dtype=bfloat16",
         "algo.objective=gspo",
     ]
     with running("train", config, *changes, log=tmp_path / "log") as run:
@@ -33,6 +34,7 @@ def test_a_users_own_word_problems(tmp_path: Path, settings: Settings) -> None:
     assert (tmp_path / "run" / "hf_00000001" / "model.safetensors").exists()
     assert {"reward/math", "reward/format", "ratio/clip_frac"} <= rows[0].keys()
     assert rows[-1]["grad/skipped_steps"] == 0
+    assert 0 < rows[-1]["mismatch/logprob_abs_diff"] < 0.1
     line = json.loads((tmp_path / "run" / "rollouts" / "step_00000001.jsonl").read_text().splitlines()[0])
     assert any(word in line["prompt"] for word in ("How", "how", "What", "what"))
 
