@@ -132,6 +132,8 @@ class RolloutConfig(Section):
     """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""
     publish_bucket_mb: PositiveFloat = 256.0
     """Most bytes of full tensors gathered at once."""
+    publish_verify: bool = False
+    """After every publish compare each server's checksum with the export's (embedded servers of the same dtype)."""
 
     @property
     def repeatable(self) -> bool:

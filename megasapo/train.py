@@ -192,6 +192,7 @@ def _make_parts(
         run_dir=directory.path,
         model_dir=Path(cfg.model.path),
         device=topo.device,
+        verify=cfg.rollout.publish_verify,
     )
     cleanup.callback(publisher.close)
     source, evaluate = _make_source(cfg, topo, tokenizer, stream, fleet, publisher, cleanup)

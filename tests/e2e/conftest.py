@@ -35,7 +35,7 @@ def settings(task: Path) -> Callable[..., dict[str, Any]]:
             "model": {"path": str(task / "model"), "dtype": "float32"},
             "data": {"train": str(task / "train.jsonl"), "max_prompt_tokens": 16},
             "reward": {"rewards": [{"name": "format", "options": {"pattern": ".*[0-9].*"}}]},
-            "rollout": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 12},
+            "rollout": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 12, "publish_verify": True},
             "algo": {"mini_batches": 2},
             "optim": {"lr": 1e-3},
             "parallel": {"ep": 2},
