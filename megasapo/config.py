@@ -148,10 +148,10 @@ class AlgoConfig(Section):
     tau_neg: PositiveFloat = 1.05
     """SAPO temperature where it is not."""
     clip_low: NonNegativeFloat | None = None
-    """Clip range below 1; empty: the objective's own (ALGORITHMS.md)."""
+    """Clip range below 1; empty: the objective's own (docs/algorithms.md)."""
     clip_high: NonNegativeFloat | None = None
     normalisation: Literal["auto", "sequence", "token", "constant"] = "auto"
-    """Who divides by what (ALGORITHMS.md); auto: the objective's own."""
+    """Who divides by what (docs/algorithms.md); auto: the objective's own."""
     constant_length: PositiveInt | None = None
     """L_const of normalisation `constant`; empty: rollout.max_new_tokens."""
     advantage: Literal["auto", "group", "group_no_std", "leave_one_out"] = "auto"

@@ -1,7 +1,7 @@
 """`megasapo evaluate`: pass@k on held-out problems, sampled from a rollout server.
 
 The same function measures during training. A response counts as right when the first of the run's rewards gives it at
-least 0.5; pass@k is the unbiased estimator of ALGORITHMS.md.
+least 0.5; pass@k is the unbiased estimator of docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def main(argv: list[str]) -> int:
     figures, rows = _measure(cfg)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if args.out:
-        args.out.write_text(json.dumps(figures) + "\n")
+        unfinished = args.out.with_name(args.out.name + ".new")
+        unfinished.write_text(json.dumps(figures) + "\n")
+        unfinished.replace(args.out)
     if args.responses:
         args.responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 0

@@ -81,7 +81,7 @@ def refuse_other_command(command: str, cfg: Config) -> None:
 
 
 class RunDir:
-    """The directory of one run; see DESIGN section 3 for what is where."""
+    """The directory of one run; README.md says what is where."""
 
     def __init__(self, cfg: Config, *, is_main: bool):
         self.path = cfg.run_dir

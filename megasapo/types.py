@@ -105,7 +105,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # [S + 1] int32, padding sequence included
     max_seqlen: int
     loss_mask: torch.Tensor  # [T] bool
-    weight: torch.Tensor  # [T] float32, ALGORITHMS "One rule for every normalisation"; 0 where loss_mask is False
+    weight: torch.Tensor  # [T] float32, docs/algorithms.md "Normalisation"; 0 where loss_mask is False
     advantage: torch.Tensor  # [T] float32
     rollout_logp: torch.Tensor  # [T] float32
     uids: tuple[int, ...]  # of the real sequences, in order: S or S - 1 of them

@@ -25,6 +25,11 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
     out = args.out.resolve()
+    run = out / "runs" / "arithmetic"
+    if any(o.startswith("run.") for o in args.overrides):
+        parser.error("run.* decides where the figures are read from; use --out DIR for another run")
+    if args.overrides and (run / "done").exists():
+        parser.error(f"{run} has finished: other settings need another --out DIR")
     where = [f"run.dir={out / 'runs'}", f"data.eval={out / 'eval.jsonl'}"]
     cold = out / "cold-start"
     if not (out / "model" / "config.json").exists():
@@ -34,7 +39,6 @@ def main() -> int:
         megasapo("sft", "sft.yaml", f"run.dir={out / 'runs'}", *source)
     before = evaluate(out / "before.json", *where, f"model.path={cold}")
     megasapo("train", "sapo.yaml", *where, f"model.path={cold}", f"data.train={out / 'train.jsonl'}", *args.overrides)
-    run = out / "runs" / "arithmetic"
     if not (run / "done").exists():
         print(f"\nstopped before the end; the same command continues from {run / 'checkpoints'}")
         return 1

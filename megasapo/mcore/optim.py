@@ -30,8 +30,8 @@ class StepOutcome:
 def wrap_ddp(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     """Wrap model chunks: gradients are summed over data-parallel ranks, in fp32, never divided.
 
-    The weights of ALGORITHMS.md already normalise the loss, so the token count that megatron-core would divide by is
-    dropped before its finalisation.
+    The weights of docs/algorithms.md already normalise the loss, so the token count that megatron-core would divide
+    by is dropped before its finalisation.
     """
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped = [

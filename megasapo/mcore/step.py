@@ -63,7 +63,7 @@ def forward_backward(
 
 
 def _no_tokens() -> torch.Tensor:
-    # the loss is already normalised (ALGORITHMS.md): nothing is left to divide by
+    # the loss is already normalised (docs/algorithms.md): nothing is left to divide by
     return torch.tensor(0, dtype=torch.int)
 
 

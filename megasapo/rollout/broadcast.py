@@ -79,18 +79,16 @@ class Broadcast:
     def abandon(self) -> None:
         """Stamp what may be half-written before it samples again; a server that cannot be reached stays paused."""
 
-        async def give_up(client: ServerClient, session: bool) -> None:
+        async def give_up(client: ServerClient) -> None:
             with suppress(RolloutError):
                 if self._touched:
                     await client.stamp(INCOMPLETE)
-                if session:
-                    with suppress(RolloutError):  # it may have ended already
-                        await client.end_update()
+                with suppress(RolloutError):  # it may have ended, or another learner's that was killed may be open
+                    await client.end_update()
                 await client.resume()
 
-        sessions = self._sessions or [False] * len(self._servers)
-        for server, session in zip(self._servers, sessions, strict=True):
-            self._fleet.run(give_up(self._fleet.control(server), session))
+        for server in self._servers:
+            self._fleet.run(give_up(self._fleet.control(server)))
         self._sessions = []
         self.close()
 

@@ -96,6 +96,17 @@ def test_tied_embeddings_need_no_head_and_ignore_one(tmp_path: Path, hf: dict[st
         assert torch.equal(last.tensors["output_layer.weight"], hf["model.embed_tokens.weight"])
 
 
+def test_only_what_is_shown_is_compared_with_every_name(
+    tmp_path: Path, hf: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the 18,000 tensors of a 30B MoE under a prefix, naming the nearest of each would take hours."""
+    asked: list[str] = []
+    monkeypatch.setattr("megasapo.mcore.bridge.load.nearest", lambda name, names: asked.append(name) or "nearest: x")
+    with pytest.raises(BridgeError, match=r"\.\.\. and \d+ more"):
+        load(write(tmp_path, {f"prefix.{name}": t for name, t in hf.items()}))
+    assert len(asked) == 5
+
+
 def test_missing_tensor(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:
     hf[EXPERT.replace("down_proj", "down_prj")] = hf.pop(EXPERT)
     with pytest.raises(BridgeError) as e:

@@ -119,6 +119,16 @@ def test_a_group_serves_many_broadcasts(fleet: Fleet, models: tuple[Path, Path],
     p.close()
 
 
+def test_a_session_that_a_killed_learner_left_open_is_closed(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert fleet.run(fleet.control(fleet.servers[0]).begin_update())
+    p = publisher(fleet, models[0], models, tmp_path, "distributed")
+    p(6)
+    assert {c.version_min for c in generate(fleet)} == {6}
+    p.close()
+
+
 def test_a_server_killed_in_the_middle_of_a_request_loses_nothing(
     fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -6,7 +6,8 @@ Every rank reads only the boxes it holds, piece by piece; nothing is sent betwee
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> N
     problems = [*_missing(mine, files), *_left_over(mine, files)] or _misshapen(mine, files)
     if problems:
         more = len(problems) - MOST_PROBLEMS_SHOWN
-        shown = problems[:MOST_PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
+        shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
     for placed in mine.placed:
         _fill(placed, files)
@@ -63,27 +65,38 @@ def _fill(placed: Placed, files: HFFiles) -> None:
         local.copy_(files.read(placed.names[piece.source], piece.hf))
 
 
-def _missing(mine: Locals, files: HFFiles) -> list[str]:
+# What is wrong with one tensor, said on demand: the nearest of many names takes a second to find.
+Problem = Callable[[], str]
+
+
+def _missing(mine: Locals, files: HFFiles) -> list[Problem]:
     there = set(files.names)
+
+    def describe(name: str, parameter: str) -> str:
+        return f"{files.directory}: no tensor {name!r} for the parameter {parameter!r} ({nearest(name, files.names)})"
+
     return [
-        f"{files.directory}: no tensor {name!r} for the parameter {placed.mcore_name!r} ({nearest(name, files.names)})"
+        partial(describe, name, placed.mcore_name)
         for placed in mine.placed
         for name in placed.names
         if name not in there
     ]
 
 
-def _left_over(mine: Locals, files: HFFiles) -> list[str]:
+def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
     """Tensors that no rank wants. Those of other ranks' layers and experts are left to them."""
     wanted = {name for placed in mine.placed for name in placed.names}
     unclaimed = [name for name in files.names if name not in wanted and not _is_elsewhere(mine, name)]
     if not unclaimed:
         return []
     candidates = sorted(wanted)
-    return [
-        f"{files.file(name)}: tensor {name!r} belongs to no parameter of this model ({nearest(name, candidates)})"
-        for name in unclaimed
-    ]
+
+    def describe(name: str) -> str:
+        return (
+            f"{files.file(name)}: tensor {name!r} belongs to no parameter of this model ({nearest(name, candidates)})"
+        )
+
+    return [partial(describe, name) for name in unclaimed]
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
@@ -102,17 +115,19 @@ def _is_elsewhere(mine: Locals, name: str) -> bool:
     return layer not in mine.layers or (expert is not None and expert not in mine.experts)
 
 
-def _misshapen(mine: Locals, files: HFFiles) -> list[str]:
-    problems = []
+def _misshapen(mine: Locals, files: HFFiles) -> list[Problem]:
+    problems: list[Problem] = []
     for placed in mine.placed:
         for name, shape in zip(placed.names, placed.shapes, strict=True):
             found = files.entry(name)
             where = f"{files.file(name)}: tensor {name!r} has"
             if found.shape != shape:
-                problems.append(
+                text = (
                     f"{where} shape {list(found.shape)}, but {placed.mcore_name!r} needs {list(shape)}: "
                     "the weights and config.json do not belong together"
                 )
+                problems.append(partial(str, text))
             elif found.dtype not in FLOATS:
-                problems.append(f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded")
+                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded"
+                problems.append(partial(str, text))
     return problems
