@@ -174,6 +174,9 @@ class GraderPool:
             worker.kill()
             await process.wait()
             raise RewardError(f"reward {self._target}: its process was not ready after {START_TIMEOUT_S} s") from e
+        except asyncio.CancelledError:
+            worker.kill()  # nobody else knows of it yet
+            raise
         code = None if line else await process.wait()
         answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended with exit code {code}"}
         if "error" in answer:
