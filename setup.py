@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 REQUIRES = [
     "torch>=2.9",
     "megatron-core>=0.16.1,<0.20",
-    "transformers>=5.10,<6",
+    "transformers>=5.23,<6",  # the oldest that was tested: the embedded server reads its internals
     "safetensors>=0.6",
     "numpy",
     "psutil",  # megatron-core's dist_checkpointing imports it without declaring it
