@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megasapo.checksum import weights_checksum
-from megasapo.rollout.local.weights import Weights
+from megasapo.rollout.local.weights import Weights, _view
 from megasapo.rollout.weight_group import WeightGroup, host_store
 from tests.serving import serving
 from tests.tiny import make_model
@@ -56,6 +56,17 @@ def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):
     assert sorted(weights.names) == sorted(file)
     assert all(torch.equal(weights.get(name), tensor) for name, tensor in file.items())
     assert weights.checksum() == weights_checksum(file)
+
+
+def test_a_view_of_a_huge_parameter_costs_what_the_view_has():
+    """A parameter of 2**40 elements, of which one name is two rows of three, a row apart."""
+    parameter = torch.empty(1 << 20, 1 << 20, device="meta")
+    numbers = (1 << 21) + 4 + torch.tensor([[0, 1, 2], [1 << 20, (1 << 20) + 1, (1 << 20) + 2]])
+    view = _view(parameter, numbers, "x")
+    assert (view.shape, view.stride(), view.storage_offset()) == ((2, 3), (1 << 20, 1), (1 << 21) + 4)
+    for wrong in (numbers.flip(0), numbers + torch.tensor([0, 0, 1]), numbers + (1 << 40)):
+        with pytest.raises(NotImplementedError, match="x: transformers does not hold"):
+            _view(parameter, wrong, "x")
 
 
 def test_update_from_disk_is_the_other_model(server, dirs):

@@ -142,12 +142,10 @@ def _view(parameter: torch.Tensor, numbers: torch.Tensor, name: str) -> torch.Te
     strides = [int(step) - first or 1 for step in steps]
     if not parameter.is_contiguous():
         raise NotImplementedError(f"{name}: its parameter is not contiguous in memory")
-    counting = torch.arange(parameter.numel())
-    inside = first + sum(s * (n - 1) for s, n in zip(strides, numbers.shape, strict=True)) < counting.numel()
-    if (
-        not inside
-        or min(strides, default=1) < 0
-        or not torch.equal(counting.as_strided(numbers.shape, strides, first), numbers)
-    ):
+    last = first + sum(s * (n - 1) for s, n in zip(strides, numbers.shape, strict=True))
+    expected = torch.tensor(first)  # of the size of this weight, not of a parameter that holds all experts
+    for stride, size in zip(strides, numbers.shape, strict=True):
+        expected = expected.unsqueeze(-1) + torch.arange(size) * stride
+    if last >= parameter.numel() or min(strides, default=1) < 0 or not torch.equal(expected, numbers):
         raise NotImplementedError(f"{name}: transformers does not hold this weight as a view of a parameter")
     return parameter.as_strided(numbers.shape, strides, parameter.storage_offset() + first)
