@@ -340,6 +340,14 @@ def test_end_of_sequence_stops_and_is_part_of_the_output(tmp_path):
         assert b["output_ids"][: len(a["output_ids"])] == a["output_ids"]
 
 
+def test_an_end_of_sequence_outside_the_vocabulary_is_left_out(tmp_path):
+    directory = make_model(tmp_path, eos_token_id=[2, 9999])
+    with serving(directory) as server:
+        assert server.loaded.eos_ids == {2}
+        params = {"max_new_tokens": 5, "min_new_tokens": 3, "sampling_seed": 1}
+        assert 2 not in server.generate(input_ids=[5], sampling_params=params)["output_ids"][:3]
+
+
 def test_stop_string_ends_and_trims(server):
     params = {"max_new_tokens": 60, "sampling_seed": 5, "ignore_eos": True}
     free = server.generate(text="hello world", sampling_params=params)

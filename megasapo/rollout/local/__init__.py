@@ -7,8 +7,10 @@ Importing it does not import torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import socket
+import sys
 from dataclasses import replace
 
+from megasapo.errors import UserError
 from megasapo.rollout.local.options import parse
 
 
@@ -18,7 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     listener = _bind(options.host, options.port)  # before anything slow: a port in use is reported at once
     from megasapo.rollout.local.server import serve
 
-    return serve(replace(options, port=listener.getsockname()[1]), listener)
+    try:
+        return serve(replace(options, port=listener.getsockname()[1]), listener)
+    except UserError as e:  # also where the fleet starts this package without the `megasapo` command
+        print(f"megasapo serve: {e}", file=sys.stderr)
+        return 2
 
 
 def _bind(host: str, port: int) -> socket.socket:

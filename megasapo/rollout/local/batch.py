@@ -40,6 +40,8 @@ class Batch:
         return len(self.rows) <= 1 or self._cache.fits(len(self.rows), max(s.length() for s in self.rows))
 
     def can_admit(self, s: Sequence) -> bool:
+        if not self.rows:
+            return True
         longest = max([s.length() + 1, *(r.length() + 1 for r in self.rows)])
         if not self._cache.fits(len(self.rows) + 1, longest):
             return False
@@ -52,9 +54,8 @@ class Batch:
         self._sampler = None
 
     def retract(self, count: int) -> list[Sequence]:
-        """Take the last `count` rows out, youngest first."""
+        """Take the last `count` rows out, youngest first. Before rows are admitted, or between steps."""
         taken = [self.rows.pop() for _ in range(count)]
-        self._new = max(0, self._new - count)
         self._sampler = None
         if not self.rows:
             self._cache.release()
@@ -66,20 +67,18 @@ class Batch:
         self._cache.release()
 
     def drop_finished(self) -> None:
-        """Close the gaps that finished sequences leave: the last rows move into them."""
+        """Close the gaps that finished sequences leave: the last rows move into them. Between steps."""
         kept = [i for i, s in enumerate(self.rows) if s.finish is None]
         if len(kept) == len(self.rows):
             return
-        assert self._new == 0 or all(s.finish is None for s in self.rows[: len(self.rows) - self._new])
         size = len(kept)
         holes = sorted(set(range(size)) - set(kept))
         movers = [i for i in kept if i >= size]
-        if self._new == 0 and movers:
+        if movers:
             self._cache.move(movers, holes, max(self.rows[i].length() for i in movers))
         for target, source in zip(holes, movers, strict=True):
             self.rows[target] = self.rows[source]
         del self.rows[size:]
-        self._new = min(self._new, size)
         self._sampler = None
 
     def step(self, version: str) -> None:
@@ -96,9 +95,10 @@ class Batch:
         tokens, logprobs = sample(last, self._sampler, [len(s.output) for s in rows])
         if plan.routed and any(s.return_routing for s in rows):
             self._record_routing(plan, num_new)
-        for s, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        for row, (s, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
             if not math.isfinite(logprob):
                 s.abort(f"the model gave logits that are not finite after {s.length()} tokens", status=500)
+                self._cache.clear(row)
             elif s.sampling.max_new_tokens == 0:
                 s.versions = [(version, 0, 0)]
                 s.finish = {"type": "length", "length": 0}

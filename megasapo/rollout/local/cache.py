@@ -12,7 +12,7 @@ GRAIN = 64  # positions are allocated in multiples of this
 
 
 class Cache:
-    """Keys and values [layers, rows, kv heads, capacity, d]; `max_cells` bounds rows * capacity."""
+    """Keys and values [layers, rows, kv heads, capacity, d]; `max_cells`, in GRAINs, bounds rows * capacity."""
 
     def __init__(self, num_layers: int, num_heads: int, max_cells: int, max_rows: int, device: torch.device) -> None:
         self.num_layers = num_layers
@@ -75,6 +75,12 @@ class Cache:
             return
         for x in (self._key, self._value):
             x[:, target, :, :length] = x[:, source, :, :length]
+
+    def clear(self, row: int) -> None:
+        """Zero what a row stores: positions that a mask hides are multiplied by zero, and zero times NaN is NaN."""
+        if self._key is not None and self._value is not None:
+            self._key[:, row] = 0
+            self._value[:, row] = 0
 
     def release(self) -> None:
         """Give the memory back; what was stored is lost."""

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from megasapo.errors import UserError
 from megasapo.rollout.local import fused
-from megasapo.rollout.local.cache import Cache
+from megasapo.rollout.local.cache import GRAIN, Cache
 from megasapo.rollout.local.fused import Fused
 
 _names = itertools.count()  # attention and experts are registered by name, once for each model
@@ -83,6 +84,9 @@ class Forward:
         heads, key_size, value_size = seen[0]
         cell_bytes = len(seen) * heads * (key_size + value_size) * self._model.dtype.itemsize
         cells = max_cells or DEFAULT_CACHE_BYTES // cell_bytes
+        if cells < GRAIN:
+            raise UserError(f"--max-total-tokens {cells}: the KV cache is allocated by {GRAIN} tokens, use more")
+        cells = cells // GRAIN * GRAIN
         return Cache(len(seen), heads, cells, max_rows, self._model.device)
 
     def _check_fused(self) -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from megasapo.errors import UserError
 from megasapo.rollout.local.options import Options
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -42,16 +43,16 @@ def load(options: Options) -> Loaded:
     path = options.model
     transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    text = config.get_text_config()
+    limit = text.max_position_embeddings
+    context = options.context_length or limit
+    if context > limit:
+        raise UserError(f"--context-length {context} exceeds the model's max_position_embeddings={limit}")
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
     model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` in its wrapper
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # loading may have mapped the file, which the next update overwrites
-    text = config.get_text_config()
-    limit = text.max_position_embeddings
-    context = options.context_length or limit
-    if context > limit:
-        raise ValueError(f"--context-length {context} exceeds the model's max_position_embeddings={limit}")
     tokenizer = None
     if any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -64,7 +65,7 @@ def load(options: Options) -> Loaded:
         text.num_hidden_layers,
         text.vocab_size,
         context,
-        frozenset(eos),
+        frozenset(t for t in eos if 0 <= t < text.vocab_size),  # others can never be sampled
         getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None),
     )
 
