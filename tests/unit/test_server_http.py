@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from megasapo.rollout.local import protocol
+from megasapo.rollout.local.stream import Stream
 from tests.serving import serving
 from tests.tiny import make_model
 
@@ -40,6 +42,7 @@ REFUSED = [
     ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "duplicates"),
     ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
     ({"input_ids": [5], "sampling_params": {"temperature": "hot"}}, "temperature"),
+    ({"input_ids": [5], "sampling_params": {"temperature": 10**400}}, "temperature"),
     ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
     ({"input_ids": [5], "sampling_params": {"top_k": 0}}, "top_k"),
     ({"input_ids": [5], "sampling_params": {"min_p": 2}}, "min_p"),
@@ -118,6 +121,25 @@ def test_a_request_larger_than_the_cache_is_refused(model_dir):
         assert "KV cache of 128 tokens" in answer.json()["error"]["message"]
         full = {"max_new_tokens": 28, "temperature": 0, "ignore_eos": True}
         assert len(small.generate(input_ids=[5] * 100, sampling_params=full)["output_ids"]) == 28
+
+
+def test_a_cache_is_filled_to_its_last_whole_block(model_dir):
+    """Positions are allocated 64 at a time: of 1000, 960 can be used."""
+    with serving(model_dir, max_total_tokens=1000) as small:
+        params = {"max_new_tokens": 20, "temperature": 0, "ignore_eos": True}
+        answer = small.post("/generate", {"input_ids": [5] * 970, "sampling_params": params})
+        assert answer.status_code == 400
+        assert "KV cache of 960 tokens" in answer.json()["error"]["message"]
+        assert len(small.generate(input_ids=[5] * 940, sampling_params=params)["output_ids"]) == 20
+        whole = {"input_ids": [5] * 960, "sampling_params": {"max_new_tokens": 0}}
+        assert small.generate(**whole)["output_ids"] == []
+        assert small.post("/server_info", method="GET").json()["max_total_num_tokens"] == 960
+
+
+def test_a_huge_top_k_takes_all(server):
+    params = {"max_new_tokens": 9, "sampling_seed": 1, "top_p": 0.9, "ignore_eos": True}
+    want = server.generate(input_ids=[5], sampling_params=params)["output_ids"]
+    assert server.generate(input_ids=[5], sampling_params=params | {"top_k": 2**63})["output_ids"] == want
 
 
 def test_ids_of_requests(server):
@@ -256,6 +278,49 @@ def test_wrong_pause_mode(server):
     assert "'sleep'" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/abort_request", {"abort_all_request": True}, "abort_all_request"),
+        ("/pause_generation", {"modes": "retract"}, "modes"),
+        ("/continue_generation", {"mode": "retract"}, "mode"),
+        ("/update_weights_from_disk", {"model_path": "x", "keep_pause": True}, "keep_pause"),
+        ("/update_weights_from_disk", {"model_path": "x", "version": "1"}, "version"),
+        ("/begin_weight_update", {"selector": "draft"}, "selector"),
+        ("/end_weight_update", {"abort": 1}, "abort"),
+        ("/update_weights_from_distributed", {"selector": "draft"}, "selector"),
+        ("/init_weights_update_group", {"address": "x"}, "address"),
+        ("/destroy_weights_update_group", {"group": "g"}, "group"),
+        ("/update_weight_version", {"new_version": "1", "abort_all": False}, "abort_all"),
+        ("/weights_checker", {"skip_tensor_list": ["lm_head"]}, "skip_tensor_list"),
+        ("/get_weights_by_name", {"name": "model.norm.weight", "size": 3}, "size"),
+    ],
+)
+def test_control_calls_refuse_fields_by_name(server, path, body, named):
+    answer = server.post(path, body)
+    assert answer.status_code == 400
+    said = answer.json()
+    said = said.get("message") or said["error"]["message"]
+    assert said in (f"unknown field {named}", f"{named}={body[named]!r} is not supported by the embedded server")
+
+
+def test_control_calls_take_sglangs_fields_that_change_nothing(server, model_dir):
+    everywhere = {"rid": None, "http_worker_ipc": None}
+    cache = {"flush_cache": True, "torch_empty_cache": True}
+    disk = {"model_path": str(model_dir), "load_format": "auto", "recapture_cuda_graph": True, "token_step": 3}
+    for path, body in [
+        ("/update_weights_from_disk", disk | cache | {"is_async": False, "keep_pause": False, "manifest": None}),
+        ("/update_weights_from_disk", {"model_path": str(model_dir), "load_format": None}),
+        ("/begin_weight_update", {"selector": "all"}),
+        ("/end_weight_update", {}),
+        ("/pause_generation", {"mode": "in_place"}),
+        ("/continue_generation", {"torch_empty_cache": False}),
+        ("/weights_checker", {"action": "checksum", "allow_quant_error": False, "selector": "all"}),
+        ("/abort_request", {"rid": "nobody", "abort_all": False, "abort_message": None}),
+    ]:
+        assert server.post(path, everywhere | body).status_code == 200, path
+
+
 def test_info_health_and_loads(server, model_dir):
     for path in ("/model_info", "/get_model_info"):
         info = server.post(path, method="GET").json()
@@ -345,6 +410,48 @@ def test_weights_that_are_not_numbers_fail_the_request_only(model_dir):
         with torch.inference_mode():
             norm[0] = good
         assert len(s.generate(input_ids=[5], sampling_params=SHORT)["output_ids"]) == 3
+
+
+def test_the_cache_of_a_failed_request_spoils_no_later_one(model_dir):
+    """Its cells stay behind in row 0, where a longer row beside a later short one makes attention read them."""
+    later = {"input_ids": [[5], [9] * 40], "sampling_params": SHORT}
+    with serving(model_dir) as s:
+        want = [a["output_ids"] for a in s.generate(**later)]
+        s.loaded.model.model.embed_tokens.weight[7] = float("nan")
+        assert s.post("/generate", {"input_ids": [7] * 30, "sampling_params": SHORT}).status_code == 500
+        assert [a["output_ids"] for a in s.generate(**later)] == want
+
+
+def test_a_stream_from_a_stopped_engine_is_a_500(model_dir):
+    with serving(model_dir) as s:
+        s.engine.stop()
+        answer = s.post("/generate", {"input_ids": [5], "sampling_params": SHORT, "stream": True})
+    assert answer.status_code == 500
+    assert "shutting down" in answer.json()["error"]["message"]
+
+
+def test_a_stream_that_nobody_reads_is_aborted(server):
+    """Sending fails before the first event is made."""
+
+    class Gone(Exception):
+        pass
+
+    async def run(client):
+        wanted = protocol.parse({"input_ids": [5], "sampling_params": LONG}, server.loaded, 4096, False)
+        stream = Stream(server.engine, server.loaded, wanted)
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        async def send(message):
+            raise Gone
+
+        with pytest.raises((Gone, ExceptionGroup)):
+            await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        await server.until(lambda: wanted.sequences[0].finish is not None)
+        return wanted.sequences[0].finish
+
+    assert server.ask(run)["message"] == "Client disconnected"
 
 
 def test_stopping_fails_what_runs(model_dir):

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, keys, error shapes, streaming, and what happens when a client goes away.
+"""The HTTP side: routes, keys, error shapes, and what happens when a client goes away.
 
 A Starlette application over one Engine; all torch work happens on the engine's thread. Answers follow SGLang 0.5.21's.
 """
@@ -11,14 +11,14 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,6 +29,7 @@ from megasapo.rollout.local.engine import Engine, EngineError
 from megasapo.rollout.local.model import Loaded
 from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.sequence import Job, Sampling, Sequence
+from megasapo.rollout.local.stream import Stream
 from megasapo.rollout.local.weights import WeightError
 
 log = logging.getLogger("megasapo.serve")
@@ -102,6 +103,10 @@ class App:
         app = Starlette(routes=routes, exception_handlers=handlers)
         return Guard(app, self._options)
 
+    def close(self) -> None:
+        """When the last request has been answered."""
+        self._control.close()
+
     # Generation
 
     async def _generate(self, request: Request) -> Response:
@@ -109,9 +114,9 @@ class App:
         routing = self._options.enable_return_routed_experts
         wanted = protocol.parse(body, self._loaded, self._max_total_tokens, routing)
         if wanted.stream:
-            return StreamingResponse(self._events(wanted), media_type="text/event-stream")
+            return Stream(self._engine, self._loaded, wanted)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        job = self._submit(wanted.sequences, _resolver(done), stream=False)
+        job = self._submit(wanted.sequences, _resolver(done))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,54 +130,17 @@ class App:
             return JSONResponse(self._answers(wanted))
         finally:
             gone.cancel()
-            self._abandon(job)
+            self._engine.abandon(job)
 
     def _answers(self, wanted: protocol.Generate) -> Any:
         version = self._engine.weight_version
         answers = [protocol.answer(s, self._loaded, version, wanted.text_in_logprobs) for s in wanted.sequences]
         return answers if wanted.many else answers[0]
 
-    async def _events(self, wanted: protocol.Generate) -> AsyncIterator[bytes]:
-        """One event for every sequence that has new tokens, cumulative, then [DONE]; fewer events for a slow reader."""
-        loop = asyncio.get_running_loop()
-        news = asyncio.Event()
-        errors: list[Exception] = []
-
-        def notify(error: Exception | None) -> None:
-            if error is not None:
-                errors.append(error)
-            with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
-                loop.call_soon_threadsafe(news.set)
-
-        job = self._submit(wanted.sequences, notify, stream=True)
-        sent = [(0, False)] * len(wanted.sequences)
-        try:
-            while not all(finished for _, finished in sent) and not errors:
-                await news.wait()
-                news.clear()
-                for i, s in enumerate(wanted.sequences):
-                    out = protocol.answer(s, self._loaded, self._engine.weight_version, wanted.text_in_logprobs)
-                    state = (len(out["output_ids"]), out["meta_info"]["finish_reason"] is not None)
-                    if state != sent[i]:
-                        sent[i] = state
-                        yield _event(out | {"index": i} if wanted.many else out)
-                await asyncio.sleep(0)  # tokens may come faster than they are written: others get their turn
-            if errors:
-                yield _event({"error": {"message": str(errors[0]), "type": "internal_error", "code": 500}})
-            yield b"data: [DONE]\n\n"
-        finally:
-            self._abandon(job)
-
-    def _submit(self, sequences: list[Sequence], notify: Callable[[Exception | None], None], stream: bool) -> Job:
-        job = Job(sequences, notify, stream)
+    def _submit(self, sequences: list[Sequence], notify: Callable[[Exception | None], None]) -> Job:
+        job = Job(sequences, notify)
         self._engine.submit(job)
         return job
-
-    def _abandon(self, job: Job) -> None:
-        """Abort what is left of a request whose client does not wait for it any more."""
-        if not job.finished():
-            with suppress(EngineError):  # it has stopped, and all jobs with it
-                self._engine.control(lambda: self._engine.abort_job(job))
 
     # State
 
@@ -190,11 +158,11 @@ class App:
     async def _generate_one(self) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sampling = Sampling(1, 0.0, 1.0, protocol.TOP_K_ALL, 0.0, 0, frozenset(), (), 0)
-        job = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)], _resolver(done), stream=False)
+        job = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)], _resolver(done))
         try:
             await done
         finally:
-            self._abandon(job)
+            self._engine.abandon(job)
 
     async def _model_info(self, request: Request) -> Response:
         config = self._loaded.model.config
@@ -347,10 +315,6 @@ class Guard:
 
 def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
-
-
-def _event(content: Any) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _json(request: Request) -> Any:

@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 
 from megasapo.rollout.local.engine import Engine
+from megasapo.rollout.local.protocol import check_known
 from megasapo.rollout.local.weights import Weights
 from megasapo.rollout.weight_group import WeightGroup
 
 T = TypeVar("T")
 log = logging.getLogger("megasapo.serve")
 JOIN_TIMEOUT_S = 300.0
+# Fields of SGLang's calls that are accepted at these values only.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "selector": (None, "all"),
+    "keep_pause": (None, False),
+    "manifest": (None,),
+    "allow_quant_error": (None, False),
+    "skip_tensor_list": (None, []),
+}
+CACHE_FIELDS = ("flush_cache", "torch_empty_cache")  # there is no prefix cache
 SESSION = "must run between begin_weight_update() and end_weight_update()"
 
 
@@ -36,6 +47,24 @@ def field(body: dict[str, Any], name: str, kind: type[T], default: T | None = No
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise Refused(f"{name}={value!r}: expected {kind.__name__}")
     return value
+
+
+Call = Callable[[Any, dict[str, Any]], Awaitable[T]]
+
+
+def takes(*fields: str, ignored: tuple[str, ...] = ()) -> Callable[[Call[T]], Call[T]]:
+    """Marks a call by the fields it reads, and those of SGLang's that change nothing here. Others: BadRequest."""
+    harmless = frozenset({"rid", "http_worker_ipc", *ignored})
+
+    def mark(call: Call[T]) -> Call[T]:
+        @wraps(call)
+        async def checked(self: Control, body: dict[str, Any]) -> T:
+            check_known(body, frozenset(fields), NEUTRAL, harmless)
+            return await call(self, body)
+
+        return checked
+
+    return mark
 
 
 class Control:
@@ -62,6 +91,7 @@ class Control:
 
     # Generation
 
+    @takes("mode")
     async def pause(self, body: dict[str, Any]) -> dict[str, Any]:
         mode = field(body, "mode", str, "abort")
         if mode not in ("abort", "retract", "in_place"):
@@ -69,11 +99,12 @@ class Control:
         await self._on_engine(lambda: self._engine.pause(mode))
         return {"message": "Generation paused successfully.", "status": "ok"}
 
+    @takes(ignored=CACHE_FIELDS)
     async def resume(self, body: dict[str, Any]) -> dict[str, Any]:
-        field(body, "torch_empty_cache", bool, True)
         await self._on_engine(self._engine.resume)
         return {"message": "Generation continued successfully.", "status": "ok"}
 
+    @takes("rid", "abort_all", ignored=("finished_reason", "abort_message", "weight_versions"))
     async def abort(self, body: dict[str, Any]) -> None:
         everything = field(body, "abort_all", bool, False)
         rid = field(body, "rid", str, "")
@@ -91,6 +122,13 @@ class Control:
 
     # Weights
 
+    @takes(
+        "model_path",
+        "weight_version",
+        "load_format",
+        "abort_all_requests",
+        ignored=(*CACHE_FIELDS, "recapture_cuda_graph", "token_step", "is_async"),
+    )
     async def update_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         path = field(body, "model_path", str)
         version = self._version(body)
@@ -106,18 +144,21 @@ class Control:
         await self._when_idle(load, field(body, "abort_all_requests", bool, False))
         return self._done("Succeeded to update model weights.", version) | {"num_paused_requests": 0}
 
+    @takes()
     async def begin_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._session:
             raise Refused("a weight-update session is already open; call end_weight_update() first")
         self._session = True
         return {"success": True, "message": "Success"}
 
+    @takes()
     async def end_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self._session:
             raise Refused("no weight-update session is open; call begin_weight_update() first")
         self._session = False
         return {"success": True, "message": "Success"}
 
+    @takes("group_name", "master_address", "master_port", "rank_offset", "world_size", "backend")
     async def init_group(self, body: dict[str, Any]) -> dict[str, Any]:
         name = field(body, "group_name", str, "weight_update_group")
         if name in self._groups:
@@ -131,6 +172,7 @@ class Control:
         )
         return {"success": True, "message": "Succeeded to initialize custom process group."}
 
+    @takes("group_name")
     async def destroy_group(self, body: dict[str, Any]) -> dict[str, Any]:
         group = self._groups.pop(field(body, "group_name", str, "weight_update_group"), None)
         if group is None:
@@ -138,6 +180,11 @@ class Control:
         await asyncio.to_thread(group.close)
         return {"success": True, "message": "Succeeded to destroy custom process group."}
 
+    @takes(
+        *("names", "dtypes", "shapes", "group_name"),
+        *("weight_version", "load_format", "abort_all_requests"),
+        ignored=CACHE_FIELDS,
+    )
     async def update_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self._session:
             raise Refused(f"update_weights_from_distributed {SESSION}")
@@ -163,6 +210,7 @@ class Control:
             await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
         return self._done("Succeeded to update parameter online.", version)
 
+    @takes("new_version", "abort_all_requests")
     async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
         version = field(body, "new_version", str)
         if field(body, "abort_all_requests", bool, True):
@@ -170,6 +218,7 @@ class Control:
         await self._on_engine(lambda: self._stamp(version))
         return {"success": True, "message": f"Weight version updated to {version}", "new_version": version}
 
+    @takes("action")
     async def checksum(self, body: dict[str, Any]) -> dict[str, Any]:
         action = field(body, "action", str, "checksum")
         if action != "checksum":
@@ -177,15 +226,20 @@ class Control:
         digest = await self._on_engine(self._weights.checksum)
         return {"success": True, "message": "Success.", "checksum": digest, "num_tensors": len(self._weights.names)}
 
+    @takes("name", "truncate_size")
     async def get_weight(self, body: dict[str, Any]) -> list[Any]:
         """The first `truncate_size` rows (or numbers) of a weight."""
         name, size = field(body, "name", str), field(body, "truncate_size", int, 100)
         return await self._on_engine(lambda: self._weights.get(name)[:size].float().tolist())
 
     def close(self) -> None:
-        for group in self._groups.values():
-            group.close()
-        self._groups.clear()
+        """Leave the groups, so that members that wait in a broadcast get an error. The server has ended."""
+        while self._groups:
+            name, group = self._groups.popitem()
+            try:
+                group.close()
+            except RuntimeError as e:  # the others are to be left all the same
+                log.warning("leaving the group %r: %s", name, e)
 
     def _version(self, body: dict[str, Any]) -> str | None:
         return field(body, "weight_version", str, "") or None

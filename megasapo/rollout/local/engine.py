@@ -1,6 +1,7 @@
 """The thread that owns the model: takes jobs, decodes all running sequences together, lets them join and leave.
 
-The HTTP side calls `submit`, `call` and `control`; all else happens on the engine's own thread. Must not know HTTP.
+The HTTP side calls `submit`, `call`, `control` and `abandon`; all else happens on the engine's own thread.
+Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +77,12 @@ class Engine:
         future: Future[T] = Future()
         self._put(self._urgent, (future, fn))
         return future
+
+    def abandon(self, job: Job) -> None:
+        """Abort what is left of a request whose client does not wait for it any more."""
+        if not job.finished():
+            with suppress(EngineError):  # it has stopped, and all jobs with it
+                self.control(lambda: self.abort_job(job))
 
     def _put(self, queue: deque[Any], item: Any) -> None:
         with self._wake:

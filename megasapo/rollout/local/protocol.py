@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,7 +137,7 @@ def parse(body: Any, loaded: Loaded, max_total_tokens: int, routing: bool) -> Ge
     """Raises BadRequest. `routing`: whether the server records it; if not, asking is silently in vain, as in SGLang."""
     if not isinstance(body, dict):
         raise BadRequest(f"expected a JSON object, found {type(body).__name__}")
-    _known(body, FIELDS, NEUTRAL, HARMLESS, "")
+    check_known(body, FIELDS, NEUTRAL, HARMLESS)
     prompts, many = _prompts(body, loaded)
     count = len(prompts)
     params = [_checked_params(p) for p in _each(body.get("sampling_params") or {}, count, "sampling_params", dict)]
@@ -228,13 +229,14 @@ def _text(s: Sequence, ids: list[int], finish: dict[str, Any] | None, loaded: Lo
     return text
 
 
-def _known(
+def check_known(
     given: dict[str, Any],
     fields: frozenset[str],
     neutral: dict[str, tuple[Any, ...]],
     harmless: frozenset[str],
-    at: str,
+    at: str = "",
 ) -> None:
+    """Raises BadRequest, naming the field, unless each is one of `fields`, harmless, or at a neutral value."""
     for name, value in given.items():
         if name in fields or name in harmless:
             continue
@@ -252,6 +254,8 @@ def _typed(value: Any, kind: type, name: str) -> Any:
     right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if not right or (kind is not bool and isinstance(value, bool)):
         raise BadRequest(f"{name}={value!r}: expected {kind.__name__}")
+    if kind is float and abs(value) > sys.float_info.max:  # an integer of hundreds of digits
+        raise BadRequest(f"{name} must be a finite number that a float can hold")
     return value
 
 
@@ -334,7 +338,7 @@ def _check_starts(prompt: int, logprob_start: int, routing_start: int) -> None:
 
 def _checked_params(given: dict[str, Any]) -> dict[str, Any]:
     """Types and ranges, as SGLang's SamplingParams.verify; absent and null mean the default."""
-    _known(given, SAMPLING_FIELDS, NEUTRAL_SAMPLING, frozenset(), "sampling_params.")
+    check_known(given, SAMPLING_FIELDS, NEUTRAL_SAMPLING, frozenset(), "sampling_params.")
     p = {k: v for k, v in given.items() if v is not None}
     for name in ("max_new_tokens", "top_k", "min_new_tokens", "n", "sampling_seed"):
         _typed(p.get(name, 0), int, name)
@@ -375,7 +379,7 @@ def _sampling(p: dict[str, Any], loaded: Loaded) -> Sampling:
         max_new_tokens=p.get("max_new_tokens", 128),
         temperature=0.0 if temperature < 1e-6 or top_k == 1 else temperature,
         top_p=float(p.get("top_p", 1.0)),
-        top_k=TOP_K_ALL if top_k == -1 else top_k,
+        top_k=TOP_K_ALL if top_k == -1 else min(top_k, TOP_K_ALL),
         min_p=float(p.get("min_p", 0.0)),
         min_new_tokens=p.get("min_new_tokens", 0),
         stop_ids=frozenset(stop_ids) | (frozenset() if p.get("ignore_eos") else loaded.eos_ids),
