@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 
+from megasapo.rollout.local import main
 from megasapo.rollout.local.options import parse
 from tests.tiny import make_model
 
@@ -25,9 +26,9 @@ def model_dir(tmp_path_factory):
 class Process:
     """A started server; killed at the end of the test whatever happened."""
 
-    def __init__(self, model_dir, *flags):
+    def __init__(self, model_dir, *flags, command=COMMAND):
         self.process = subprocess.Popen(
-            [*COMMAND, "--model", str(model_dir), "--port", "0", "--threads", "1", *flags],
+            [*command, "--model", str(model_dir), "--port", "0", "--threads", "1", *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,6 +97,48 @@ def test_exit_with_parent(model_dir):
         assert httpx.get(f"{server.url}/health", timeout=30, trust_env=False).status_code == 200
         server.process.stdin.close()
         assert server.process.wait(30) == 0
+
+
+def wrapped(code):
+    """The server's command, after `code` has changed something of its module `server`."""
+    return [
+        sys.executable,
+        "-c",
+        f"import sys, megasapo.rollout.local as p, megasapo.rollout.local.server as server; {code}; sys.exit(p.main())",
+    ]
+
+
+def test_sigterm_ends_a_server_that_waits_for_a_learner(model_dir):
+    """Joining blocks a thread for up to 300 s."""
+    with Process(model_dir, command=wrapped("server.STUCK_S = 2.0")) as server:
+        body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/init_weights_update_group", json=body, timeout=1.0, trust_env=False)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 1
+
+
+def test_groups_are_left_at_the_end(model_dir):
+    mark = "server.Control.close = lambda self: print('left the groups', flush=True)"
+    with Process(model_dir, command=wrapped(mark)) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert server.process.stdout.read() == "left the groups\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--context-length", "4096"], "--context-length 4096 exceeds the model's max_position_embeddings=2048"),
+        (
+            ["--max-total-tokens", "63"],
+            "--max-total-tokens 63: the KV cache is allocated by 64 tokens, use more",
+        ),
+    ],
+)
+def test_what_only_the_model_can_tell_is_refused_in_one_line(model_dir, flags, words, capsys):
+    assert main(["--model", str(model_dir), "--port", "0", *flags]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"megasapo serve: {words}"
 
 
 def test_help_does_not_import_torch():

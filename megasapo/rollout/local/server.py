@@ -29,6 +29,7 @@ from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.weights import Weights
 
 log = logging.getLogger("megasapo.serve")
+STUCK_S = 15.0  # from SIGTERM or the end of stdin to a forced exit
 
 
 def serve(options: Options, listener: socket.socket) -> int:
@@ -72,7 +73,9 @@ async def _listen_and_serve(options: Options, engine: Engine, app: App, listener
     loop = asyncio.get_running_loop()
 
     def leave() -> None:
-        server.should_exit = True
+        if not server.should_exit:
+            server.should_exit = True
+            _exit_when_stuck()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)
@@ -90,6 +93,7 @@ async def _listen_and_serve(options: Options, engine: Engine, app: App, listener
     # Requests in flight fail now, with a message, instead of holding the server until their last token.
     await asyncio.to_thread(engine.stop)
     await task
+    app.close()
 
 
 class _Server(uvicorn.Server):
@@ -104,8 +108,12 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, leave: Callable[[], None]) -> 
     """The parent holds the other end of stdin; when it dies, however it dies, reading ends."""
     while os.read(0, 4096):
         pass
+    _exit_when_stuck()  # here too: the event loop may not get to run
     loop.call_soon_threadsafe(leave)
-    # A server that has not ended by then is stuck in a long step: nobody is left to wait for it.
-    timer = threading.Timer(15.0, os._exit, args=(1,))
+
+
+def _exit_when_stuck() -> None:
+    """A server that has not ended by then is in a long step, or a thread waits for a learner that does not come."""
+    timer = threading.Timer(STUCK_S, os._exit, args=(1,))
     timer.daemon = True
     timer.start()
