@@ -70,6 +70,8 @@ def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology) -> list[nn.Mod
     )
     if not use_te:
         model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, _rope_theta(hf_config))
+    if topo.is_last_stage:
+        model.output_layer.forward = _hidden_states
     model.hf_vocab_size = hf_config.vocab_size
     separate_expert_gradients(model, topo.tp)
     return [model.to(topo.device)]
@@ -283,15 +285,23 @@ def forward_micro_batch(
     )
     if not topo.is_last_stage:
         return out
+    gpt = _unwrapped(model)
+    tied = gpt.share_embeddings_and_output_weights
     logp, entropy = token_logprobs(
         out[0],
+        gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
         mb.targets,
-        vocab_size=_unwrapped(model).hf_vocab_size,
+        vocab_size=gpt.hf_vocab_size,
         temperature=temperature,
         tp_group=topo.tp_group,
         with_entropy=with_entropy,
     )
     return TokenScores(logp, entropy)
+
+
+def _hidden_states(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """In place of the output layer's forward: the layer keeps the weight, and head.py multiplies by it."""
+    return hidden, None
 
 
 def _packed_seq_params(mb: MicroBatch) -> PackedSeqParams:

@@ -3,71 +3,151 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megasapo.mcore.head import token_logprobs
 
-VOCAB, PADDED, TOKENS = 11, 13, 6
+VOCAB, PADDED, HIDDEN, TOKENS = 11, 13, 8, 6
 
 
-def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets; logits have a standard deviation of about 4."""
     generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(TOKENS, PADDED, generator=generator, dtype=torch.float64)
-    return logits.to(dtype), torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = 1.4 * torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def by_formula(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    log_probs = (logits[:, :VOCAB].double() / temperature).log_softmax(-1)
+def by_formula(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs = (hidden.double() @ weight[:VOCAB].double().t() / temperature).log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
 
+def of_logits(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The head with an identity weight, by which hidden states are the logits."""
+    return token_logprobs(logits, torch.eye(logits.shape[1]), targets, vocab_size=logits.shape[1], **options)
+
+
 def test_two_tokens_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
-    logp, entropy = token_logprobs(logits, torch.tensor([1, 0]), vocab_size=2, with_entropy=True)
+    logp, entropy = of_logits(logits, torch.tensor([1, 0]), with_entropy=True)
     quarter = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     torch.testing.assert_close(logp, torch.tensor([math.log(0.5), math.log(0.75)]))
     torch.testing.assert_close(entropy, torch.tensor([math.log(2.0), quarter]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_are_the_formula(temperature: float, dtype: torch.dtype) -> None:
-    logits, targets = case(dtype)
-    logp, entropy = token_logprobs(logits, targets, vocab_size=VOCAB, temperature=temperature, with_entropy=True)
-    expected = by_formula(logits, targets, temperature)
+def test_values_are_the_formula(temperature: float) -> None:
+    given = case(torch.float32)
+    logp, entropy = token_logprobs(*given, vocab_size=VOCAB, temperature=temperature, with_entropy=True)
+    expected = by_formula(*given, temperature)
+    assert entropy is not None
     assert logp.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logp.double(), expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 6, 7, None])  # 4 leaves a shorter last chunk
+@pytest.mark.parametrize("entropy_weight", [None, 0.0, 0.7])
+def test_gradients_are_the_formulas(entropy_weight: float | None, chunk_tokens: int | None) -> None:
+    """In fp64, so that only an error in the formula can make a difference; None: entropy is asked for, but not used."""
+    hidden, weight, targets = case()
+    weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    logp, entropy = token_logprobs(
+        hidden, weight, targets, vocab_size=VOCAB, temperature=0.7, with_entropy=True, chunk_tokens=chunk_tokens
+    )
+    a, b = by_formula(hidden, weight, targets, 0.7)
+    assert entropy is not None
+    ours = logp if entropy_weight is None else logp + entropy_weight * entropy
+    exact = a if entropy_weight is None else a + entropy_weight * b
+    got = torch.autograd.grad((weights * ours).sum(), (hidden, weight))
+    want = torch.autograd.grad((weights * exact).sum(), (hidden, weight))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert not got[1][VOCAB:].any()  # padding
+
+
+def test_entropy_alone_has_a_gradient() -> None:
+    hidden, weight, targets = case()
+    entropy = token_logprobs(hidden, weight, targets, vocab_size=VOCAB, with_entropy=True)[1]
+    assert entropy is not None
+    got = torch.autograd.grad(entropy.sum(), (hidden, weight))
+    want = torch.autograd.grad(by_formula(hidden, weight, targets, 1.0)[1].sum(), (hidden, weight))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_only_the_gradient_that_is_wanted() -> None:
+    hidden, weight, targets = case()
+    (both, _) = torch.autograd.grad(
+        token_logprobs(hidden, weight, targets, vocab_size=VOCAB)[0].sum(), (hidden, weight)
+    )
+    logp, _ = token_logprobs(hidden, weight.detach(), targets, vocab_size=VOCAB)
+    torch.testing.assert_close(torch.autograd.grad(logp.sum(), hidden)[0], both, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.7])
-def test_gradients_are_the_formulas(entropy_weight: float) -> None:
-    logits, targets = case(torch.float32)
-    logits.requires_grad_()
-    weights = torch.linspace(-1, 2, TOKENS)
-    logp, entropy = token_logprobs(logits, targets, vocab_size=VOCAB, temperature=0.7, with_entropy=True)
-    (got,) = torch.autograd.grad((weights * (logp + entropy_weight * entropy)).sum(), logits)
-    exact = logits.detach().double().requires_grad_()
-    a, b = by_formula(exact, targets, 0.7)
-    (want,) = torch.autograd.grad((weights * (a + entropy_weight * b)).sum(), exact)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
-    assert not got[:, VOCAB:].any()  # padding
+def test_bfloat16_is_as_exact_as_its_logits(entropy_weight: float) -> None:
+    """Logits are rounded to bfloat16 (2^-9 of at most 16), all that follows is fp32; gradients come out in bfloat16."""
+    hidden, weight, targets = case(torch.bfloat16)
+    logp, entropy = token_logprobs(hidden, weight, targets, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
+    expected = by_formula(hidden, weight, targets, 1.0)
+    assert entropy is not None
+    assert logp.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logp.double(), expected[0], rtol=0, atol=0.06)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=0.06)
+    loss = (logp + entropy_weight * entropy).sum() if entropy_weight else logp.sum()
+    got = torch.autograd.grad(loss, (hidden, weight))
+    want = torch.autograd.grad((expected[0] + entropy_weight * expected[1]).sum(), (hidden, weight))
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - theirs.double()).abs().max() < 0.03 * theirs.double().abs().max()
+
+
+def test_weight_gradient_of_bfloat16_is_summed_in_fp32() -> None:
+    """512 equal chunks of one token: a sum kept in bfloat16 would stop growing at 256 times its first term."""
+    hidden = torch.ones(512, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    logp, _ = token_logprobs(hidden, weight, torch.zeros(512, dtype=torch.int64), vocab_size=2, chunk_tokens=1)
+    logp.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == [256.0, -256.0]  # 512 * (1 - 1/2)
+
+
+def test_gradient_goes_into_main_grad_of_a_wrapped_weight() -> None:
+    """What megatron-core's DDP sets on a parameter, and how its hook knows that it has nothing left to add."""
+    hidden, weight, targets = case(torch.float32)
+    token_logprobs(hidden, weight, targets, vocab_size=VOCAB)[0].sum().backward()
+    want, weight.grad = weight.grad, None
+    assert want is not None
+    weight.main_grad = torch.ones(PADDED, HIDDEN)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for _ in range(2):  # two micro-batches
+        token_logprobs(hidden, weight, targets, vocab_size=VOCAB, chunk_tokens=4)[0].sum().backward()
+    assert weight.grad is None
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    torch.testing.assert_close(weight.main_grad, 1 + 2 * want)  # type: ignore[attr-defined]
 
 
 def test_padding_takes_no_part() -> None:
-    logits, targets = case(torch.float32)
-    loud = logits.clone()
-    loud[:, VOCAB:] = 1e4
-    quiet, _ = token_logprobs(logits, targets, vocab_size=VOCAB)
-    torch.testing.assert_close(token_logprobs(loud, targets, vocab_size=VOCAB)[0], quiet, rtol=0, atol=0)
+    hidden, weight, targets = case(torch.float32)
+    quiet, _ = token_logprobs(hidden, weight, targets, vocab_size=VOCAB)
+    loud = weight.detach().clone()
+    loud[VOCAB:] = 1e4
+    torch.testing.assert_close(token_logprobs(hidden, loud, targets, vocab_size=VOCAB)[0], quiet, rtol=0, atol=0)
 
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, -1e30]], requires_grad=True)
-    logp, entropy = token_logprobs(logits, torch.tensor([1, 2]), vocab_size=3, with_entropy=True)
+    logp, entropy = of_logits(logits, torch.tensor([1, 2]), with_entropy=True)
+    assert entropy is not None
     assert logp.tolist() == [-2e4, pytest.approx(-1e30)]
     assert entropy.tolist() == [0.0, pytest.approx(math.log(2))]
     (gradient,) = torch.autograd.grad(logp.sum() + entropy.sum(), logits)
@@ -75,10 +155,42 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_entropy_only_when_asked_for() -> None:
-    logits, targets = case(torch.float32)
-    assert token_logprobs(logits, targets, vocab_size=VOCAB)[1] is None
+    assert token_logprobs(*case(torch.float32), vocab_size=VOCAB)[1] is None
 
 
-def test_shapes_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"\(6, 13\) and targets \(5,\)"):
-        token_logprobs(case(torch.float32)[0], torch.zeros(5, dtype=torch.int64), vocab_size=VOCAB)
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operator has made, views included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_never_holds_more_logits_than_a_chunk(with_entropy: bool, dtype: torch.dtype) -> None:
+    tokens, vocab, size, chunk = 96, 64, 16, 24
+    hidden = torch.randn(tokens, size).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, size).to(dtype).requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    with LargestTensor() as seen:
+        logp, entropy = token_logprobs(
+            hidden, weight, targets, vocab_size=vocab, with_entropy=with_entropy, chunk_tokens=chunk
+        )
+        loss = logp.sum() if entropy is None else (logp + entropy).sum()
+        loss.backward()
+    assert seen.elements == chunk * vocab  # a quarter of [T, V]; the gradients, [96, 16] and [64, 16], are no larger
+
+
+def test_bad_input_is_refused() -> None:
+    hidden, weight, targets = case(torch.float32)
+    with pytest.raises(ValueError, match=r"hidden \(6, 8\), weight \(13, 8\) and targets \(5,\) with tp=1"):
+        token_logprobs(hidden, weight, targets[:5], vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"weight \(13, 7\).*expected \[T, H\], \[V, H\] and \[T\]"):
+        token_logprobs(hidden, weight[:, :7], targets, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"hidden is torch\.float32 and weight is torch\.bfloat16"):
+        token_logprobs(hidden, weight.bfloat16(), targets, vocab_size=VOCAB)
