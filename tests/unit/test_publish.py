@@ -236,7 +236,7 @@ def test_verify_notices_a_changed_bit(
 def test_a_server_that_refuses_an_update_is_not_sampled_from(models: tuple[Path, Path], tmp_path: Path) -> None:
     """Two servers, one of which refuses: the version is published, and requests go to the other only."""
     fake = str(Path(__file__).with_name("fake_server.py"))
-    launch = f'if [ -e "{tmp_path}/first" ]; then exec "$@" --refuse-updates; fi; touch "{tmp_path}/first"; exec "$@"'
+    launch = f'if mkdir "{tmp_path}/first"; then exec "$@"; fi; exec "$@" --refuse-updates'  # mkdir: only one succeeds
     cfg = RolloutConfig(
         engine="sglang",
         spawn=2,

@@ -100,7 +100,7 @@ def test_requests_that_join_while_others_run_get_the_same_tokens(server, referen
             return (await client.post("/generate", json={"input_ids": prompt, "sampling_params": params})).json()
 
         tasks = []
-        for prompt, count in zip(PROMPTS, [200, 30, 45, 25, 20], strict=True):
+        for prompt, count in zip(PROMPTS, [1200, 30, 45, 25, 20], strict=True):
             tasks.append(asyncio.create_task(one(prompt, count)))
             await server.started(len(tasks))
         assert server.engine.num_running() > 1
