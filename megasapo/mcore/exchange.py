@@ -70,9 +70,7 @@ def _pack(
 ) -> MicroBatch:
     loss_tokens = np.array([row.loss_mask.sum() for row in rows], dtype=np.int64)
     weights = rule(loss_tokens, num_sequences=num_sequences, num_loss_tokens=num_loss_tokens)
-    mb = pack(rows, weights, pad_to=topo.tp)
-    tensors = {name: getattr(mb, name) for name in MicroBatch.__slots__}
-    return mb.with_(**{n: t.to(topo.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+    return pack(rows, weights, pad_to=topo.tp).to(topo.device)
 
 
 def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:

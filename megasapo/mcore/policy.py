@@ -24,6 +24,9 @@ from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
 from megasapo.types import Batch, MicroBatch, MiniBatch
 
+# of each micro-batch: [T] float32 on the last pipeline stage, None elsewhere
+Logprobs = list[torch.Tensor | None]
+
 
 class Policy:
     """A megatron-core model on this rank, ready to learn."""
@@ -43,21 +46,19 @@ class Policy:
 
         `algo.old_logprobs: rollout` takes the server's logprobs instead and needs no pass over the batch.
         """
-        return Batch(tuple(self._mini_with_old(mini) for mini in batch.mini))
-
-    def _mini_with_old(self, mini: MiniBatch) -> MiniBatch:
-        if self._cfg.algo.old_logprobs == "rollout":
-            old: list[torch.Tensor | None] = [mb.rollout_logp for mb in mini.micro]
-        else:
-            old = self._logprobs(mini.micro)
-        reference: list[torch.Tensor | None] = [None] * len(old)
+        old = [self._old_logprobs(mini) for mini in batch.mini]
+        reference: list[Logprobs] = [[None] * len(mini.micro) for mini in batch.mini]
         if self._reference is not None:
-            with self._weights_swapped(self._reference):
-                reference = self._logprobs(mini.micro)
-        micro = tuple(mb.with_(old_logp=o, ref_logp=r) for mb, o, r in zip(mini.micro, old, reference, strict=True))
-        return MiniBatch(micro, mini.num_sequences, mini.num_loss_tokens)
+            with self._weights_swapped(self._reference):  # once a batch: it copies all weights twice
+                reference = [self._logprobs(mini.micro) for mini in batch.mini]
+        return Batch(tuple(_with_logprobs(*parts) for parts in zip(batch.mini, old, reference, strict=True)))
 
-    def _logprobs(self, micro: tuple[MicroBatch, ...]) -> list[torch.Tensor | None]:
+    def _old_logprobs(self, mini: MiniBatch) -> Logprobs:
+        if self._cfg.algo.old_logprobs == "rollout":
+            return [mb.rollout_logp for mb in mini.micro]
+        return self._logprobs(mini.micro)
+
+    def _logprobs(self, micro: tuple[MicroBatch, ...]) -> Logprobs:
         return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature)
 
     def update(self, batch: Batch) -> Metrics:
@@ -138,6 +139,11 @@ class Policy:
         for chunk, values in zip(self._chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
                 parameter.copy_(values[name])
+
+
+def _with_logprobs(mini: MiniBatch, old: Logprobs, reference: Logprobs) -> MiniBatch:
+    micro = tuple(mb.with_(old_logp=o, ref_logp=r) for mb, o, r in zip(mini.micro, old, reference, strict=True))
+    return MiniBatch(micro, mini.num_sequences, mini.num_loss_tokens)
 
 
 def _supervised_loss(scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
