@@ -1,13 +1,13 @@
 """Log-probability and entropy of each token from hidden states and the output weight, never holding all logits.
 
 model.py calls it on the last pipeline stage. Logits exist for a chunk of tokens at a time, in forward and, computed
-again, in backward; between the two only sums per token are kept. Every tensor-parallel rank gets the same [T] results.
-It knows neither megatron-core's modules nor what the results are for.
+again, in backward; between the two only sums per token are kept. A tensor-parallel rank gets the results of its slice
+of the tokens. It knows neither megatron-core's modules nor what the results are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, enough tokens for matrix products at full speed
+
+Rows = slice | Tensor  # which tokens: a range, or [n] int64
 
 
 def token_logprobs(
@@ -27,176 +29,285 @@ def token_logprobs(
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     with_entropy: bool = False,
+    where: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target) and entropy of softmax(hidden @ weight.T / temperature), both [T] fp32; entropy None unless asked.
+    """log p(target) and entropy of softmax(hidden @ weight.T / temperature), fp32; entropy None unless asked.
 
-    targets [T] int64 below `vocab_size`; weight [V_padded / tp, H], rank `tp_rank` of `tp_group` holding that slice of
-    the rows, of which those from `vocab_size` on are padding and take no part; hidden of the weight's dtype, [T, H] or
-    this rank's slice [T / tp, H] (sequence parallel), whose gradient is summed over `tp_group` and has its shape.
+    Both are [T / tp]: consecutive slice number `tp_rank` of the tokens, all of them without `tp_group`. The loss is the
+    sum of what the ranks make of their slices; each rank's must use the results, or backward waits for it forever.
+    targets [T] int64 below `vocab_size`, the same on all ranks of `tp_group`; weight [V_padded / tp, H], this rank's
+    slice of the rows, of which those from `vocab_size` on are padding and take no part; hidden of the weight's dtype,
+    [T, H] or this rank's slice [T / tp, H] (sequence parallel), whose gradient is summed over `tp_group` and has its
+    shape. `where` [T] bool, the same on all ranks: only these tokens are computed, the others get 0 and no gradient;
+    on the host it spares a wait for the device. Tokens without gradient cost nothing in backward.
     A weight wrapped in megatron-core's DDP gets its gradient added to `weight.main_grad`. fp64 stays fp64.
     """
     tp = dist.get_world_size(tp_group) if tp_group is not None else 1
-    tokens = targets.shape[0]
-    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-    if not (hidden.dim() == weight.dim() == 2 and targets.dim() == 1 and hidden.shape[1] == weight.shape[1]):
-        raise ValueError(f"{shapes}: expected [T, H], [V, H] and [T]")
-    if hidden.shape[0] != tokens and hidden.shape[0] * tp != tokens:
-        raise ValueError(f"{shapes} with tp={tp}: hidden must have all {tokens} tokens, or one {tp}th of them")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
-    start = weight.shape[0] * dist.get_rank(tp_group) if tp > 1 else 0
+    rank = dist.get_rank(tp_group) if tp > 1 else 0
+    _check(hidden, weight, targets, where, tp)
+    start = weight.shape[0] * rank
     real = max(0, min(weight.shape[0], vocab_size - start))  # real columns come first on every rank
     cut = _Cut(
+        columns=weight.shape[0],
         start=start,
         real=real,
         temperature=temperature,
         chunk_tokens=chunk_tokens or max(1, CHUNK_LOGITS // max(real, 1)),
+        tp=tp,
+        rank=rank,
         group=tp_group if tp > 1 else None,
-        by_tokens=hidden.shape[0] != tokens,
+        by_tokens=hidden.shape[0] != targets.shape[0],
     )
-    logp, entropy = _LinearLogProb.apply(hidden, weight, targets, cut, with_entropy)
+    logp, entropy = _LinearLogProb.apply(hidden, weight, targets, where, cut, with_entropy)
     return logp, entropy
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, where: Tensor | None, tp: int) -> None:
+    tokens = targets.shape[0]
+    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+    if not (hidden.dim() == weight.dim() == 2 and targets.dim() == 1 and hidden.shape[1] == weight.shape[1]):
+        raise ValueError(f"{shapes}: expected [T, H], [V, H] and [T]")
+    if tokens % tp:
+        raise ValueError(f"{tokens} targets do not divide by tp={tp}: pad the tokens to a multiple of it")
+    if hidden.shape[0] != tokens and hidden.shape[0] * tp != tokens:
+        raise ValueError(f"{shapes} with tp={tp}: hidden must have all {tokens} tokens, or one {tp}th of them")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
+    if where is not None and (where.shape != targets.shape or where.dtype != torch.bool):
+        raise ValueError(f"where is {where.dtype} {tuple(where.shape)}: expected torch.bool {tuple(targets.shape)}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """Which vocabulary columns and which tokens this rank holds."""
+    """Which vocabulary columns and which tokens this rank holds, and how they meet those of the other ranks."""
 
+    columns: int  # of each rank, padding included
     start: int  # first vocabulary column
     real: int  # how many, without padding
     temperature: float
     chunk_tokens: int
+    tp: int
+    rank: int
     group: dist.ProcessGroup | None  # None when nothing is cut
     by_tokens: bool  # hidden states are this rank's slice of the tokens
+
+    def own(self, per_token: Tensor) -> Tensor:
+        """[T] -> [T / tp], this rank's slice."""
+        return per_token.chunk(self.tp)[self.rank] if self.tp > 1 else per_token
 
     def all_tokens(self, hidden: Tensor) -> Tensor:
         if not self.by_tokens:
             return hidden
-        out = hidden.new_empty(hidden.shape[0] * dist.get_world_size(self.group), hidden.shape[1])
+        out = hidden.new_empty(hidden.shape[0] * self.tp, hidden.shape[1])
         dist.all_gather_into_tensor(out, hidden.contiguous(), group=self.group)
         return out
 
     def own_tokens(self, grad: Tensor) -> Tensor:
         """This rank's slice of the hidden states' gradient, summed over the ranks' columns."""
         if self.by_tokens:
-            out = grad.new_empty(grad.shape[0] // dist.get_world_size(self.group), grad.shape[1])
+            out = grad.new_empty(grad.shape[0] // self.tp, grad.shape[1])
             dist.reduce_scatter_tensor(out, grad, group=self.group)
             return out
         if self.group is not None:
             dist.all_reduce(grad, group=self.group)
         return grad
 
+    def combine(self, sums: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """[4, T] sums over this rank's columns -> four [T / tp] over all columns, of this rank's slice of the tokens.
+
+        In: highest logit h, sum e^(z-h), the target's z, sum (z-h) e^(z-h). Out: the same, but z-h of the target.
+        """
+        if self.group is None:
+            highest, total, target_z, weighted = sums
+            return highest, total, target_z - highest, weighted
+        send = sums.view(4, self.tp, -1).transpose(0, 1).contiguous()
+        parts = torch.empty_like(send)
+        dist.all_to_all_single(parts, send, group=self.group)
+        highests, totals, target_zs, weighteds = parts.unbind(1)  # [tp, T / tp] each
+        highest = highests.amax(0)
+        shift = (highests - highest).clamp(min=-1000.0)  # exp is 0 there too, and a rank of padding gives 0, not NaN
+        scale = shift.exp()
+        holder = self.own(targets) // self.columns
+        target_z = target_zs.gather(0, holder[None])[0] - highest
+        return highest, (totals * scale).sum(0), target_z, ((weighteds + totals * shift) * scale).sum(0)
+
+    def gather(self, per_token: Sequence[Tensor]) -> Sequence[Tensor]:
+        """[T / tp] each -> [T] each, from all ranks."""
+        if self.group is None:
+            return per_token
+        send = torch.stack(tuple(per_token))
+        parts = send.new_empty(self.tp * send.shape[0], send.shape[1])  # gloo wants the ranks' parts one below another
+        dist.all_gather_into_tensor(parts, send, group=self.group)
+        return parts.view(self.tp, *send.shape).transpose(0, 1).reshape(len(per_token), -1).unbind(0)
+
     def own_columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[T] whether this rank holds the target's column, and where (0 when it does not)."""
         mine = (targets >= self.start) & (targets < self.start + self.real)
         return mine, torch.where(mine, targets - self.start, 0)
 
-    def buffer(self, hidden: Tensor) -> Tensor:
-        return hidden.new_empty(min(self.chunk_tokens, hidden.shape[0]), self.real, dtype=_wide(hidden))
+    def buffer(self, hidden: Tensor, wanted: Tensor | None) -> Tensor:
+        tokens = hidden.shape[0] if wanted is None else wanted.shape[0]
+        return hidden.new_empty(min(self.chunk_tokens, tokens), self.real, dtype=_wide(hidden))
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their logits / temperature, [n, real] in fp32; each chunk overwrites the one before."""
+    def logits(self, hidden: Tensor, weight: Tensor, wanted: Tensor | None) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+        """Of all tokens, or the `wanted` [n] int64: which, their hidden states, and logits / temperature in fp32.
+
+        Each chunk of logits overwrites the one before.
+        """
         if self.real == 0:
             return
         columns = weight[: self.real].t()
-        buffer = self.buffer(hidden)
-        for rows in _chunks(hidden.shape[0], self.chunk_tokens):
-            z = buffer[: rows.stop - rows.start]
-            if hidden.dtype == z.dtype:
-                torch.mm(hidden[rows], columns, out=z)
+        buffer = self.buffer(hidden, wanted)
+        for rows in _chunks(hidden.shape[0], wanted, self.chunk_tokens):
+            states = hidden[rows]
+            z = buffer[: states.shape[0]]
+            if states.dtype == z.dtype:
+                torch.mm(states, columns, out=z)
             else:
-                z.copy_(hidden[rows] @ columns)
+                z.copy_(states @ columns)
             if self.temperature != 1.0:
                 z.div_(self.temperature)
-            yield rows, z
+            yield rows, states, z
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cut: _Cut, with_entropy: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, where: Tensor | None, cut: _Cut, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        highest, total, target_z, weighted = _sums(cut.all_tokens(hidden), weight, targets, cut, with_entropy)
+        wanted = _indices(where, targets.device)
+        sums = _sums(cut.all_tokens(hidden), weight, targets, wanted, cut, with_entropy)
+        highest, total, target_z, weighted = cut.combine(sums, targets)
         log_total = total.log()
+        logp = target_z - log_total
         entropy = log_total - weighted / total if with_entropy else None
+        if wanted is not None:
+            assert where is not None
+            where = where.to(targets.device)
+            logp = torch.where(cut.own(where), logp, 0.0)
+            entropy = torch.where(cut.own(where), entropy, 0.0) if entropy is not None else None
         ctx.set_materialize_grads(False)  # entropy is often only logged: its half of backward is then left out
-        ctx.save_for_backward(hidden, weight, targets, highest, total, entropy)
+        ctx.save_for_backward(hidden, weight, targets, where, highest, total, entropy)
         ctx.cut = cut
-        return target_z - log_total, entropy
+        return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, highest, total, entropy = ctx.saved_tensors
+        hidden, weight, targets, where, highest, total, entropy = ctx.saved_tensors
         cut: _Cut = ctx.cut
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(total)
+        per_token = _PerToken.gather(cut, grad_logp, grad_entropy, highest, total, entropy)
+        wanted = per_token.with_gradient(where)
         mine, column = cut.own_columns(targets)
-        on_target = torch.where(mine, grad_logp, 0.0)
-        # With e = exp(z - highest): d logp / dz = onehot - e / total;  d entropy / dz = -e / total * (log p + entropy).
-        if grad_entropy is None:
-            factor = -grad_logp / (total * cut.temperature)
-            change = torch.where(mine, -total, 0.0)  # the common factor is left to the [n, H] sides of the products
-        else:
-            factor = torch.full_like(total, 1 / cut.temperature)
-            change = on_target
-            slope = -grad_entropy / total
-            offset = slope * (entropy - total.log()) - grad_logp / total
+        by = per_token.coefficients(mine, cut.temperature)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         everything = cut.all_tokens(hidden)
-        spare = cut.buffer(everything) if grad_entropy is not None else None
+        spare = cut.buffer(everything, wanted) if by.slope is not None else None
         columns = weight[: cut.real]
         grad_hidden = torch.zeros_like(everything) if wants_hidden else None
         weight_grad = _WeightGradient(weight) if wants_weight else None
-        for rows, z in cut.logits(everything, weight):
-            z.sub_(highest[rows, None])
-            if spare is None:
+        for rows, states, z in cut.logits(everything, weight, wanted):
+            z.sub_(per_token.highest[rows, None])
+            if spare is None or by.slope is None or by.offset is None:
                 z.exp_()
             else:
                 exp = torch.exp(z, out=spare[: z.shape[0]])
-                z.mul_(slope[rows, None]).add_(offset[rows, None]).mul_(exp)
-            z.scatter_add_(1, column[rows, None], change[rows, None])
+                z.mul_(by.slope[rows, None]).add_(by.offset[rows, None]).mul_(exp)
+            z.scatter_add_(1, column[rows, None], by.change[rows, None])
             dz = z.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = dz @ columns * factor[rows, None]
+                grad_hidden[rows] = (dz @ columns * by.factor[rows, None]).to(weight.dtype)
             if weight_grad is not None:
-                weight_grad.add(dz, (everything[rows] * factor[rows, None]).to(weight.dtype))
+                weight_grad.add(dz, (states * by.factor[rows, None]).to(weight.dtype))
         return (
             cut.own_tokens(grad_hidden) if grad_hidden is not None else None,
             weight_grad.result() if weight_grad is not None else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-def _sums(hidden: Tensor, weight: Tensor, targets: Tensor, cut: _Cut, with_entropy: bool) -> tuple[Tensor, ...]:
-    """Of each token, over the whole vocabulary: the highest logit h, sum e^(z-h), the target's z-h, sum (z-h) e^(z-h).
+@dataclass(frozen=True, slots=True)
+class _PerToken:
+    """What backward needs of each token, [T] each, the same on all ranks."""
 
-    [T] each, on every rank; the last is zero when the entropy is not wanted.
+    highest: Tensor
+    total: Tensor
+    grad_logp: Tensor
+    entropy: Tensor | None
+    grad_entropy: Tensor | None  # None when no loss used the entropy
+
+    @staticmethod
+    def gather(
+        cut: _Cut,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+        highest: Tensor,
+        total: Tensor,
+        entropy: Tensor | None,
+    ) -> _PerToken:
+        grad_logp = torch.zeros_like(total) if grad_logp is None else grad_logp
+        if entropy is None or (grad_entropy is None and cut.group is None):
+            highest, total, grad_logp = cut.gather((highest, total, grad_logp))
+            return _PerToken(highest, total, grad_logp, None, None)
+        # Always sent where there is an entropy, so that ranks agree on the shape whatever their losses used.
+        grad_entropy = torch.zeros_like(total) if grad_entropy is None else grad_entropy
+        own = (highest, total, grad_logp, entropy, grad_entropy)
+        highest, total, grad_logp, entropy, grad_entropy = cut.gather(own)
+        return _PerToken(highest, total, grad_logp, entropy, grad_entropy if grad_entropy.any() else None)
+
+    def with_gradient(self, where: Tensor | None) -> Tensor | None:
+        """The tokens that have any, [n] int64; None for all of them."""
+        has = self.grad_logp != 0
+        if self.grad_entropy is not None:
+            has |= self.grad_entropy != 0
+        return _indices(has if where is None else has & where, has.device)
+
+    def coefficients(self, mine: Tensor, temperature: float) -> _Coefficients:
+        if self.grad_entropy is None or self.entropy is None:
+            # the common factor is left to the [n, H] sides of the products
+            return _Coefficients(-self.grad_logp / (self.total * temperature), torch.where(mine, -self.total, 0.0))
+        slope = -self.grad_entropy / self.total
+        offset = slope * (self.entropy - self.total.log()) - self.grad_logp / self.total
+        factor = torch.full_like(slope, 1 / temperature)
+        return _Coefficients(factor, torch.where(mine, self.grad_logp, 0.0), slope, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coefficients:
+    """The gradient of z is factor * (e * (slope * (z - highest) + offset) + change at the target), e = e^(z - highest).
+
+    [T] each; without slope and offset these are 0 and 1. From d logp / dz = onehot - e / total and
+    d entropy / dz = -e / total * (log p + entropy).
     """
-    mine, column = cut.own_columns(targets)
-    own_highest = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=_wide(hidden))
-    total, chosen, weighted = torch.zeros_like(own_highest).repeat(3, 1)
-    spare = cut.buffer(hidden) if with_entropy else None
-    for rows, z in cut.logits(hidden, weight):
-        own_highest[rows] = z.amax(1)
-        z.sub_(own_highest[rows, None])
-        chosen[rows] = z.gather(1, column[rows, None]).squeeze(1)
+
+    factor: Tensor
+    change: Tensor
+    slope: Tensor | None = None
+    offset: Tensor | None = None
+
+
+def _sums(
+    hidden: Tensor, weight: Tensor, targets: Tensor, wanted: Tensor | None, cut: _Cut, with_entropy: bool
+) -> Tensor:
+    """[4, T] over this rank's columns: the highest logit h, sum e^(z-h), the target's z, sum (z-h) e^(z-h).
+
+    The last is zero when the entropy is not wanted; the third is of any column where another rank has the target's.
+    """
+    _, column = cut.own_columns(targets)
+    sums = hidden.new_zeros(4, targets.shape[0], dtype=_wide(hidden))
+    highest, total, target_z, weighted = sums
+    highest.fill_(-torch.inf)
+    spare = cut.buffer(hidden, wanted) if with_entropy else None
+    for rows, _, z in cut.logits(hidden, weight, wanted):
+        target_z[rows] = z.gather(1, column[rows, None]).squeeze(1)
+        top = z.amax(1)
+        highest[rows] = top
+        z.sub_(top[:, None])
         exp = torch.exp(z, out=z if spare is None else spare[: z.shape[0]])
         total[rows] = exp.sum(1)
         if with_entropy:
             weighted[rows] = torch.linalg.vecdot(exp, z)
-    if cut.group is None:
-        return own_highest, total, chosen, weighted
-    highest = own_highest.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=cut.group)
-    shift = own_highest - highest
-    chosen = torch.where(mine, chosen + shift, 0.0)
-    shift = shift.clamp(min=-1000.0)  # exp is 0 there too, and the products below stay finite on a rank of padding
-    sums = torch.stack((total * shift.exp(), chosen, (weighted + total * shift) * shift.exp()))
-    dist.all_reduce(sums, group=cut.group)
-    return highest, *sums
+    return sums
 
 
 class _WeightGradient:
@@ -230,6 +341,18 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def _indices(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """[n] int64 where the mask is true; None when it is everywhere, which needs no copies of rows."""
+    if mask is None:
+        return None
+    indices = mask.nonzero().squeeze(1)
+    return None if indices.shape[0] == mask.shape[0] else indices.to(device)
+
+
+def _chunks(total: int, wanted: Tensor | None, size: int) -> Iterator[Rows]:
+    """All tokens, or the wanted ones, in as few and as equal parts of at most `size` as can be."""
+    count = total if wanted is None else wanted.shape[0]
+    parts = -(-count // size)
+    for i in range(parts):
+        rows = slice(i * count // parts, (i + 1) * count // parts)
+        yield rows if wanted is None else wanted[rows]
