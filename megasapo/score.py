@@ -87,21 +87,19 @@ def score(cfg: Config, sequences: Sequence[np.ndarray], topo: Topology) -> list[
 
     Logits are divided by `rollout.temperature`, as servers report logprobs.
     """
-    from megasapo.data.packing import per_sequence
+    from megasapo.data.packing import Pieces, join, pieces
     from megasapo.mcore import bridge, model, step
 
     chunks = model.build_model(cfg.model, model.read_hf_config(cfg.model.path), topo)
     bridge.load_hf(chunks, cfg.model.path, topo)
     micro = _micro_batches(sequences, cfg.train.micro_batch_tokens, topo)
     logps = step.logprobs(chunks, micro, topo, temperature=cfg.rollout.temperature)
-    mine: dict[int, np.ndarray] = {}
-    if topo.is_last_stage and topo.tp_rank == 0:
+    mine: Pieces = {}
+    if topo.is_last_stage:
         for mb, logp in zip(micro, logps, strict=True):
             assert logp is not None, "the last stage has logprobs"
-            mine |= per_sequence(mb, logp)
-    found: dict[int, np.ndarray] = {}
-    for part in topo.gather(mine):
-        found |= part
+            mine |= pieces(mb, logp)
+    found = join(topo.gather(mine))
     nothing = np.zeros(0, dtype=np.float32)  # a single token has nothing before it
     return [found[i] if len(ids) > 1 else nothing for i, ids in enumerate(sequences)]
 
@@ -114,15 +112,15 @@ def _micro_batches(sequences: Sequence[np.ndarray], max_tokens: int, topo: Topol
     packs: list[list[Any]] = [[]]
     used = 0
     for row in rows:
-        slots = len(row.tokens) - 1
+        slots = topo.shard.slots_for(len(row.tokens))
         if packs[-1] and used + slots > max_tokens:
             packs.append([])
             used = 0
         packs[-1].append(row)
         used += slots
-    packs += [[] for _ in range(-len(packs) % topo.dp)]
+    packs += [[] for _ in range(-len(packs) % (topo.dp * topo.micro_batch_multiple))]
     mine = packs[topo.dp_rank :: topo.dp]
-    return [pack(part, np.zeros(len(part), dtype=np.float32), pad_to=topo.tp).to(topo.device) for part in mine]
+    return [pack(part, np.zeros(len(part), dtype=np.float32), shard=topo.shard).to(topo.device) for part in mine]
 
 
 def _row(index: int, ids: np.ndarray) -> Any:

@@ -93,24 +93,32 @@ class TrainSequence:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences packed into one row, every field aligned with the *input* token: logits[t] predicts targets[t].
+    """One rank's part of sequences packed into a row of T slots, every field aligned with the *input* token.
 
-    A sequence of n tokens takes n - 1 slots (its last token is only a target). Padding, if any, is one more sequence
-    at the end with weight 0.
+    logits[t] predicts targets[t], so a sequence of n tokens takes n - 1 slots (its last token is only a target), and
+    some of padding at its end under context parallelism. Padding of the row, if any, is one more sequence with weight
+    0. The model reads the Tc = T / cp slots of this context-parallel rank; the loss is computed on the Tl = Tc / tp of
+    them that are this rank's (`data.packing.Shard`).
     """
 
-    tokens: torch.Tensor  # [T] int64
-    targets: torch.Tensor  # [T] int64
-    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # [S + 1] int32, padding sequence included
+    tokens: torch.Tensor  # [Tc] int64
+    targets: torch.Tensor  # [Tc] int64
+    position_ids: torch.Tensor  # [Tc] int64, from 0 in each sequence
+    wanted: torch.Tensor  # [Tc] bool: where the loss needs a logprob
+    cu_seqlens: torch.Tensor  # [S + 1] int32 of the whole row, padding sequence included
     max_seqlen: int
-    loss_mask: torch.Tensor  # [T] bool
-    weight: torch.Tensor  # [T] float32, docs/algorithms.md "Normalisation"; 0 where loss_mask is False
-    advantage: torch.Tensor  # [T] float32
-    rollout_logp: torch.Tensor  # [T] float32
+    loss_mask: torch.Tensor  # [Tl] bool
+    weight: torch.Tensor  # [Tl] float32, docs/algorithms.md "Normalisation"; 0 where loss_mask is False
+    advantage: torch.Tensor  # [Tl] float32
+    rollout_logp: torch.Tensor  # [Tl] float32
+    sequence: torch.Tensor  # [Tl] int64: which of the S
+    position: torch.Tensor  # [Tl] int64 in it
+    loss_tokens: torch.Tensor  # [S] int64, of whole sequences
     uids: tuple[int, ...]  # of the real sequences, in order: S or S - 1 of them
-    old_logp: torch.Tensor | None = None  # [T] float32, set by Policy.with_old_logprobs
-    ref_logp: torch.Tensor | None = None  # [T] float32, set when KL to a reference is on
+    slots: tuple[int, ...]  # n - 1 of each of them
+    old_logp: torch.Tensor | None = None  # [Tl] float32, set by Policy.with_old_logprobs
+    ref_logp: torch.Tensor | None = None  # [Tl] float32, set when KL to a reference is on
+    routing: torch.Tensor | None = None  # [Tl, L of this stage, K] expert ids, set when routing is replayed
 
     def with_(self, **changes: Any) -> MicroBatch:
         return replace(self, **changes)

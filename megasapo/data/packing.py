@@ -1,12 +1,14 @@
-"""Packing sequences into one row of tokens, and taking per-token values apart again by sequence.
+"""Packing sequences into one row of tokens, cutting the row over ranks, and taking per-token values apart by sequence.
 
-Called when a batch is made and where a loss needs a whole sequence. The layout is `types.MicroBatch`'s. Knows nothing
-of ranks; what each sequence weighs is given.
+Called when a batch is made and where a loss needs a whole sequence. The layout is `types.MicroBatch`'s. Which part of
+the row a rank holds is given as numbers; no process group here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,13 +18,64 @@ from megasapo.types import MicroBatch, TrainSequence
 
 PAD_TOKEN = 0  # any valid id: padding is masked
 
+# of each sequence, by uid: positions [m] and values [m, ...] of the tokens that one rank holds
+Pieces = dict[int, tuple[np.ndarray, np.ndarray]]
 
-def pack(sequences: Sequence[TrainSequence], weights: Sequence[float] | np.ndarray, *, pad_to: int = 1) -> MicroBatch:
-    """The sequences end to end, every field aligned with the input token, T a multiple of pad_to (on the CPU).
 
-    weights [S]: what each loss token of each sequence weighs (`algo.weights.token_weights`). No sequences at all give
-    pad_to tokens of padding with weight 0, for a rank that must run without samples.
-    ValueError for a sequence whose fields disagree.
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's part of a pack: context parallelism cuts every sequence, tensor parallelism then the tokens in a row.
+
+    Of 2 * cp equal chunks of a sequence, rank r of cp holds numbers r and 2 * cp - 1 - r: together they attend to as
+    many earlier tokens as any other rank's.
+    """
+
+    cp: int = 1
+    cp_rank: int = 0
+    tp: int = 1
+    tp_rank: int = 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Slots of a sequence come in multiples of this."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """Slots of a pack come in multiples of this."""
+        return self.cp * math.lcm(2, self.tp) if self.cp > 1 else self.tp
+
+    def slots_for(self, tokens: int) -> int:
+        """The slots that a sequence of so many tokens takes."""
+        return -(-(tokens - 1) // self.sequence_multiple) * self.sequence_multiple
+
+    def context_slots(self, bounds: np.ndarray) -> np.ndarray:
+        """[Tc] the slots of a pack, with sequence boundaries [S + 1], that this context-parallel rank holds."""
+        if self.cp == 1:
+            return np.arange(bounds[-1])
+        held = []
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            chunk = (end - start) // (2 * self.cp)
+            for number in (self.cp_rank, 2 * self.cp - 1 - self.cp_rank):
+                held.append(np.arange(start + number * chunk, start + (number + 1) * chunk))
+        return np.concatenate(held)
+
+
+WHOLE = Shard()
+
+
+def pack(
+    sequences: Sequence[TrainSequence],
+    weights: Sequence[float] | np.ndarray,
+    *,
+    shard: Shard = WHOLE,
+    pad_to: int = 1,
+) -> MicroBatch:
+    """This shard of the sequences end to end, every field aligned with the input token (on the CPU).
+
+    weights [S]: what each loss token of each sequence weighs (`algo.weights.token_weights`). The whole pack is padded
+    to a multiple of pad_to and of what the shard needs. No sequences at all give one such multiple of padding with
+    weight 0, for a rank that must run without samples. ValueError for a sequence whose fields disagree.
     """
     if len(sequences) != len(weights):
         raise ValueError(f"{len(sequences)} sequences and {len(weights)} weights: one weight for each sequence")
@@ -30,62 +83,90 @@ def pack(sequences: Sequence[TrainSequence], weights: Sequence[float] | np.ndarr
         raise ValueError(f"pad_to={pad_to} must be at least 1")
     for sequence in sequences:
         _check(sequence)
-    slots = [len(s.tokens) - 1 for s in sequences]
-    padding = -sum(slots) % pad_to if slots else pad_to
+    slots = [shard.slots_for(len(s.tokens)) for s in sequences]
+    multiple = math.lcm(pad_to, shard.pack_multiple)
+    padding = -sum(slots) % multiple if slots else multiple
     lengths = np.array([*slots, padding] if padding else slots, dtype=np.int64)
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    held = shard.context_slots(bounds)
+    own = held.reshape(shard.tp, -1)[shard.tp_rank]
+    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+
+    def row(parts: Iterable[np.ndarray], dtype: type, fill: float = 0.0) -> np.ndarray:
+        values = np.full(bounds[-1], fill, dtype=dtype)
+        for start, part in zip(bounds[:-1], parts, strict=False):
+            values[start : start + len(part)] = part
+        return values
+
     masks = [s.loss_mask[1:] for s in sequences]
+    mask = row(masks, np.bool_)
+    per_loss_token = {
+        "loss_mask": mask,
+        "weight": row((m * np.float32(w) for m, w in zip(masks, weights, strict=True)), np.float32),
+        "advantage": row((np.full(len(m), s.advantage) for m, s in zip(masks, sequences, strict=True)), np.float32),
+        "rollout_logp": row((s.rollout_logp[1:] for s in sequences), np.float32),
+        "sequence": np.repeat(np.arange(len(lengths)), lengths),
+        "position": positions,
+    }
     return MicroBatch(
-        tokens=_row([s.tokens[:-1] for s in sequences], padding, np.int64, PAD_TOKEN),
-        targets=_row([s.tokens[1:] for s in sequences], padding, np.int64, PAD_TOKEN),
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)),
+        tokens=torch.from_numpy(row((s.tokens[:-1] for s in sequences), np.int64, PAD_TOKEN)[held]),
+        targets=torch.from_numpy(row((s.tokens[1:] for s in sequences), np.int64, PAD_TOKEN)[held]),
+        position_ids=torch.from_numpy(positions[held]),
+        wanted=torch.from_numpy(mask[held]),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        loss_mask=_row(masks, padding, np.bool_, False),
-        weight=_row([m * np.float32(w) for m, w in zip(masks, weights, strict=True)], padding, np.float32),
-        advantage=_row([np.full(n, s.advantage) for n, s in zip(slots, sequences, strict=True)], padding, np.float32),
-        rollout_logp=_row([s.rollout_logp[1:] for s in sequences], padding, np.float32),
+        loss_tokens=torch.tensor([*(int(m.sum()) for m in masks), *([0] if padding else [])]),
         uids=tuple(s.uid for s in sequences),
+        slots=tuple(len(m) for m in masks),
+        **{name: torch.from_numpy(values[own]) for name, values in per_loss_token.items()},
     )
 
 
-def sequence_mean(mb: MicroBatch) -> Callable[[Tensor], Tensor]:
-    """The function that replaces each of [T] values by the mean over the loss tokens of its own sequence.
+def sequence_mean(mb: MicroBatch, total: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """The function that replaces each of [Tl] values by the mean over the loss tokens of its own sequence.
 
-    Differentiable: each loss token gets 1/|y| of the sequence's gradient. Values outside the loss mask do not matter;
-    a sequence without loss tokens gives 0. For sequences that lie whole in this micro-batch.
+    `total` sums [S] tensors over the ranks that hold the other tokens of the micro-batch, differentiably; None when
+    there are none. Each loss token gets 1/|y| of the sequence's gradient. Values outside the loss mask do not matter; a
+    sequence without loss tokens gives 0.
     """
-    segment = _segments(mb)
-    num_sequences = mb.cu_seqlens.numel() - 1
-    loss_tokens = torch.zeros(num_sequences, dtype=torch.int64, device=segment.device)
-    loss_tokens = loss_tokens.index_add(0, segment, mb.loss_mask.long()).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
         inside = torch.where(mb.loss_mask, values, torch.zeros_like(values))
-        sums = torch.zeros(num_sequences, dtype=values.dtype, device=values.device).index_add(0, segment, inside)
-        return (sums / loss_tokens)[segment]
+        sums = torch.zeros(mb.loss_tokens.numel(), dtype=values.dtype, device=values.device)
+        sums = sums.index_add(0, mb.sequence, inside)
+        if total is not None:
+            sums = total(sums)
+        return (sums / mb.loss_tokens.clamp(min=1))[mb.sequence]
 
     return mean
 
 
-def per_sequence(mb: MicroBatch, values: Tensor) -> dict[int, np.ndarray]:
-    """Per-token values [T, ...] as one array [n - 1, ...] for each real sequence, by uid; padding left out."""
+def pieces(mb: MicroBatch, values: Tensor) -> Pieces:
+    """Per-token values [Tl, ...] of this shard by sequence, padding left out; `join` puts all shards' together."""
     host = values.detach().cpu()
     # numpy has no bfloat16
     rows = host.float().numpy() if host.dtype == torch.bfloat16 else host.numpy()
-    bounds = mb.cu_seqlens.tolist()
-    return {uid: rows[start:end] for uid, start, end in zip(mb.uids, bounds, bounds[1:], strict=False)}
+    sequence, position = mb.sequence.cpu().numpy(), mb.position.cpu().numpy()
+    found: Pieces = {}
+    for number, (uid, slots) in enumerate(zip(mb.uids, mb.slots, strict=True)):
+        (here,) = np.nonzero((sequence == number) & (position < slots))
+        found[uid] = (position[here], rows[here])
+    return found
 
 
-def _segments(mb: MicroBatch) -> Tensor:
-    """[T] int64: the sequence that each token belongs to."""
-    lengths = mb.cu_seqlens.diff().long()
-    index = torch.arange(lengths.numel(), device=lengths.device)
-    return torch.repeat_interleave(index, lengths, output_size=mb.tokens.numel())
-
-
-def _row(parts: list[np.ndarray], padding: int, dtype: type, fill: float = 0.0) -> Tensor:
-    tail: np.ndarray = np.full(padding, fill, dtype=dtype)
-    return torch.from_numpy(np.concatenate([*(p.astype(dtype) for p in parts), tail]))
+def join(parts: Iterable[Mapping[int, tuple[np.ndarray, np.ndarray]]]) -> dict[int, np.ndarray]:
+    """[n - 1, ...] values of each sequence from the pieces of all ranks, in order of position."""
+    by_uid: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for part in parts:
+        for uid, piece in part.items():
+            by_uid.setdefault(uid, []).append(piece)
+    joined = {}
+    for uid, found in by_uid.items():
+        positions = np.concatenate([p for p, _ in found])
+        order = positions.argsort()
+        assert (positions[order] == np.arange(len(order))).all(), f"sequence {uid}: positions {positions[order]}"
+        joined[uid] = np.concatenate([v for _, v in found])[order]
+    return joined
 
 
 def _check(s: TrainSequence) -> None:

@@ -1,8 +1,9 @@
-"""Causal attention and rotary embedding for packed sequences on plain torch, where Transformer Engine is not available.
+"""Causal attention with rotary embedding for packed sequences on plain torch, where Transformer Engine is not available.
 
-model.py puts these into megatron-core's layer spec; `pack` makes the parameters that travel with a micro-batch through
-the model. A pack is attended in a few dense calls: sequences are grouped by length, so padding stays below a factor of
-two, and no T x T mask exists. It knows nothing of losses or process groups; context parallelism is not supported here.
+model.py puts `PackedAttention` into megatron-core's layer spec and calls `pack` once for every micro-batch; what `pack`
+returns travels with it through the layers. A pack is attended in a few dense calls: sequences are grouped by length, so
+padding stays below a factor of two, and no T x T mask exists. Under context parallelism a rank's queries meet the keys
+and values of all ranks, gathered. It knows nothing of losses.
 """
 
 from __future__ import annotations
@@ -11,89 +12,154 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megasapo.data.packing import WHOLE, Shard
+
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, padded on the right to the longest of them."""
+    """Stretches of queries of similar length, padded on the right, and the keys that each may see."""
 
-    num_sequences: int
-    length: int
-    rows: Tensor  # [num_sequences * length] int64: which packed token stands in each slot
+    num: int  # stretches
+    queries: Tensor  # [num * longest] int64: which of this rank's tokens stands in each slot
+    keys: Tensor  # [num * longest] int64, into the keys of all ranks
+    mask: Tensor | None  # [num, 1, longest query, longest key] bool; None: the i-th query sees the first i keys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pack is laid out for attention; `inverse` finds each packed token in the concatenated buckets."""
+    """How a pack is laid out for attention; `inverse` finds each of the rank's tokens in the concatenated buckets."""
 
     buckets: tuple[Bucket, ...]
-    inverse: Tensor  # [T] int64
+    inverse: Tensor  # [Tc] int64
 
 
 @dataclass
 class Packed(PackedSeqParams):
-    """megatron-core's packed-sequence parameters, with what our own attention and rotary embedding need."""
+    """megatron-core's packed-sequence parameters, with what our own attention needs."""
 
     plan: Plan | None = None
-    position_ids: Tensor | None = None  # [T] int64
+    cos: Tensor | None = None  # [Tc, 1, head_dim] fp32, as sin
+    sin: Tensor | None = None
+    cp_group: dist.ProcessGroup | None = None  # None without context parallelism
 
 
-def pack(cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> Packed:
-    """Parameters of one pack for the spec without Transformer Engine: [S + 1] int32 boundaries, [T] positions.
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of a sequence that are consecutive on this rank."""
 
-    The padded boundaries describe one sequence of T tokens: megatron-core reads them only to apply rotary embeddings,
-    which are already per token here, and would otherwise loop over sequences.
+    first: int  # among this rank's tokens
+    length: int
+    start: int  # of its sequence, in the whole pack
+    visible: int  # keys that its last token may see; the others one less each
+
+
+def pack(
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    position_ids: Tensor,
+    *,
+    head_dim: int,
+    theta: float,
+    shard: Shard = WHOLE,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Packed:
+    """Parameters of one pack for the spec without Transformer Engine: [S + 1] int32 boundaries, [Tc] positions.
+
+    theta: the base of the rotary embedding, whose angles are made here once for all layers.
     """
-    whole = cu_seqlens[[0, -1]]
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids.float()[:, None] * (1.0 / theta**exponent)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return Packed(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=whole,
-        cu_seqlens_kv_padded=whole,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        plan=plan(cu_seqlens),
-        position_ids=position_ids,
+        plan=plan(cu_seqlens, shard),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        cp_group=cp_group,
     )
 
 
-def plan(cu_seqlens: Tensor) -> Plan:
-    """Group the sequences of a pack by length, each bucket's shortest more than half its longest."""
-    bounds = cu_seqlens.tolist()
-    spans = sorted(((end - start, start) for start, end in itertools.pairwise(bounds) if end > start), reverse=True)
-    inverse = torch.empty(bounds[-1], dtype=torch.int64, device=cu_seqlens.device)
+def plan(cu_seqlens: Tensor, shard: Shard = WHOLE) -> Plan:
+    """Group the stretches of a pack by length, each bucket's shortest more than half its longest."""
+    bounds = cu_seqlens.cpu().numpy().astype(np.int64)
+    key_rows = _rows_after_gathering(bounds, shard)
+    inverse = np.empty(bounds[-1] // shard.cp, dtype=np.int64)
     buckets: list[Bucket] = []
     offset = 0
-    while spans:
-        longest = spans[0][0]
-        num = next((i for i, (length, _) in enumerate(spans) if 2 * length <= longest), len(spans))
-        lengths, starts = torch.tensor(spans[:num], device=cu_seqlens.device)[:, :, None].unbind(1)
-        within = torch.arange(longest, device=cu_seqlens.device)[None, :]
-        # A slot past the end repeats the last token: causality hides it from every real token, its output is not read.
-        rows = (starts + torch.minimum(within, lengths - 1)).view(-1)
-        (real,) = (within < lengths).view(-1).nonzero(as_tuple=True)
-        inverse[rows[real]] = real + offset
-        buckets.append(Bucket(num, longest, rows))
-        offset += len(rows)
-        spans = spans[num:]
-    return Plan(tuple(buckets), inverse)
+    for kind in _stretches(bounds, shard):
+        left = sorted(kind, key=lambda s: (-s.length, s.first))
+        while left:
+            num = next((i for i, s in enumerate(left) if 2 * s.length <= left[0].length), len(left))
+            queries, keys, mask = _slots(left[:num])
+            # A padded query repeats the stretch's last token, and its output is not read.
+            real = np.arange(queries.shape[1]) < np.array([s.length for s in left[:num]])[:, None]
+            inverse[queries[real]] = offset + np.flatnonzero(real)
+            offset += queries.size
+            parts = (queries.reshape(-1), key_rows[keys.reshape(-1)], mask)
+            on_device = [None if x is None else torch.from_numpy(x).to(cu_seqlens.device) for x in parts]
+            buckets.append(Bucket(num, *on_device))  # type: ignore[arg-type]
+            left = left[num:]
+    return Plan(tuple(buckets), torch.from_numpy(inverse).to(cu_seqlens.device))
+
+
+def _stretches(bounds: np.ndarray, shard: Shard) -> list[list[Stretch]]:
+    """This rank's stretches, by kind: those of one kind see keys in the same proportion to their length."""
+    spans = [(int(start), int(end - start)) for start, end in itertools.pairwise(bounds) if end > start]
+    if shard.cp == 1:
+        return [[Stretch(start, length, start, length) for start, length in spans]]
+    kinds = []
+    for half, number in enumerate((shard.cp_rank, 2 * shard.cp - 1 - shard.cp_rank)):
+        kind = []
+        for start, length in spans:
+            chunk = length // (2 * shard.cp)
+            kind.append(Stretch(start // shard.cp + half * chunk, chunk, start, (number + 1) * chunk))
+        kinds.append(kind)
+    return kinds
+
+
+def _slots(stretches: list[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """[num, longest] tokens and [num, most keys] keys in the whole pack, repeating the last one, and who sees whom."""
+    first, length, start, visible = (
+        np.array([getattr(s, name) for s in stretches])[:, None] for name in ("first", "length", "start", "visible")
+    )
+    query = np.arange(length.max())[None, :]
+    key = np.arange(visible.max())[None, :]
+    queries = first + np.minimum(query, length - 1)
+    keys = start + np.minimum(key, visible - 1)
+    if (length == visible).all():  # plain causality hides padded keys from every real query
+        return queries, keys, None
+    mask = key[:, None, :] <= (visible - length)[:, :, None] + query[:, :, None]
+    return queries, keys, mask[:, None]
+
+
+def _rows_after_gathering(bounds: np.ndarray, shard: Shard) -> np.ndarray:
+    """[T] where each slot of the pack stands among the keys of all context-parallel ranks, rank after rank."""
+    held = [Shard(shard.cp, rank).context_slots(bounds) for rank in range(shard.cp)]
+    rows = np.empty(bounds[-1], dtype=np.int64)
+    rows[np.concatenate(held)] = np.arange(bounds[-1])
+    return rows
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention of megatron-core's SelfAttention on torch's SDPA; causal, grouped queries, thd or sbhd."""
+    """Core attention of megatron-core's SelfAttention on torch's SDPA; causal, grouped queries, thd.
+
+    Queries and keys come without rotary embedding: it is applied here.
+    """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError(
-                f"context_parallel_size={config.context_parallel_size} needs Transformer Engine's attention; use 1"
-            )
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout} is not supported; use 0")
         self.scale = softmax_scale
@@ -109,48 +175,57 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attended values: packed [T, heads, d] to [T, heads * d], or [s, b, heads, d] to [s, b, heads * d]."""
+        """Attended values: [Tc, heads, d] with keys and values of fewer heads, to [Tc, heads * d]."""
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("attention is causal within each sequence; masks and biases are not supported")
-        if packed_seq_params is None:
-            out = self._causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
-            return out.permute(2, 0, 1, 3).flatten(2)
-        layout = getattr(packed_seq_params, "plan", None) or plan(packed_seq_params.cu_seqlens_q)
+        p = packed_seq_params
+        if not isinstance(p, Packed) or p.plan is None or p.cos is None or p.sin is None:
+            raise ValueError(
+                "the model runs on packed sequences: pass packed_seq_params made by megasapo.mcore.attention"
+            )
+        cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
+        query, key = (x * cos + _rotate_half(x) * sin for x in (query, key))
+        if p.cp_group is not None:
+            head_dim = key.shape[-1]
+            key, value = _GatherTokens.apply(torch.cat((key, value), -1), p.cp_group).split(
+                (head_dim, value.shape[-1]), -1
+            )
         parts = []
-        for bucket in layout.buckets:
-            shape = (bucket.num_sequences, bucket.length)
-            q, k, v = (x.index_select(0, bucket.rows).unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
-            parts.append(self._causal(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(parts).index_select(0, layout.inverse)
+        for bucket in p.plan.buckets:
+            q, k, v = (
+                x.index_select(0, rows).unflatten(0, (bucket.num, -1)).transpose(1, 2)
+                for x, rows in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
+            )
+            parts.append(self._attend(q, k, v, bucket.mask).transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(parts).index_select(0, p.plan.inverse)
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """[b, heads, s, d], keys and values with a divisor of the heads, to [b, heads, s, d]."""
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
 
 
-class PackedRotaryEmbedding(torch.nn.Module):
-    """Rotary angles for every token of a pack, in place of megatron-core's table of positions.
+def _rotate_half(x: Tensor) -> Tensor:
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat((-two, one), dim=-1)
 
-    GPTModel asks for a sequence length and passes the answer on to `forward`; here both are the position ids.
-    """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.inv_freq = 1.0 / theta**exponent  # not a buffer: casting the model must not touch it
+class _GatherTokens(torch.autograd.Function):
+    """[Tc, ...] of every rank of the group, one rank after the other; backward sums what all ranks ask of each."""
 
-    def get_rotary_seq_len(self, *args: Any) -> Tensor:
-        packed = args[-1]
-        if not isinstance(packed, Packed) or packed.position_ids is None:
-            raise ValueError(
-                "the model runs on packed sequences: pass packed_seq_params made by megasapo.mcore.attention"
-            )
-        return packed.position_ids
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
 
-    def forward(self, position_ids: Tensor, packed_seq: bool = True, cp_group: Any = None) -> Tensor:
-        """[T] positions to [T, 1, 1, head_dim] fp32 angles, both halves alike."""
-        angles = position_ids.float()[:, None] * self.inv_freq.to(position_ids.device)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        return out, None

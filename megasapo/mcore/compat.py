@@ -9,9 +9,13 @@ import importlib.util
 import logging
 import queue
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from megasapo.mcore.topology import Topology
 
 
 def apply() -> None:
@@ -30,7 +34,61 @@ def apply() -> None:
     )
     _keep_adam_step()
     _save_without_a_manager_process()
+    _order_pipeline_messages()
     _silence_known_warnings()
+
+
+def _order_pipeline_messages() -> None:
+    """Let an interleaved pipeline of two stages exchange messages, whose previous and next stage are one rank.
+
+    0.16.1 to 0.19.2 post send-previous, receive-previous, send-next, receive-next; messages between two ranks meet in
+    the order they are posted, so with two stages what one sends backward would arrive as the other's forward input.
+    Receives in the opposite order of sends are right for any number of stages.
+    """
+    from megatron.core.pipeline_parallel import p2p_communication as p2p
+
+    def exchange(send_prev: Any, recv_prev: Any, send_next: Any, recv_next: Any, ranks: tuple[int, int], group: Any):
+        prev, next_ = ranks
+        ordered = (
+            (dist.isend, send_prev, prev),
+            (dist.irecv, recv_next, next_),
+            (dist.isend, send_next, next_),
+            (dist.irecv, recv_prev, prev),
+        )
+        ops = [dist.P2POp(op, tensor, rank, group) for op, tensor, rank in ordered if tensor is not None]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def batched(
+        *,
+        tensor_send_prev: Any,
+        tensor_recv_prev: Any,
+        tensor_send_next: Any,
+        tensor_recv_next: Any,
+        group: Any,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> list[Any]:
+        ranks = prev_pipeline_rank, next_pipeline_rank
+        return exchange(tensor_send_prev, tensor_recv_prev, tensor_send_next, tensor_recv_next, ranks, group)
+
+    def shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> tuple[list[int], ...]:
+        device = torch.cuda.current_device()
+
+        def of(tensor: Any) -> Any:
+            return None if tensor is None else torch.tensor(tensor.shape, device=device)
+
+        prev, next_ = (
+            torch.zeros(3, device=device, dtype=torch.int64) if wanted else None for wanted in (recv_prev, recv_next)
+        )
+        for request in exchange(
+            of(send_prev), prev, of(send_next), next_, (self.prev_rank, self.next_rank), self.pp_group
+        ):
+            request.wait()
+        torch.cuda.synchronize()
+        return tuple([0, 0, 0] if shape is None else shape.tolist() for shape in (prev, next_))
+
+    p2p._batched_p2p_ops = batched
+    p2p.P2PCommunicator._communicate_shapes = shapes
 
 
 def _save_without_a_manager_process() -> None:
@@ -83,13 +141,14 @@ def _keep_adam_step() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
-def separate_expert_gradients(model: torch.nn.Module, tp: int) -> None:
-    """Have the gradients of experts that are not cut by tensor parallelism summed over the tensor-parallel ranks too.
+def separate_expert_gradients(model: torch.nn.Module, topo: Topology) -> None:
+    """Have experts' gradients summed over the ranks that hold the same part of an expert.
 
-    0.16.1 marks experts for their own data-parallel group only when ep > 1: with ep = 1 and tp > 1 each rank would keep
-    the gradient of its own slice of the tokens. 0.19.2 marks them as here.
+    0.16.1 marks experts for their own data-parallel group only when ep > 1: with ep = 1 and etp other than tp that
+    group differs from the other weights' too, and gradients would be summed over the wrong ranks. 0.19.2 marks them as
+    here.
     """
-    if tp == 1:
+    if topo.ep == 1 and topo.etp == topo.tp:
         return
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:

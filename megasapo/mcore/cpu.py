@@ -169,6 +169,32 @@ def _patch_megatron() -> None:
 
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    _patch_uneven_collectives()
+
+
+def _patch_uneven_collectives() -> None:
+    # Experts cut by tensor parallelism gather tokens of which every rank has another number; NCCL does, gloo refuses.
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(input_: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(input_, group, sizes, use_global_buffer)
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        return torch.cat([part[:n] for part, n in zip(gather(padded, group).chunk(len(sizes)), sizes, strict=True)])
+
+    def reduce_scatter_uneven(input_: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, sizes, use_global_buffer)
+        padded = input_.new_zeros(len(sizes), max(sizes), *input_.shape[1:])
+        for row, part in zip(padded, input_.split(sizes), strict=True):
+            row[: part.shape[0]] = part
+        return reduce_scatter(padded.flatten(0, 1), group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -25,7 +25,7 @@ class WeightRule(Protocol):
     def __call__(self, loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray: ...
 
 
-# of each sequence, known to every rank: uid, slots it takes (tokens - 1), loss tokens
+# of each sequence, known to every rank: uid, slots it takes, loss tokens
 Header = tuple[int, int, int]
 # [rank][micro-batch] -> uids
 Assignment = list[list[list[int]]]
@@ -70,11 +70,11 @@ def _pack(
 ) -> MicroBatch:
     loss_tokens = np.array([row.loss_mask.sum() for row in rows], dtype=np.int64)
     weights = rule(loss_tokens, num_sequences=num_sequences, num_loss_tokens=num_loss_tokens)
-    return pack(rows, weights, pad_to=topo.tp).to(topo.device)
+    return pack(rows, weights, shard=topo.shard).to(topo.device)
 
 
 def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:
-    local = [(row.uid, len(row.tokens) - 1, int(row.loss_mask.sum())) for row in mine]
+    local = [(row.uid, topo.shard.slots_for(len(row.tokens)), int(row.loss_mask.sum())) for row in mine]
     everyones: list[list[Header]] = [[] for _ in range(topo.world_size)]
     dist.all_gather_object(everyones, local, group=topo.world_group_cpu)
     headers = sorted(h for one in everyones for h in one)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError, ModelConfig
-from megasapo.mcore.attention import PackedAttention, PackedRotaryEmbedding, pack
+from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.topology import Topology
 from megasapo.types import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},  # by default attention's core; recompute_modules overrides
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def read_hf_config(path: str | Path) -> Any:
@@ -44,37 +51,52 @@ def read_hf_config(path: str | Path) -> Any:
         raise ConfigError(f"{path}/config.json: transformers cannot read it: {e}") from e
 
 
-def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology) -> list[nn.Module]:
-    """This rank's model chunks (one, without virtual pipelining), with random weights, on `topo.device`.
+def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none") -> list[nn.Module]:
+    """This rank's model chunks (`topo.vpp` of them), with random weights, on `topo.device`.
 
-    Each chunk is an unwrapped GPTModel with `hf_vocab_size` (columns beyond it are padding). Raises ConfigError when
-    the model does not divide by the layout, or the family is not supported.
+    Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError when the model does not divide by the
+    layout, or the family is not supported.
     """
-    config = transformer_config(cfg, hf_config, topo)
+    config = transformer_config(cfg, hf_config, topo, recompute=recompute)
+    outside = Outside(vocab_size=hf_config.vocab_size, head_dim=_head_dim(hf_config), rope_theta=_rope_theta(hf_config))
+    return [_build_chunk(config, hf_config, topo, number, outside) for number in range(topo.vpp)]
+
+
+def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, number: int, outside: Outside) -> GPTModel:
     use_te = transformer_engine_usable()
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization=config.normalization)
+    vp_stage = number if topo.vpp > 1 else None
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
+    )
     if not use_te:
         _use_own_modules(spec)
-    tied = bool(hf_config.tie_word_embeddings)
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(hf_config.vocab_size, topo.tp),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=topo.is_first_stage,
-        post_process=topo.is_last_stage,
+        pre_process=topo.is_first_stage and number == 0,
+        post_process=topo.is_last_stage and number == topo.vpp - 1,
         parallel_output=True,
-        share_embeddings_and_output_weights=tied,
-        position_embedding_type="rope",
+        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+        position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
         rotary_base=_rope_theta(hf_config),
+        vp_stage=vp_stage,
     )
-    if not use_te:
-        model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, _rope_theta(hf_config))
-    if topo.is_last_stage:
+    if model.post_process:
         model.output_layer.forward = _hidden_states
-    model.hf_vocab_size = hf_config.vocab_size
-    separate_expert_gradients(model, topo.tp)
-    return [model.to(topo.device)]
+    model.outside = outside
+    separate_expert_gradients(model, topo)
+    return model.to(topo.device)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outside:
+    """What the forward pass needs to know of a model beside its modules."""
+
+    vocab_size: int  # of the HF model: columns beyond it are padding
+    head_dim: int
+    rope_theta: float
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -82,13 +104,15 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def transformer_config(cfg: ModelConfig, hf_config: Any, topo: Topology) -> TransformerConfig:
+def transformer_config(
+    cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none"
+) -> TransformerConfig:
     """megatron-core's configuration of a supported HF model, with `cfg.override_transformer_config` applied last."""
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     check_divisible(hf_config, topo)
-    fields = _common_fields(cfg, topo) | family(hf_config)
+    fields = _common_fields(cfg, topo) | RECOMPUTE[recompute] | family(hf_config)
     return TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
 
 
@@ -97,7 +121,7 @@ def check_divisible(hf_config: Any, topo: Topology) -> None:
     must_divide = [
         ("num_attention_heads", hf_config.num_attention_heads, "tp", topo.tp),
         ("num_key_value_heads", hf_config.num_key_value_heads, "tp", topo.tp),
-        ("num_hidden_layers", hf_config.num_hidden_layers, "pp", topo.pp),
+        ("num_hidden_layers", hf_config.num_hidden_layers, "pp*vpp", topo.pp * topo.vpp),
         ("num_experts", getattr(hf_config, "num_experts", None), "ep", topo.ep),
     ]
     for name, size, degree_name, degree in must_divide:
@@ -120,7 +144,9 @@ def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:
         "tensor_model_parallel_size": topo.tp,
         "pipeline_model_parallel_size": topo.pp,
         "expert_model_parallel_size": topo.ep,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": topo.etp,
+        "context_parallel_size": topo.cp,
+        "virtual_pipeline_model_parallel_size": topo.vpp if topo.vpp > 1 else None,
         "sequence_parallel": topo.tp > 1,  # MoE needs it, and norms are not repeated on every rank
         "variable_seq_lengths": True,  # packed micro-batches differ in length
         "moe_token_dispatcher_type": "alltoall",  # the default refuses that, even for a dense model
@@ -215,10 +241,10 @@ OWN_FIELDS = {
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "expert_model_parallel_size": "parallel.ep",
-    "expert_tensor_parallel_size": "parallel.ep",
-    "context_parallel_size": "parallel",
+    "expert_tensor_parallel_size": "parallel.etp",
+    "context_parallel_size": "parallel.cp",
     "sequence_parallel": "parallel.tp",
-    "virtual_pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.vpp",
     "calculate_per_token_loss": "algo.normalisation",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
@@ -257,7 +283,7 @@ def _use_own_modules(block: TransformerBlockSubmodules) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What the last pipeline stage returns: [T] fp32 each, aligned with the micro-batch's targets."""
+    """What the last pipeline stage returns: [Tl] fp32 each, aligned with this rank's slice of the micro-batch."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -271,30 +297,30 @@ class TokenScores:
 def forward_micro_batch(
     model: nn.Module, mb: MicroBatch, *, temperature: float, topo: Topology, with_entropy: bool = False
 ) -> Tensor | TokenScores:
-    """One micro-batch through this stage's chunk: hidden states before the last stage, TokenScores on it.
+    """One micro-batch through one chunk of this stage: hidden states, or TokenScores of the model's last chunk.
 
-    For use inside a schedule's forward step, training or forward only; the schedule hands over hidden states.
+    Tokens outside `mb.wanted` get logprob and entropy 0. For use inside a schedule's forward step, training or forward
+    only; the schedule hands over hidden states.
     """
-    num_tokens = mb.tokens.shape[0]
-    assert num_tokens % topo.tp == 0, f"{num_tokens} packed tokens are not a multiple of tp={topo.tp}"
+    gpt = _unwrapped(model)
     out = model(
         input_ids=mb.tokens[None],
         position_ids=mb.position_ids[None],
         attention_mask=None,
-        packed_seq_params=_packed_seq_params(mb),
+        packed_seq_params=_packed_seq_params(mb, gpt.outside, topo),
     )
-    if not topo.is_last_stage:
+    if not gpt.post_process:
         return out
-    gpt = _unwrapped(model)
     tied = gpt.share_embeddings_and_output_weights
     logp, entropy = token_logprobs(
         out[0],
         gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
         mb.targets,
-        vocab_size=gpt.hf_vocab_size,
+        vocab_size=gpt.outside.vocab_size,
         temperature=temperature,
         tp_group=topo.tp_group,
         with_entropy=with_entropy,
+        where=mb.wanted,
     )
     return TokenScores(logp, entropy)
 
@@ -304,9 +330,17 @@ def _hidden_states(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return hidden, None
 
 
-def _packed_seq_params(mb: MicroBatch) -> PackedSeqParams:
+def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> PackedSeqParams:
     if not transformer_engine_usable():
-        return pack(mb.cu_seqlens, mb.max_seqlen, mb.position_ids)
+        return pack(
+            mb.cu_seqlens,
+            mb.max_seqlen,
+            mb.position_ids,
+            head_dim=outside.head_dim,
+            theta=outside.rope_theta,
+            shard=topo.shard,
+            cp_group=topo.cp_group if topo.cp > 1 else None,
+        )
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=mb.cu_seqlens,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.nn.functional import all_reduce
 
 from megasapo import metrics
 from megasapo.algo.loss import policy_loss
@@ -24,7 +25,7 @@ from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
 from megasapo.types import Batch, MicroBatch, MiniBatch
 
-# of each micro-batch: [T] float32 on the last pipeline stage, None elsewhere
+# of each micro-batch: [Tl] float32 on the last pipeline stage, None elsewhere
 Logprobs = list[torch.Tensor | None]
 
 
@@ -35,7 +36,7 @@ class Policy:
         """`temperature`: that of sampling, by which logits are divided; `total_steps`: optimizer steps of the run."""
         self._cfg, self._topo, self._algo, self._temperature = cfg, topo, algo, temperature
         self.hf_config = model.read_hf_config(cfg.model.path)
-        self._chunks = model.build_model(cfg.model, self.hf_config, topo)
+        self._chunks = model.build_model(cfg.model, self.hf_config, topo, recompute=cfg.train.recompute)
         bridge.load_hf(self._chunks, cfg.model.path, topo)
         self._reference = self._copy_weights() if algo.kl_coef else None
         self._ddp = wrap_ddp(self._chunks)
@@ -82,9 +83,7 @@ class Policy:
             with_entropy=with_entropy,
         )
         outcome = self._optimizer.step()
-        counted: dict[str, metrics.Metric] = {}
-        if self._topo.tp_rank == 0:  # tensor-parallel ranks hold the same tokens: count them once
-            counted |= metrics.to_host(metrics.merge(parts))
+        counted = metrics.to_host(metrics.merge(parts))
         if self._topo.rank == 0:  # equal on all ranks
             counted["grad/norm"] = Mean(outcome.grad_norm, 1.0) if outcome.taken else Mean(0.0, 0.0)
             counted["grad/skipped_steps"] = Sum(0.0 if outcome.taken else 1.0)
@@ -101,10 +100,14 @@ class Policy:
             advantages=mb.advantage,
             weight=mb.weight,
             loss_mask=mb.loss_mask,
-            sequence_mean=sequence_mean(mb),
+            sequence_mean=sequence_mean(mb, self._sum_over_shards if self._topo.cp * self._topo.tp > 1 else None),
             ref_logp=mb.ref_logp,
             entropy=scores.entropy,
         )
+
+    def _sum_over_shards(self, sums: torch.Tensor) -> torch.Tensor:
+        """Differentiable: what each rank makes of the sum sends its gradient to all of them."""
+        return all_reduce(sums, group=self._topo.tokens_group)
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Collective. Full tensors under HF names, bucket by bucket, on rank 0; empty lists elsewhere."""

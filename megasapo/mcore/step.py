@@ -24,7 +24,7 @@ LossFunction = Callable[[TokenScores, MicroBatch], tuple[torch.Tensor, Metrics]]
 def logprobs(
     model: list[torch.nn.Module], micro: Sequence[MicroBatch], topo: Topology, *, temperature: float
 ) -> list[torch.Tensor | None]:
-    """Logprobs of the targets of each micro-batch, without gradient: [T] float32 on the last stage, None elsewhere."""
+    """Logprobs of the targets of each micro-batch, without gradient: [Tl] float32 on the last stage, None elsewhere."""
 
     def keep(_mb: MicroBatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return scores.logp.sum(), _no_tokens(), scores.logp

@@ -1,8 +1,8 @@
 """Which rank does what: process groups and coordinates, made once at start and passed explicitly.
 
 `Topology.init` is the only place that reads torchrun's environment, and this is the only file that reads
-megatron-core's parallel_state. It knows nothing of models or data. Ranks are laid out tp fastest, then dp, then pp.
-Experts are never cut by tensor parallelism: expert parallelism spreads them whole over the tp x dp ranks of a stage.
+megatron-core's parallel_state. It knows nothing of models or data. Ranks are laid out tp fastest, then cp, dp, pp.
+Experts are spread over the tp x cp x dp ranks of a stage by their own degrees: etp fastest, then ep.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megasapo.config import ConfigError, ParallelConfig
+from megasapo.data.packing import Shard
 
 # A rank may wait for a whole rollout of its peers inside a collective.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -29,20 +30,26 @@ class Topology:
     tp: int
     pp: int
     ep: int
+    cp: int
+    etp: int
+    vpp: int  # model chunks a pipeline stage
     dp: int
     tp_rank: int
     pp_rank: int
-    dp_rank: int
     ep_rank: int
+    cp_rank: int
+    dp_rank: int
     is_first_stage: bool
     is_last_stage: bool
-    is_leader: bool  # talks to the rollout servers for its replica: tp_rank 0 and pp_rank 0
+    is_leader: bool  # talks to the rollout servers for its replica: rank 0 of tp, cp and pp
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
-    replica_group: dist.ProcessGroup  # gloo; the tp x pp ranks that share a dp_rank, the leader is its rank 0
+    cp_group: dist.ProcessGroup
+    tokens_group: dist.ProcessGroup  # the tp x cp ranks of a stage that share the sequences of a micro-batch
+    replica_group: dist.ProcessGroup  # gloo; the tp x cp x pp ranks that share a dp_rank, the leader is its rank 0
     leaders_group: dist.ProcessGroup | None  # gloo; the leaders in dp order, None on other ranks
     world_group_cpu: dist.ProcessGroup  # gloo; all ranks, apart from megatron-core's traffic
 
@@ -59,12 +66,24 @@ class Topology:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.etp,
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         return _read_parallel_state(parallel, device)
+
+    @property
+    def shard(self) -> Shard:
+        """Which tokens of a micro-batch are this rank's."""
+        return Shard(self.cp, self.cp_rank, self.tp, self.tp_rank)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of a step come in multiples of this: interleaved pipelines take them in rounds."""
+        return self.pp if self.vpp > 1 else 1
 
     def barrier(self) -> None:
         dist.barrier(group=self.world_group_cpu)
@@ -96,14 +115,14 @@ class Topology:
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse parallel sizes that `world_size` ranks cannot form (ConfigError)."""
-    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
-    if world_size % (tp * pp):
+    tp, pp, ep, cp = parallel.tp, parallel.pp, parallel.ep, parallel.cp
+    if world_size % (tp * pp * cp):
         raise ConfigError(
-            f"parallel: tp({tp})*pp({pp})={tp * pp} does not divide world size {world_size}; "
-            f"start a multiple of {tp * pp} processes or lower tp or pp"
+            f"parallel: tp({tp})*pp({pp})*cp({cp})={tp * pp * cp} does not divide world size {world_size}; "
+            f"start a multiple of {tp * pp * cp} processes or lower tp, pp or cp"
         )
     stage = world_size // pp
-    if stage % ep:
+    if stage % (ep * parallel.etp):
         raise ConfigError(
             f"parallel: ep({ep}) does not divide the {stage} ranks of a pipeline stage (world size {world_size} / "
             f"pp({pp})); use an ep that divides {stage} or start more processes"
@@ -130,14 +149,15 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    cp_rank = parallel_state.get_context_parallel_rank()
     dp_rank = parallel_state.get_data_parallel_rank()
     world_cpu = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    where: list[tuple[int, int, int]] = [(0, 0, 0)] * world_size  # (dp, pp, tp) of each rank
-    dist.all_gather_object(where, (dp_rank, pp_rank, tp_rank), group=world_cpu)
+    where: list[tuple[int, ...]] = [()] * world_size  # (dp, pp, cp, tp) of each rank
+    dist.all_gather_object(where, (dp_rank, pp_rank, cp_rank, tp_rank), group=world_cpu)
     dp = parallel_state.get_data_parallel_world_size()
     replicas = [[r for r in range(world_size) if where[r][0] == d] for d in range(dp)]
     leaders = [replica[0] for replica in replicas]
-    assert all(where[r] == (d, 0, 0) for d, r in enumerate(leaders)), f"leaders {leaders} of {where}"
+    assert all(where[r] == (d, 0, 0, 0) for d, r in enumerate(leaders)), f"leaders {leaders} of {where}"
     replica_group = _own_group(replicas, rank)
     assert replica_group is not None, f"rank {rank} is in no replica of {replicas}"
     return Topology(
@@ -146,11 +166,15 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
         tp=parallel.tp,
         pp=parallel.pp,
         ep=parallel.ep,
+        cp=parallel.cp,
+        etp=parallel.etp,
+        vpp=parallel.vpp,
         dp=dp,
         tp_rank=tp_rank,
         pp_rank=pp_rank,
-        dp_rank=dp_rank,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        cp_rank=cp_rank,
+        dp_rank=dp_rank,
         is_first_stage=pp_rank == 0,
         is_last_stage=pp_rank == parallel.pp - 1,
         is_leader=rank in leaders,
@@ -159,6 +183,8 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        tokens_group=parallel_state.get_tensor_and_context_parallel_group(),
         replica_group=replica_group,
         leaders_group=_own_group([leaders], rank),
         world_group_cpu=world_cpu,
