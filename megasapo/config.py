@@ -48,6 +48,8 @@ class ModelConfig(Section):
     """HF directory: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameters and activations of the learner; the optimizer keeps fp32 masters."""
+    head: Literal["auto", "torch", "triton"] = "auto"
+    """Row kernels of the output head; auto: triton on CUDA, torch elsewhere."""
     override_transformer_config: dict[str, Any] = {}
     """Passed to megatron-core's TransformerConfig; names are checked against it."""
 
@@ -161,6 +163,8 @@ class AlgoConfig(Section):
     """Optimizer steps a rollout batch."""
     old_logprobs: Literal["learner", "rollout"] = "learner"
     """Ratios are measured from the learner's own recomputed logprobs, or from the server's."""
+    routing_replay: Literal["none", "R2"] = "none"
+    """R2: the update routes every token as the pass that computed its old logprobs did."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL to the starting model."""
     entropy_coef: Annotated[float, Field(strict=False, allow_inf_nan=False)] = 0.0
@@ -174,9 +178,20 @@ class AlgoConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How the learner is cut; what is left of the ranks is data parallel: world = tp * cp * pp * dp."""
+
     tp: PositiveInt = 1
+    """Tensor parallel, always with sequence parallel: weights and, between them, tokens are cut over tp ranks."""
     pp: PositiveInt = 1
+    """Pipeline parallel: stages of consecutive layers."""
     ep: PositiveInt = 1
+    """Expert parallel: the experts of a layer are spread over ep ranks of the stage."""
+    cp: PositiveInt = 1
+    """Context parallel: every sequence is cut over cp ranks."""
+    etp: PositiveInt = 1
+    """Tensor parallel inside the experts, apart from tp."""
+    vpp: PositiveInt = 1
+    """Virtual pipeline: model chunks a stage, interleaved to shorten the pipeline's bubble; needs pp > 1."""
 
 
 class OptimConfig(Section):
@@ -201,7 +216,11 @@ class TrainConfig(Section):
     steps: PositiveInt = 100
     """Rollout batches."""
     micro_batch_tokens: PositiveInt = 4096
-    """Most tokens packed into one micro-batch; a longer sequence is an error."""
+    """Most tokens packed into one micro-batch (counted before context parallelism); a longer sequence is an error."""
+    packing: bool = True
+    """False: one sequence a micro-batch; the same step, slower."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: those of attention (selective), or all but each layer's input (full)."""
     save_every: PositiveInt = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: PositiveInt = 2
