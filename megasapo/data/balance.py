@@ -1,4 +1,4 @@
-"""Planning which rank trains on which sequence, and in which micro-batch. Pure integers; sees neither tokens nor ranks.
+"""Planning which rank trains on which sequence, and in which micro-batch. Pure numbers; sees neither tokens nor ranks.
 
 Every rank computes the same plan from the same lengths, so nothing but lengths needs to be exchanged.
 """
@@ -7,38 +7,54 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 Bins = list[list[int]]
 
 
 def plan(
-    lengths: Sequence[int], num_ranks: int, max_tokens: int, *, uids: Sequence[int] | None = None
+    lengths: Sequence[int],
+    num_ranks: int,
+    max_tokens: int,
+    *,
+    uids: Sequence[int] | None = None,
+    costs: Sequence[float] | None = None,
+    multiple_of: int = 1,
+    one_each: bool = False,
 ) -> list[list[list[int]]]:
     """[rank][micro-batch] -> indices into lengths (ascending).
 
-    lengths: the slots that each sequence takes, its tokens - 1. Every rank gets the same number of micro-batches (as
-    few as the packing finds, at least one), each of at most max_tokens slots, some possibly empty; ranks, and the k-th
-    micro-batches of all ranks, carry nearly equal sums. Deterministic. ValueError for a sequence above max_tokens,
-    named by its uid when uids are given.
+    lengths: the slots that each sequence takes. Every rank gets the same number of micro-batches (as few as the packing
+    finds, at least one, a multiple of `multiple_of`: interleaved pipelines need whole rounds of their stages), each of
+    at most max_tokens slots, with `one_each` of at most one sequence, some possibly empty. Ranks, and the k-th
+    micro-batches of all ranks, carry nearly equal sums of `costs` (of lengths without; see `attention_costs`).
+    Deterministic. ValueError for a sequence above max_tokens, named by its uid when uids are given.
     """
-    if num_ranks < 1 or max_tokens < 1:
-        raise ValueError(f"num_ranks={num_ranks} and max_tokens={max_tokens} must be at least 1")
+    if num_ranks < 1 or max_tokens < 1 or multiple_of < 1:
+        raise ValueError(
+            f"num_ranks={num_ranks}, max_tokens={max_tokens} and multiple_of={multiple_of} must be at least 1"
+        )
+    if costs is not None and len(costs) != len(lengths):
+        raise ValueError(f"{len(lengths)} lengths and {len(costs)} costs: one cost for each sequence")
     _refuse_too_long(lengths, max_tokens, uids)
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_micro = max(1, -(-sum(lengths) // (num_ranks * max_tokens)))
+    rows = _Rows(lengths, lengths if costs is None else costs, max_tokens, 1 if one_each else len(lengths))
+    fewest = len(lengths) if one_each else -(-sum(lengths) // max_tokens)
+    rounds = max(1, -(-fewest // (num_ranks * multiple_of)))
     while True:
-        found = [
-            _deal_to_ranks(bins, lengths, num_ranks, num_micro)
-            for bins in (
-                _level(order, lengths, num_ranks * num_micro, max_tokens),
-                _first_fit(order, lengths, num_ranks * num_micro, max_tokens),
-            )
-            if bins is not None
-        ]
-        if found:
-            return min(found, key=lambda ranks: _heaviest(ranks, lengths))
-        num_micro += 1
+        for pack in (_level, _first_fit):
+            found = pack(rows, num_ranks, rounds * multiple_of)
+            if found is not None:
+                return found
+        rounds += 1
+
+
+def attention_costs(lengths: Sequence[int], ratio: float) -> list[float]:
+    """What each sequence costs to compute, in tokens' worth of linear layers: n + ratio * n^2 (`Geometry.cost_ratio`).
+
+    A token costs the same in every sequence except in attention, where it meets all tokens before it.
+    """
+    return [n + ratio * n * n for n in lengths]
 
 
 def split_mini_batches(num_groups: int, mini_batches: int) -> list[range]:
@@ -63,47 +79,72 @@ def _refuse_too_long(lengths: Sequence[int], max_tokens: int, uids: Sequence[int
             )
 
 
-def _level(order: list[int], lengths: Sequence[int], num_bins: int, max_tokens: int) -> Bins | None:
-    """Longest first into the emptiest bin: even bins; None when one would overflow."""
-    bins: Bins = [[] for _ in range(num_bins)]
-    heap = [(0, b) for b in range(num_bins)]
-    for i in order:
-        load, b = heapq.heappop(heap)
-        if load + lengths[i] > max_tokens:
+@dataclass(slots=True)
+class _Bin:
+    members: list[int] = field(default_factory=list)
+    tokens: int = 0
+    cost: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    lengths: Sequence[int]
+    costs: Sequence[float]
+    max_tokens: int  # of a bin
+    max_rows: int  # of a bin
+
+    def by(self, weights: Sequence[float]) -> list[int]:
+        """Indices, heaviest first."""
+        return sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+
+    def fits(self, i: int, into: _Bin) -> bool:
+        return into.tokens + self.lengths[i] <= self.max_tokens and len(into.members) < self.max_rows
+
+    def put(self, i: int, into: _Bin) -> None:
+        into.members.append(i)
+        into.tokens += self.lengths[i]
+        into.cost += self.costs[i]
+
+
+def _level(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
+    """Dearest first to the rank with the least, there into the cheapest bin with room; None when one fits nowhere."""
+    ranks = [[_Bin() for _ in range(num_micro)] for _ in range(num_ranks)]
+    heap: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
+    for i in rows.by(rows.costs):
+        passed: list[tuple[float, int]] = []
+        chosen = None
+        while chosen is None:
+            if not heap:
+                return None
+            carried, r = heapq.heappop(heap)
+            with_room = [b for b in ranks[r] if rows.fits(i, b)]
+            chosen = min(with_room, key=lambda b: b.cost, default=None)
+            passed.append((carried + (rows.costs[i] if chosen else 0), r))
+        rows.put(i, chosen)
+        for entry in passed:
+            heapq.heappush(heap, entry)
+    # within a rank dearest first, so that the k-th of all ranks are alike
+    return [[sorted(b.members) for b in sorted(bins, key=lambda b: -b.cost)] for bins in ranks]
+
+
+def _first_fit(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
+    """Longest first into the first bin with room: fewer but uneven bins, then dealt; None when they do not suffice."""
+    bins = [_Bin() for _ in range(num_ranks * num_micro)]
+    for i in rows.by(rows.lengths):
+        chosen = next((b for b in bins if rows.fits(i, b)), None)
+        if chosen is None:
             return None
-        bins[b].append(i)
-        heapq.heappush(heap, (load + lengths[i], b))
-    return bins
+        rows.put(i, chosen)
+    return _deal_to_ranks(bins, num_ranks, num_micro)
 
 
-def _first_fit(order: list[int], lengths: Sequence[int], num_bins: int, max_tokens: int) -> Bins | None:
-    """Longest first into the first bin with room: fewer but uneven bins; None when they do not suffice."""
-    bins: Bins = [[] for _ in range(num_bins)]
-    room = [max_tokens] * num_bins
-    for i in order:
-        b = next((b for b in range(num_bins) if room[b] >= lengths[i]), None)
-        if b is None:
-            return None
-        bins[b].append(i)
-        room[b] -= lengths[i]
-    return bins
-
-
-def _deal_to_ranks(bins: Bins, lengths: Sequence[int], num_ranks: int, num_micro: int) -> list[Bins]:
-    """Heaviest bin to the lightest rank that still has a free place; within a rank heaviest first."""
+def _deal_to_ranks(bins: list[_Bin], num_ranks: int, num_micro: int) -> list[Bins]:
+    """Dearest bin to the rank with the least that still has a free place; within a rank dearest first."""
     ranks: list[Bins] = [[] for _ in range(num_ranks)]
-    heap = [(0, r) for r in range(num_ranks)]
-    for load, members in sorted(((_load(b, lengths), sorted(b)) for b in bins), key=lambda x: (-x[0], x[1])):
+    heap: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
+    for found in sorted(bins, key=lambda b: (-b.cost, sorted(b.members))):
         carried, r = heapq.heappop(heap)
-        ranks[r].append(members)
+        ranks[r].append(sorted(found.members))
         if len(ranks[r]) < num_micro:
-            heapq.heappush(heap, (carried + load, r))
+            heapq.heappush(heap, (carried + found.cost, r))
     return ranks
-
-
-def _load(members: list[int], lengths: Sequence[int]) -> int:
-    return sum(lengths[i] for i in members)
-
-
-def _heaviest(ranks: list[Bins], lengths: Sequence[int]) -> int:
-    return max(sum(_load(b, lengths) for b in rank) for rank in ranks)

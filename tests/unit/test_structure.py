@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2] / "megasapo"
 FILES = sorted(ROOT.rglob("*.py"))
 # lower layers first; a module may import its own layer and those before it, but rollout and mcore not one another
 LAYERS = [
-    {"types", "metrics", "config", "checksum", "errors", ""},
+    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", ""},
     {"algo", "launch"},
     {"data", "rewards", "log"},
     {"mcore", "rollout"},
     {"publish", "run"},
-    {"train", "sft", "evaluate", "score", "doctor"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
@@ -76,7 +76,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert lines <= 80, f"{path}:{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("code", ["import megasapo.config, megasapo.types", "import megasapo.cli"])
+@pytest.mark.parametrize("code", ["import megasapo.config, megasapo.types, megasapo.layout", "import megasapo.cli"])
 def test_light_modules_do_not_import_torch(code: str) -> None:
     check = f"{code}\nimport sys\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
