@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from megasapo import config, launch
+from megasapo import config, launch, layout
 from megasapo.config import Config, ConfigError
 
 
@@ -30,28 +29,26 @@ def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
     _check_files(cfg)
-    return cfg, check_nproc(cfg.parallel, args.nproc)
+    ranks = world_size(cfg.parallel, args.nproc)
+    layout.check_run(cfg, ranks)
+    return cfg, ranks
 
 
 def _check_files(cfg: Config) -> None:
     """Refuse what is not there before any rank starts."""
-    if not (Path(cfg.model.path) / "config.json").is_file():
-        raise ConfigError(f"model.path={cfg.model.path}: no config.json there; give the directory of an HF model")
     files = {"data.train": cfg.data.train, "data.eval": cfg.data.eval, "sft.data": cfg.sft.data}
     for name, path in files.items():
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"{name}={path}: no such file")
 
 
-def check_nproc(parallel: config.ParallelConfig, nproc: int | None) -> int:
-    """The number of local ranks: what was asked for, or as few as the layout needs."""
-    fewest = parallel.pp * math.lcm(parallel.tp, parallel.ep)
-    if nproc is not None and (nproc < 1 or nproc % fewest):
-        raise ConfigError(
-            f"--nproc {nproc} is no multiple of pp({parallel.pp})*lcm(tp({parallel.tp}), ep({parallel.ep}))={fewest}: "
-            f"use a multiple of {fewest} or change parallel"
-        )
-    return nproc or fewest
+def world_size(parallel: config.ParallelConfig, nproc: int | None) -> int:
+    """How many ranks there will be: as torchrun or srun says, as was asked for, or as few as the layout needs."""
+    if launch.is_rank():
+        return int(os.environ["WORLD_SIZE"])
+    if nproc is not None and nproc < 1:
+        raise ConfigError(f"--nproc {nproc}: give at least one rank")
+    return nproc or layout.fewest_ranks(parallel)
 
 
 def on_ranks(command: str, argv: list[str], nproc: int, stop_file: Path | None = None) -> int | None:

@@ -18,6 +18,8 @@ import numpy as np
 from megasapo import config, run
 from megasapo.config import Config, ConfigError
 from megasapo.data.files import DataError, read_records
+from megasapo.geometry import read_geometry
+from megasapo.layout import check_layout
 
 if TYPE_CHECKING:
     from megasapo.mcore.topology import Topology
@@ -37,9 +39,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     raw = {"model": {"path": args.model, "dtype": "float32"}}
     cfg = config.from_dict(raw, args.overrides, source="megasapo score")
-    nproc = run.check_nproc(cfg.parallel, args.nproc)
+    nproc = run.world_size(cfg.parallel, args.nproc)
+    geometry = read_geometry(args.model)
+    check_layout(cfg.parallel, nproc, geometry)
     try:
-        sequences = read_sequences(args.data, _vocab_size(args.model))
+        sequences = read_sequences(args.data, geometry.vocab)
     except DataError as e:
         raise ConfigError(str(e)) from e
     code = run.on_ranks("score", argv, nproc)
@@ -60,13 +64,6 @@ def read_sequences(path: Path, vocab_size: int) -> list[np.ndarray]:
             raise DataError(f"{path}:{line}: token id {wrong} is outside the model's vocabulary of {vocab_size}")
         sequences.append(np.asarray(ids, dtype=np.int32))
     return sequences
-
-
-def _vocab_size(model: str) -> int:
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"--model {model}: no config.json there; give the directory of an HF model")
-    return int(json.loads(path.read_text())["vocab_size"])
 
 
 def _score_on_rank(cfg: Config, sequences: Sequence[np.ndarray], out: Path) -> None:

@@ -89,9 +89,9 @@ def _loop(
     """From `step` to `steps`, or until asked to stop; returns the step reached. Collective."""
     from megasapo import metrics
     from megasapo.algo.weights import token_weights
-    from megasapo.mcore.exchange import build_batch
+    from megasapo.mcore.exchange import PackingRule, build_batch
 
-    phases = run.Phases()
+    phases, packing = run.Phases(), PackingRule.of(cfg)
     for rows in _batches(examples, cfg, start=step):
         with phases("update"):
             mine = rows[topo.dp_rank :: topo.dp] if topo.is_leader else []
@@ -100,7 +100,7 @@ def _loop(
                 topo,
                 mini_batches=1,
                 group_size=1,
-                max_tokens=cfg.train.micro_batch_tokens,
+                packing=packing,
                 weight_rule=partial(token_weights, normalisation="token", constant_length=1),
             )
             stats = metrics.merge(topo.gather(policy.update_supervised(batch.mini[0])))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megasapo.data.prompts import PromptStream
     from megasapo.evaluate import Problem
     from megasapo.log.sinks import Log
+    from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
     from megasapo.metrics import Metrics
@@ -52,6 +53,7 @@ class Parts:
     cfg: Config
     topo: Topology
     policy: Policy
+    packing: PackingRule
     source: RolloutSource
     publish: Publisher
     evaluate: Callable[[int], dict[str, float]]
@@ -71,7 +73,7 @@ def loop(p: Parts, step: int) -> int:
         with phases("rollout"):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
-            batch = make_batch(groups, p.cfg, p.topo)
+            batch = make_batch(groups, p)
         with phases("old_logprobs"):
             batch = p.policy.with_old_logprobs(batch)
         with phases("update"):
@@ -99,20 +101,20 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def make_batch(groups: list[Group], cfg: Config, topo: Topology) -> Batch:
+def make_batch(groups: list[Group], p: Parts) -> Batch:
     """Advantages, token weights, mini-batches balanced over ranks, packed. Collective."""
     from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
     from megasapo.mcore.exchange import build_batch
     from megasapo.rollout.sequences import to_sequences
 
-    algo = resolve(cfg.algo, cfg.rollout)
+    algo = resolve(p.cfg.algo, p.cfg.rollout)
     return build_batch(
         to_sequences(groups, algo),
-        topo,
-        mini_batches=cfg.algo.mini_batches,
-        group_size=cfg.rollout.group_size,
-        max_tokens=cfg.train.micro_batch_tokens,
+        p.topo,
+        mini_batches=p.cfg.algo.mini_batches,
+        group_size=p.cfg.rollout.group_size,
+        packing=p.packing,
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
     )
 
@@ -167,6 +169,7 @@ def _make_parts(
     from megasapo.data.tokenizer import load_tokenizer
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
+    from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
     from megasapo.publish import Publisher
 
@@ -204,7 +207,7 @@ def _make_parts(
         total_steps=cfg.train.steps,
     )
     cleanup.callback(log.close)
-    return Parts(cfg, topo, policy, source, publisher, evaluate, log, directory, stop)
+    return Parts(cfg, topo, policy, PackingRule.of(cfg), source, publisher, evaluate, log, directory, stop)
 
 
 def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:

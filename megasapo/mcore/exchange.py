@@ -7,14 +7,18 @@ fetched a sequence to the one that trains on it, and from there to the ranks of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megasapo.data.balance import plan, split_mini_batches
+from megasapo.config import Config
+from megasapo.data.balance import attention_costs, plan, split_mini_batches
 from megasapo.data.packing import pack
+from megasapo.geometry import read_geometry
 from megasapo.mcore.topology import Topology
 from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
 
@@ -23,6 +27,20 @@ class WeightRule(Protocol):
     """algo.weights.token_weights with the settings of the run filled in."""
 
     def __call__(self, loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackingRule:
+    """How sequences are put together into micro-batches."""
+
+    max_tokens: int  # slots of a micro-batch at most, before context parallelism cuts it
+    attention_ratio: float = 0.0  # Geometry.cost_ratio, by which replicas get equal work; 0: equal tokens
+    one_each: bool = False  # one sequence a micro-batch
+
+    @staticmethod
+    def of(cfg: Config) -> PackingRule:
+        ratio = read_geometry(cfg.model.path).cost_ratio
+        return PackingRule(cfg.train.micro_batch_tokens, ratio, one_each=not cfg.train.packing)
 
 
 # of each sequence, known to every rank: uid, slots it takes, loss tokens
@@ -37,13 +55,13 @@ def build_batch(
     *,
     mini_batches: int,
     group_size: int,
-    max_tokens: int,
+    packing: PackingRule,
     weight_rule: WeightRule,
 ) -> Batch:
     """Collective. Split all ranks' sequences into mini-batches, balance them over replicas, pack this rank's.
 
     `mine`: what this rank's leader fetched (empty on other ranks). A mini-batch is a run of groups in uid order, so its
-    content does not depend on the layout. Raises ValueError for a sequence longer than `max_tokens` slots.
+    content does not depend on the layout. Raises ValueError for a sequence longer than a micro-batch.
     """
     headers = _share_headers(mine, topo)
     groups = sorted({uid // group_size for uid, _, _ in headers})
@@ -51,7 +69,7 @@ def build_batch(
     for part in split_mini_batches(len(groups), mini_batches):
         chosen = {groups[i] for i in part}
         rows = [h for h in headers if h[0] // group_size in chosen]
-        split = plan([slots for _, slots, _ in rows], topo.dp, max_tokens, uids=[uid for uid, _, _ in rows])
+        split = _split(rows, topo, packing)
         assignments.append([[[rows[i][0] for i in micro] for micro in rank] for rank in split])
         counts.append((len(rows), sum(loss for _, _, loss in rows)))
     held = _move(mine, assignments, topo)
@@ -63,6 +81,26 @@ def build_batch(
         )
         mini.append(MiniBatch(micro, num_sequences, num_loss_tokens))
     return Batch(tuple(mini))
+
+
+def _split(rows: list[Header], topo: Topology, packing: PackingRule) -> list[list[list[int]]]:
+    """[replica][micro-batch] -> indices into rows."""
+    lengths = [slots for _, slots, _ in rows]
+    split = partial(
+        plan,
+        lengths,
+        topo.dp,
+        packing.max_tokens,
+        uids=[uid for uid, _, _ in rows],
+        costs=attention_costs(lengths, packing.attention_ratio),
+        one_each=packing.one_each,
+    )
+    found = split(multiple_of=topo.micro_batch_multiple)
+    if topo.vpp > 1 and len(found[0]) < 2 * topo.pp:
+        # With a single round megatron-core's interleaved stages wait for one another forever (0.16.1 to 0.19.2): a
+        # stage waits for the size of what comes next while its neighbour waits for what it was to send.
+        found = split(multiple_of=2 * topo.pp)
+    return found
 
 
 def _pack(

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError, ModelConfig
+from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
 from megasapo.mcore.head import token_logprobs
@@ -54,8 +55,8 @@ def read_hf_config(path: str | Path) -> Any:
 def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none") -> list[nn.Module]:
     """This rank's model chunks (`topo.vpp` of them), with random weights, on `topo.device`.
 
-    Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError when the model does not divide by the
-    layout, or the family is not supported.
+    Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError for a family that is not supported;
+    megasapo.layout has checked that the layout can cut the model.
     """
     config = transformer_config(cfg, hf_config, topo, recompute=recompute)
     outside = Outside(vocab_size=hf_config.vocab_size, head_dim=_head_dim(hf_config), rope_theta=_rope_theta(hf_config))
@@ -99,11 +100,6 @@ class Outside:
     rope_theta: float
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary rounded up to a multiple of tp."""
-    return -(-vocab_size // tp) * tp
-
-
 def transformer_config(
     cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none"
 ) -> TransformerConfig:
@@ -111,27 +107,8 @@ def transformer_config(
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    check_divisible(hf_config, topo)
     fields = _common_fields(cfg, topo) | RECOMPUTE[recompute] | family(hf_config)
     return TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
-
-
-def check_divisible(hf_config: Any, topo: Topology) -> None:
-    """Refuse a model that the layout cannot cut (ConfigError with the numbers)."""
-    must_divide = [
-        ("num_attention_heads", hf_config.num_attention_heads, "tp", topo.tp),
-        ("num_key_value_heads", hf_config.num_key_value_heads, "tp", topo.tp),
-        ("num_hidden_layers", hf_config.num_hidden_layers, "pp*vpp", topo.pp * topo.vpp),
-        ("num_experts", getattr(hf_config, "num_experts", None), "ep", topo.ep),
-    ]
-    for name, size, degree_name, degree in must_divide:
-        if size is None and degree > 1:
-            raise ConfigError(f"parallel.ep={degree}, but model_type={hf_config.model_type!r} has no experts; use ep=1")
-        if size is not None and size % degree:
-            raise ConfigError(
-                f"parallel.{degree_name}={degree} does not divide the model's {name}={size}; "
-                f"use one of {[d for d in range(1, size + 1) if size % d == 0]}"
-            )
 
 
 def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megasapo.config import ConfigError, ParallelConfig
+from megasapo.config import ParallelConfig
 from megasapo.data.packing import Shard
+from megasapo.layout import check_layout
 
 # A rank may wait for a whole rollout of its peers inside a collective.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -111,22 +112,6 @@ class Topology:
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse parallel sizes that `world_size` ranks cannot form (ConfigError)."""
-    tp, pp, ep, cp = parallel.tp, parallel.pp, parallel.ep, parallel.cp
-    if world_size % (tp * pp * cp):
-        raise ConfigError(
-            f"parallel: tp({tp})*pp({pp})*cp({cp})={tp * pp * cp} does not divide world size {world_size}; "
-            f"start a multiple of {tp * pp * cp} processes or lower tp, pp or cp"
-        )
-    stage = world_size // pp
-    if stage % (ep * parallel.etp):
-        raise ConfigError(
-            f"parallel: ep({ep}) does not divide the {stage} ranks of a pipeline stage (world size {world_size} / "
-            f"pp({pp})); use an ep that divides {stage} or start more processes"
-        )
 
 
 def _init_process_group(world_size: int) -> torch.device:

@@ -106,7 +106,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
         if advantage is not None:
             rows = [TrainSequence(r.uid, r.tokens, r.loss_mask, r.rollout_logp, advantage) for r in rows]
         made = exchange.build_batch(
-            rows, topo, mini_batches=2, group_size=GROUP, max_tokens=cfg.train.micro_batch_tokens, weight_rule=rule
+            rows, topo, mini_batches=2, group_size=GROUP, packing=exchange.PackingRule.of(cfg), weight_rule=rule
         )
         return policy.with_old_logprobs(made)
 
@@ -142,7 +142,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
         topo,
         mini_batches=1,
         group_size=GROUP,
-        max_tokens=96,
+        packing=exchange.PackingRule.of(cfg),
         weight_rule=rule,
     )
     broken = metrics.merge(topo.gather(policy.update(policy.with_old_logprobs(one_broken))))
