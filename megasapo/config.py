@@ -324,6 +324,11 @@ def _check_algo(cfg: Config) -> None:
             "algo.old_logprobs=rollout makes exp(old - rollout) = 1 everywhere, so algo.tis_cap and algo.tis_mask "
             "do nothing: use old_logprobs=learner or remove them"
         )
+    if a.old_logprobs == "rollout" and a.routing_replay == "R2":
+        raise ValueError(
+            "algo.routing_replay=R2 replays what the learner's own pass over the batch chose, and "
+            "algo.old_logprobs=rollout leaves that pass out: use old_logprobs=learner"
+        )
     if a.overlong_penalty_tokens >= cfg.rollout.max_new_tokens:
         raise ValueError(
             f"algo.overlong_penalty_tokens={a.overlong_penalty_tokens} must be below rollout.max_new_tokens="

@@ -5,8 +5,8 @@ Called by train.py and sft.py. The rest of the program sees tensors of token ids
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from megasapo.data.packing import sequence_mean
 from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.model import TokenScores
 from megasapo.mcore.optim import Optimizer, wrap_ddp
+from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
 from megasapo.types import Batch, MicroBatch, MiniBatch
 
 # of each micro-batch: [Tl] float32 on the last pipeline stage, None elsewhere
 Logprobs = list[torch.Tensor | None]
+# of each micro-batch: what RoutingReplay recorded, None where routers choose by themselves
+Routings = Sequence[torch.Tensor | None]
 
 
 class Policy:
@@ -41,47 +44,57 @@ class Policy:
         self._reference = self._copy_weights() if algo.kl_coef else None
         self._ddp = wrap_ddp(self._chunks)
         self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)
+        self._replay = RoutingReplay(self._ddp) if cfg.algo.routing_replay == "R2" else None
 
     def with_old_logprobs(self, batch: Batch) -> Batch:
-        """Set old_logp (and ref_logp when KL is on) of every micro-batch, with the weights as they are now.
+        """Set old_logp (ref_logp when KL is on, routing for R2) of every micro-batch, with the weights as they are now.
 
         `algo.old_logprobs: rollout` takes the server's logprobs instead and needs no pass over the batch.
         """
-        old = [self._old_logprobs(mini) for mini in batch.mini]
+        old, routing = zip(*(self._old_logprobs(mini) for mini in batch.mini), strict=True)
         reference: list[Logprobs] = [[None] * len(mini.micro) for mini in batch.mini]
         if self._reference is not None:
             with self._weights_swapped(self._reference):  # once a batch: it copies all weights twice
                 reference = [self._logprobs(mini.micro) for mini in batch.mini]
-        return Batch(tuple(_with_logprobs(*parts) for parts in zip(batch.mini, old, reference, strict=True)))
+        return Batch(tuple(_with_logprobs(*parts) for parts in zip(batch.mini, old, reference, routing, strict=True)))
 
-    def _old_logprobs(self, mini: MiniBatch) -> Logprobs:
+    def _old_logprobs(self, mini: MiniBatch) -> tuple[Logprobs, Routings]:
+        natively: Routings = [None] * len(mini.micro)
         if self._cfg.algo.old_logprobs == "rollout":
-            return [mb.rollout_logp for mb in mini.micro]
-        return self._logprobs(mini.micro)
+            return [mb.rollout_logp for mb in mini.micro], natively
+        if self._replay is None:
+            return self._logprobs(mini.micro), natively
+        return self._logprobs(mini.micro, self._replay.record), self._replay.take()
 
-    def _logprobs(self, micro: tuple[MicroBatch, ...]) -> Logprobs:
-        return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature)
+    def _logprobs(self, micro: tuple[MicroBatch, ...], routed: step.Routed = step.natively) -> Logprobs:
+        return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature, routed=routed)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks."""
-        return metrics.merge([self._step(mini, self._policy_loss, with_entropy=True) for mini in batch.mini])
+        replay = self._replay
+        return metrics.merge([self._step(mini, self._policy_loss, replay, with_entropy=True) for mini in batch.mini])
 
     def update_supervised(self, mini: MiniBatch) -> Metrics:
         """One optimizer step on the weighted negative log-likelihood of the loss tokens."""
-        return self._step(mini, _supervised_loss, with_entropy=False)
+        return self._step(mini, _supervised_loss, None, with_entropy=False)
 
-    def _step(self, mini: MiniBatch, loss_function: step.LossFunction, *, with_entropy: bool) -> Metrics:
+    def _step(
+        self, mini: MiniBatch, loss_function: step.LossFunction, replay: RoutingReplay | None, *, with_entropy: bool
+    ) -> Metrics:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        parts = step.forward_backward(
-            self._ddp,
-            mini.micro,
-            self._topo,
-            loss_function,
-            temperature=self._temperature,
-            with_entropy=with_entropy,
-        )
+        routing: AbstractContextManager[step.Routed] = nullcontext(step.natively) if replay is None else replay.step()
+        with routing as routed:
+            parts = step.forward_backward(
+                self._ddp,
+                mini.micro,
+                self._topo,
+                loss_function,
+                temperature=self._temperature,
+                with_entropy=with_entropy,
+                routed=routed,
+            )
         outcome = self._optimizer.step()
         counted = metrics.to_host(metrics.merge(parts))
         if self._topo.rank == 0:  # equal on all ranks
@@ -144,8 +157,9 @@ class Policy:
                 parameter.copy_(values[name])
 
 
-def _with_logprobs(mini: MiniBatch, old: Logprobs, reference: Logprobs) -> MiniBatch:
-    micro = tuple(mb.with_(old_logp=o, ref_logp=r) for mb, o, r in zip(mini.micro, old, reference, strict=True))
+def _with_logprobs(mini: MiniBatch, old: Logprobs, reference: Logprobs, routing: Routings) -> MiniBatch:
+    parts = zip(mini.micro, old, reference, routing, strict=True)
+    micro = tuple(mb.with_(old_logp=o, ref_logp=r, routing=z) for mb, o, r, z in parts)
     return MiniBatch(micro, mini.num_sequences, mini.num_loss_tokens)
 
 

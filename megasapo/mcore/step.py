@@ -6,6 +6,7 @@ Called by policy.py. Knows the schedule and the loss; knows nothing of optimizer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,22 @@ from megasapo.types import MicroBatch
 
 # -> (0-dim loss, statistics)
 LossFunction = Callable[[TokenScores, MicroBatch], tuple[torch.Tensor, Metrics]]
+# what the forward of a micro-batch through a chunk runs inside: RoutingReplay.record or .replay
+Routed = Callable[[torch.nn.Module, MicroBatch], AbstractContextManager[None]]
+
+
+def natively(_chunk: torch.nn.Module, _mb: MicroBatch) -> AbstractContextManager[None]:
+    """Routers choose by themselves, and nobody keeps what."""
+    return nullcontext()
 
 
 def logprobs(
-    model: list[torch.nn.Module], micro: Sequence[MicroBatch], topo: Topology, *, temperature: float
+    model: list[torch.nn.Module],
+    micro: Sequence[MicroBatch],
+    topo: Topology,
+    *,
+    temperature: float,
+    routed: Routed = natively,
 ) -> list[torch.Tensor | None]:
     """Logprobs of the targets of each micro-batch, without gradient: [Tl] float32 on the last stage, None elsewhere."""
 
@@ -33,7 +46,9 @@ def logprobs(
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        out = _schedule(model, micro, topo, keep, temperature=temperature, with_entropy=False, forward_only=True)
+        out = _schedule(
+            model, micro, topo, keep, routed, temperature=temperature, with_entropy=False, forward_only=True
+        )
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
     if not topo.is_last_stage:
@@ -49,6 +64,7 @@ def forward_backward(
     *,
     temperature: float,
     with_entropy: bool,
+    routed: Routed = natively,
 ) -> list[Metrics]:
     """Add the gradient of the summed loss of all micro-batches to the gradient buffers and reduce them.
 
@@ -59,7 +75,9 @@ def forward_backward(
         value, stats = loss_function(scores, mb)
         return value, _no_tokens(), stats
 
-    return _schedule(model, micro, topo, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
+    return _schedule(
+        model, micro, topo, loss, routed, temperature=temperature, with_entropy=with_entropy, forward_only=False
+    )
 
 
 def _no_tokens() -> torch.Tensor:
@@ -72,6 +90,7 @@ def _schedule(
     micro: Sequence[MicroBatch],
     topo: Topology,
     loss: Callable[[MicroBatch, TokenScores], tuple[torch.Tensor, torch.Tensor, Any]],
+    routed: Routed,
     *,
     temperature: float,
     with_entropy: bool,
@@ -81,7 +100,8 @@ def _schedule(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
         mb = next(batches)
-        output = forward_micro_batch(chunk, mb, temperature=temperature, topo=topo, with_entropy=with_entropy)
+        with routed(chunk, mb):
+            output = forward_micro_batch(chunk, mb, temperature=temperature, topo=topo, with_entropy=with_entropy)
         return output, partial(loss, mb)
 
     iterators = [iter(micro) for _ in model]

@@ -1,0 +1,352 @@
+"""The experts that a model's routers choose: recorded in one forward pass, forced in another and its recomputation.
+
+policy.py makes a RoutingReplay for its model, and step.py runs the forward of every chunk inside `record` or `replay`.
+A routing holds this rank's own tokens and layers, in the order in which they go through the model, so nothing is sent
+anywhere. It knows nothing of losses, schedules or process groups.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from megasapo.config import ConfigError
+from megasapo.types import MicroBatch
+
+NATIVE = -1  # in all K places of a token's row: the router chooses by itself
+
+
+class RoutingReplay:
+    """Records and forces the routing of one model's chunks on this rank.
+
+    A routing is [Tl, L, K]: this rank's tokens of a micro-batch, the MoE layers of all its chunks in order, K expert
+    ids each, uint8 or int16 (`storage_dtype`). Gate probabilities are still computed from the router's logits at the
+    forced experts, so gradients reach the router.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], *, validate: bool = True) -> None:
+        """`chunks`: the model, wrapped for training or not; each model can have one RoutingReplay.
+
+        `validate` looks at every id before it is replayed. ConfigError for a model whose routing cannot be replayed.
+        """
+        models = [_unwrapped(chunk) for chunk in chunks]
+        config: Any = models[0].config
+        _check_config(config)
+        self.num_experts, self.top_k = int(config.num_moe_experts), int(config.moe_router_topk)
+        self._layers = {model: _install(model) for model in models}
+        self._recorded: dict[nn.Module, list[Tensor]] = {model: [] for model in models}
+        self._validate = validate
+        self._between = _Mode.NATIVE  # what routers do outside record() and replay()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Which decoder layer of the whole model, from 0, each of the L columns belongs to."""
+        return tuple(layer.index for own in self._layers.values() for layer in own)
+
+    @contextmanager
+    def record(self, chunk: nn.Module, mb: MicroBatch) -> Iterator[None]:
+        """Keep what the routers of `chunk` choose in the forward of `mb` inside; `take` hands it out."""
+        model = self._known(chunk)
+        layers = self._layers[model]
+        with _forward(layers, _Mode.RECORD, afterwards=self._between):
+            yield
+        rows = mb.loss_mask.numel()
+        routing = torch.empty((rows, len(layers), self.top_k), dtype=storage_dtype(self.num_experts))
+        routing = routing.to(mb.loss_mask.device)
+        for column, layer in enumerate(layers):
+            chosen = layer.take_chosen()
+            if chosen.shape != (rows, self.top_k):
+                raise ValueError(
+                    f"the router of layer {layer.index} chose {list(chosen.shape)} experts, but this rank has {rows} "
+                    f"tokens of the micro-batch and top-k {self.top_k}"
+                )
+            routing[:, column] = chosen
+        self._recorded[model].append(routing)
+
+    def take(self) -> list[Tensor]:
+        """The routing [Tl, L, K] of each micro-batch recorded since the last call, in the order they ran."""
+        recorded = list(self._recorded.values())
+        self._recorded = {model: [] for model in self._recorded}
+        counts = {len(routings) for routings in recorded}
+        assert len(counts) == 1, f"the chunks recorded different numbers of micro-batches: {counts}"
+        return [torch.cat(parts, dim=1) for parts in zip(*recorded, strict=True)]
+
+    @contextmanager
+    def replay(self, chunk: nn.Module, mb: MicroBatch) -> Iterator[None]:
+        """Force `mb.routing` on the forward of `mb` through `chunk` inside, and on its recomputation in backward.
+
+        With gradients only inside `step`. Micro-batches may go backward at any time, but through each chunk in the
+        order in which they went forward. ValueError names what is wrong with a routing.
+        """
+        if torch.is_grad_enabled() and self._between is not _Mode.RECOMPUTE:
+            raise RuntimeError("replay with gradients belongs inside step(), which ends the recomputation")
+        model = self._known(chunk)
+        layers = self._layers[model]
+        for layer, target in zip(layers, self._targets(model, mb), strict=True):
+            layer.target = target
+            layer.expects_backward = torch.is_grad_enabled()
+        with _forward(layers, _Mode.REPLAY, afterwards=self._between):
+            yield
+
+    @contextmanager
+    def step(self) -> Iterator[Callable[[nn.Module, MicroBatch], AbstractContextManager[None]]]:
+        """Around all forward and backward passes that replay for one gradient; gives `replay`.
+
+        Inside, nothing is routed natively; afterwards everything is.
+        """
+        layers = [layer for own in self._layers.values() for layer in own]
+        self._between = _Mode.RECOMPUTE
+        for layer in layers:
+            layer.mode = self._between
+        try:
+            yield self.replay
+            for layer in layers:
+                if layer.pending:
+                    raise RuntimeError(
+                        f"layer {layer.index} was not routed again for {len(layer.pending)} micro-batches that were to "
+                        "be recomputed: did their backward run inside step()?"
+                    )
+        finally:
+            self._between = _Mode.NATIVE
+            for layer in layers:
+                layer.reset()
+
+    def _known(self, chunk: nn.Module) -> nn.Module:
+        model = _unwrapped(chunk)
+        if model not in self._layers:
+            raise ValueError("this chunk is not of the model that the RoutingReplay was made for")
+        return model
+
+    def _targets(self, model: nn.Module, mb: MicroBatch) -> list[Tensor]:
+        """Of each layer of a chunk, [Tl, K] from the micro-batch's routing, checked."""
+        if mb.routing is None:
+            raise ValueError("the micro-batch has no routing to replay; record it when old_logp is computed")
+        expected = (mb.loss_mask.numel(), len(self.layers), self.top_k)
+        if mb.routing.shape != expected or mb.routing.dtype not in (torch.uint8, torch.int16):
+            raise ValueError(
+                f"routing of shape {list(mb.routing.shape)} and {mb.routing.dtype}: this rank has {expected[0]} tokens "
+                f"of the micro-batch, {expected[1]} MoE layers and top-k {expected[2]}, as uint8 or int16"
+            )
+        start = 0
+        for other, layers in self._layers.items():
+            if other is model:
+                break
+            start += len(layers)
+        columns = mb.routing[:, start : start + len(self._layers[model])]
+        if self._validate:
+            check_ids(columns, self.num_experts, layers=[layer.index for layer in self._layers[model]])
+        return list(columns.unbind(1))
+
+
+class _Mode(Enum):
+    NATIVE = "the router chooses"
+    RECORD = "the router chooses, and it is kept"
+    REPLAY = "the target is forced"
+    RECOMPUTE = "between forward passes: only backward asks, for what its forward was forced to"
+
+
+class _Layer:
+    """Stands where a router keeps megatron-core's RouterReplay, and answers the one question the router asks of it.
+
+    RouterReplay itself (0.16.1 to 0.19.2) enters every instance into one list for all models of the process, queues
+    each target for a recomputation whether or not one comes, cannot leave some tokens to the router, and records
+    choices as top-k gives them, in 0.19 in no particular order without gradients: sums over them would differ.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index  # of the decoder layer, from 0
+        self.mode = _Mode.NATIVE
+        self.asked = 0  # times in the current forward
+        self.target: Tensor | None = None  # [Tl, K]
+        self.expects_backward = False
+        self.pending: deque[Tensor] = deque()  # targets of micro-batches whose backward will ask again, in order
+        self._chosen: Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and ids [Tl, K] of the experts for scores [Tl, E]; megatron-core's name and arguments."""
+        assert default_compute_topk is not None, "the router passes its own top-k"
+        self.asked += 1
+        if self.mode is _Mode.NATIVE:
+            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        target = self._forced()
+        if target is None or target.dtype is not torch.uint8:  # int16 may hold NATIVE
+            best, ids = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            order = best.detach().argsort(dim=1, descending=True, stable=True)
+            ids = ids.gather(1, order)
+            if target is not None:
+                ids = torch.where(target < 0, ids, target.long())
+        else:
+            ids = target.long()
+        if self.mode is _Mode.RECORD:
+            self._chosen = ids
+        return scores.gather(1, ids), ids
+
+    def _forced(self) -> Tensor | None:
+        """[Tl, K] what to choose now, None while recording."""
+        if self.mode is _Mode.RECORD:
+            return None
+        if self.mode is _Mode.REPLAY:
+            assert self.target is not None
+            # Activation checkpointing runs the forward of a training pass without gradients, and this layer again in
+            # backward. A forward with gradients is the only one.
+            if self.expects_backward and not torch.is_grad_enabled():
+                self.pending.append(self.target)
+            return self.target
+        if not self.pending:
+            raise RuntimeError(
+                f"layer {self.index} was routed in backward without a recomputation being due: every forward inside "
+                "step() must run inside replay()"
+            )
+        return self.pending.popleft()
+
+    def take_chosen(self) -> Tensor:
+        assert self._chosen is not None
+        chosen, self._chosen = self._chosen, None
+        return chosen
+
+    def reset(self) -> None:
+        self.mode, self.target, self._chosen = _Mode.NATIVE, None, None
+        self.pending.clear()
+
+
+@contextmanager
+def _forward(layers: list[_Layer], mode: _Mode, *, afterwards: _Mode) -> Iterator[None]:
+    for layer in layers:
+        layer.mode, layer.asked = mode, 0
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.mode, layer.target = afterwards, None
+    for layer in layers:
+        if layer.asked != 1:
+            raise RuntimeError(
+                f"the router of layer {layer.index} took its experts from replay {layer.asked} times in one forward "
+                "instead of once: replay works with top-k routing only, neither fused nor in a CUDA graph"
+            )
+
+
+def _check_config(config: Any) -> None:
+    if not config.num_moe_experts:
+        raise ConfigError("routing replay needs a model with experts, and this one has none: set routing_replay=none")
+    refused = {
+        "moe_router_fusion": "the fused router chooses by itself",
+        "moe_enable_routing_replay": "megatron-core's own replay would take the place of ours",
+        "overlap_moe_expert_parallel_comm": "forward and backward of different micro-batches run at once",
+        "mtp_num_layers": "layers of multi-token prediction are not replayed",
+    }
+    for name, reason in refused.items():
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"routing replay cannot work with {name}={getattr(config, name)} ({reason}): turn one of them off"
+            )
+
+
+def _install(model: nn.Module) -> list[_Layer]:
+    """Put a _Layer into every router of a chunk; in layer order."""
+    routers: list[Any] = sorted(
+        (m for m in model.modules() if isinstance(m, TopKRouter)), key=lambda router: router.layer_number
+    )
+    layers = []
+    for router in routers:
+        if router.router_replay is not None:
+            raise ValueError(f"layer {router.layer_number - 1} already has a routing replay; a model can have one")
+        router.router_replay = _Layer(router.layer_number - 1)
+        layers.append(router.router_replay)
+    return layers
+
+
+def _unwrapped(chunk: nn.Module) -> nn.Module:
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def storage_dtype(num_experts: int) -> torch.dtype:
+    """The smallest dtype that holds every expert id: uint8 up to 256 experts, then int16."""
+    if num_experts > 2**15:
+        raise ValueError(f"{num_experts} experts: ids are kept as int16, at most {2**15} of them")
+    return torch.uint8 if num_experts <= 2**8 else torch.int16
+
+
+def check_ids(routing: Tensor, num_experts: int, *, layers: Sequence[int]) -> None:
+    """Refuse a routing [T, L, K] with ids out of range or twice in a row; int16 rows may be all NATIVE.
+
+    ValueError names the first bad row by token and by decoder layer (`layers`, [L]). One look at the device.
+    """
+    ids = routing.to(torch.int16).sort(dim=-1).values
+    repeated = (ids[..., 1:] == ids[..., :-1]).any(-1)
+    lowest, highest = ids[..., 0], ids[..., -1]
+    bad = (repeated | (lowest < 0) | (highest >= num_experts)) & (highest != NATIVE) | (lowest < NATIVE)
+    if not bool(bad.any()):
+        return
+    token, column = (int(i) for i in bad.nonzero()[0])
+    row = routing[token, column].tolist()
+    wrong = [i for i in row if not 0 <= i < num_experts]
+    what = f"experts {wrong} do not exist" if wrong else "an expert is chosen twice"
+    raise ValueError(
+        f"routing of token {token} in layer {layers[column]} is {row}: {what} (ids are 0 to {num_experts - 1}; "
+        f"{int(bad.sum())} such rows of {bad.numel()})"
+    )
+
+
+def cut_routing(
+    rows: Sequence[np.ndarray | None],
+    slots: Sequence[int],
+    sequence: np.ndarray,
+    position: np.ndarray,
+    *,
+    layers: Sequence[int],
+    num_experts: int,
+    top_k: int,
+) -> Tensor:
+    """The routing [Tl, L, K] of a rank's slots from that of whole sequences, as a rollout server returns it.
+
+    rows: of each sequence [at most its slots, all layers, K] integers, row t routes input token t; missing ones, and
+    None for a whole sequence, are NATIVE. slots: n - 1 of each sequence. sequence, position [Tl]: of the rank's slots,
+    as in MicroBatch. layers: which of the rows' layers to keep, [L]. Slots of padding get experts in turn. int16 where
+    something is NATIVE, else `storage_dtype`. ValueError for rows of another shape and ids out of range.
+    """
+    turn = np.arange(len(sequence) * len(layers) * top_k).reshape(len(sequence), len(layers), top_k) % num_experts
+    cut = turn.astype(np.int16)
+    for number, (row, length) in enumerate(zip(rows, slots, strict=True)):
+        (here,) = np.nonzero((sequence == number) & (position < length))
+        cut[here] = NATIVE
+        if row is None:
+            continue
+        _check_rows(row, number, length, layers, num_experts, top_k)
+        here = here[position[here] < len(row)]
+        cut[here] = row[position[here]][:, list(layers)]
+    fits = storage_dtype(num_experts) is torch.uint8 and not (cut < 0).any()
+    return torch.from_numpy(cut.astype(np.uint8) if fits else cut)
+
+
+def _check_rows(row: np.ndarray, number: int, length: int, layers: Sequence[int], num_experts: int, top_k: int) -> None:
+    last = max(layers, default=-1)
+    if row.ndim != 3 or len(row) > length or row.shape[1] <= last or row.shape[2] != top_k:
+        raise ValueError(
+            f"routing of sequence {number} has shape {list(row.shape)}: expected at most {length} tokens, more than "
+            f"{last} layers and top-k {top_k}"
+        )
+    # before ids are narrowed, which could wrap a wrong one into the range
+    values = row[:, list(layers)]
+    if values.size and not NATIVE <= values.min() <= values.max() < num_experts:
+        raise ValueError(
+            f"routing of sequence {number} has ids from {values.min()} to {values.max()}, and the model has experts "
+            f"0 to {num_experts - 1}"
+        )
