@@ -1,11 +1,15 @@
-"""Time and extra memory of the output head, forward and backward: ours, full logits, and TRL's chunked head.
+"""Time and extra memory of the output head, forward and backward: ours, full logits, TRL's chunked head, Liger's loss.
 
-Full logits are log_softmax and gather over one matrix product. Runs alternate in one process; the table shows medians,
-by the clock and in CPU seconds (waiting for a busy core is not in those). Extra memory is the largest sum of bytes of
-live tensor storage allocated between the inputs and the end of backward, counted by a dispatch mode in a run that is
-not timed: the gradients are in it, the inputs and what a matrix library allocates for itself are not.
+Full logits are log_softmax and gather over one matrix product. Liger's `LigerFusedLinearGRPOLoss(loss_type="sapo")`
+computes the loss too, so everybody has one beside it. Runs alternate in one process; the table shows medians, by the
+clock and in CPU seconds (waiting for a busy core is not in those). Before that everybody's loss and gradients are
+compared with ours. Extra memory: on CUDA the allocator's peak; on a CPU the largest sum of bytes of live tensor storage
+made between the inputs and the end of backward, counted by a dispatch mode in a run that is not timed (gradients are in
+it; inputs, and what a matrix library allocates for itself, are not). TFLOP/s count the three products that the head
+cannot do without, 6 T H V; "/ products" is the time by theirs.
 
-    python benchmarks/head.py [--tokens 2048] [--hidden 256] [--vocab 32768] [--dtype float32] [--threads 1] [--runs 7]
+    pip install --target DIR --no-deps liger-kernel triton    # Liger's row is left out, and says so, without it
+    PYTHONPATH=DIR python benchmarks/head.py [--vocab 32768] [--runs 7] [--device cuda --dtype bfloat16 --batch 16 ...]
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +32,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels import ChunkedLogProbFunction
 
+from megasapo.algo.objectives import sapo
 from megasapo.mcore.head import token_logprobs
+from megasapo.mcore.head_rows import choose_kernel
 
 TRL_CHUNK = 32768  # vocabulary columns at a time, as its trainers have it (by at most 4096 tokens)
+TAU = {"tau_pos": 1.0, "tau_neg": 1.05}
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], weight [V, H], targets [T] -> a loss
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor  # [B * T, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [B * T] int64
+    old_logp: Tensor  # [B, T]
+    advantages: Tensor  # [B]
+    in_loss: Tensor  # [B, T] bool, the last tokens of each sequence
+    upstream: Tensor  # [B * T], the gradient of each logprob where there is no loss
+    kernel: str  # of ours
+
+    @staticmethod
+    def make(args: argparse.Namespace) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        batch, length, dtype = args.batch, args.length, getattr(torch, args.dtype)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        hidden, weight = normal(batch * length, args.hidden), 0.05 * normal(args.vocab, args.hidden)
+        targets = torch.randint(0, args.vocab, (batch * length,), generator=generator)
+        old_logp = -0.5 * (0.05**2 * args.hidden) - torch.tensor(args.vocab).log() + 0.1 * normal(batch, length)
+        in_loss = (torch.arange(length) >= round(length * (1 - args.share))).expand(batch, length).contiguous()
+        on_device = [t.to(args.device) for t in (targets, old_logp, normal(batch), in_loss, normal(batch * length))]
+        return Inputs(
+            hidden.to(args.device, dtype).requires_grad_(),
+            weight.to(args.device, dtype).requires_grad_(),
+            *on_device,
+            choose_kernel(args.kernel, torch.device(args.device)),
+        )
+
+
+Head = Callable[[Inputs], Tensor | None]  # a loss to go backward from
 
 
 class PeakBytes(TorchDispatchMode):
@@ -62,102 +104,206 @@ class PeakBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return token_logprobs(hidden, weight, targets, vocab_size=weight.shape[0])[0]
+Scores = tuple[Tensor, Tensor | None]  # [B * T] each: logp, and entropy where it is asked for
 
 
-def ours_with_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logp, entropy = token_logprobs(hidden, weight, targets, vocab_size=weight.shape[0], with_entropy=True)
-    assert entropy is not None
-    return logp + 0.01 * entropy
+def ours(x: Inputs, entropy: bool, where: Tensor | None = None) -> Scores:
+    return token_logprobs(
+        *(x.hidden, x.weight, x.targets),
+        vocab_size=x.weight.shape[0],
+        with_entropy=entropy,
+        where=where,
+        kernel=x.kernel,
+    )
 
 
-def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+def full_logits(x: Inputs, entropy: bool) -> Scores:
+    log_probs = (x.hidden @ x.weight.t()).float().log_softmax(-1)
+    logp = log_probs.gather(1, x.targets[:, None])[:, 0]
+    return logp, -(log_probs.exp() * log_probs).sum(-1) if entropy else None
 
 
-def full_logits_with_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(1, targets[:, None])[:, 0] + 0.01 * entropy
+def trl(x: Inputs, entropy: bool) -> Scores:
+    wanted = ("entropy",) if entropy else ()
+    out = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, TRL_CHUNK, None, 1.0, wanted)
+    return out[0], out[1] if entropy else None
 
 
-def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+def of_scores(x: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
+    return (x.upstream * (logp if entropy is None else logp + 0.01 * entropy)).sum()
 
 
-def trl_with_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    out = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
-    return out[0] + 0.01 * out[1]
+def sapo_of(x: Inputs, logp: Tensor) -> Tensor:
+    advantages = x.advantages[:, None].expand_as(x.old_logp)
+    loss, _ = sapo(logp.view_as(x.old_logp), x.old_logp, advantages, **TAU)
+    return (loss * x.in_loss).sum() / x.in_loss.sum()
 
 
-HEADS: dict[str, dict[str, Head]] = {
-    "logp": {"megasapo": ours, "full logits": full_logits, "TRL, chunked": trl},
-    "logp and entropy": {
-        "megasapo": ours_with_entropy,
-        "full logits": full_logits_with_entropy,
-        "TRL, chunked": trl_with_entropy,
-    },
-}
+def liger() -> Head:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        loss_type="sapo",
+        sapo_temperature_pos=TAU["tau_pos"],
+        sapo_temperature_neg=TAU["tau_neg"],
+    )
+
+    def head(x: Inputs) -> Tensor:
+        batch, length = x.old_logp.shape
+        loss, _ = module(
+            x.hidden.view(batch, length, -1),
+            x.weight,
+            x.targets.view(batch, length),
+            x.in_loss.float(),
+            x.advantages,
+            old_per_token_logps=x.old_logp,
+        )
+        return loss
+
+    return head
 
 
-def run(head: Head, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> tuple[float, float]:
+def groups(share: float) -> dict[str, dict[str, Head]]:
+    out: dict[str, dict[str, Head]] = {
+        "logp": {
+            "megasapo": lambda x: of_scores(x, *ours(x, False)),
+            "full logits": lambda x: of_scores(x, *full_logits(x, False)),
+            "TRL, chunked": lambda x: of_scores(x, *trl(x, False)),
+        },
+        "logp and entropy": {
+            "megasapo": lambda x: of_scores(x, *ours(x, True)),
+            "full logits": lambda x: of_scores(x, *full_logits(x, True)),
+            "TRL, chunked": lambda x: of_scores(x, *trl(x, True)),
+        },
+        f"SAPO loss on {share:.0%} of the tokens": {
+            "megasapo": lambda x: sapo_of(x, ours(x, False, x.in_loss.flatten())[0]),
+            "full logits": lambda x: sapo_of(x, full_logits(x, False)[0]),
+            "TRL, chunked": lambda x: sapo_of(x, trl(x, False)[0]),
+        },
+    }
+    if importlib.util.find_spec("liger_kernel") is None:
+        print("Liger is not installed here, its row is left out: see the head of this file\n")
+    else:
+        list(out.values())[-1]["Liger, SAPO"] = liger()
+    return out
+
+
+def three_products(x: Inputs) -> None:
+    """What the head cannot do without, by the same matrix library."""
+    with torch.no_grad():
+        for hidden in x.hidden.split(2048):
+            logits = hidden @ x.weight.t()
+            logits @ x.weight
+            logits.t() @ hidden
+
+
+def backward(head: Head, x: Inputs) -> Tensor | None:
+    x.hidden.grad = x.weight.grad = None
+    loss = head(x)
+    if loss is not None:
+        loss.backward()
+    return loss
+
+
+def timed(head: Head, x: Inputs) -> tuple[float, float]:
     """Seconds by the clock and of CPU."""
-    inputs[0].grad = inputs[1].grad = None
+    wait = torch.cuda.synchronize if x.hidden.is_cuda else lambda: None
+    wait()
     clock, cpu = time.perf_counter(), time.process_time()
-    (head(*inputs) * upstream).sum().backward()
+    backward(head, x)
+    wait()
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
-def peak(head: Head, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> int:
-    inputs[0].grad = inputs[1].grad = None
-    with PeakBytes(*inputs, upstream) as counted:
-        (head(*inputs) * upstream).sum().backward()
+def extra_bytes(head: Head, x: Inputs) -> int:
+    x.hidden.grad = x.weight.grad = None
+    if x.hidden.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        backward(head, x)
+        return torch.cuda.max_memory_allocated() - before
+    tensors = [value for value in vars(x).values() if isinstance(value, Tensor)]
+    with PeakBytes(*tensors) as counted:
+        backward(head, x)
     return counted.peak
+
+
+def check_agreement(heads: dict[str, Head], x: Inputs) -> None:
+    """Everybody does the same work: loss and gradients are ours up to the dtype's rounding."""
+    close = 1e-4 if x.hidden.dtype == torch.float32 else 0.05
+    results = {}
+    for label, head in heads.items():
+        loss = backward(head, x)
+        assert loss is not None
+        results[label] = [t.detach().float() for t in (loss, x.hidden.grad, x.weight.grad)]
+    for label, theirs in results.items():
+        for name, mine, other in zip(("loss", "d hidden", "d weight"), results["megasapo"], theirs, strict=True):
+            apart = ((mine - other).norm() / mine.norm()).item()
+            if not apart < close:
+                raise SystemExit(f"{label}: {name} is {apart:.2g} away from ours: not the same work")
+
+
+def table(heads: dict[str, Head], x: Inputs, runs: int) -> None:
+    check_agreement(heads, x)
+    extra = {label: extra_bytes(head, x) for label, head in heads.items()}
+    everything: dict[str, Head] = {**heads, "the three products": three_products}
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in everything}
+    for _ in range(runs + 1):
+        for label, head in everything.items():
+            times[label].append(timed(head, x))
+    tokens, flops = x.hidden.shape[0], 6 * x.hidden.numel() * x.weight.shape[0]
+
+    def ratio(label: str, of: str, which: int) -> float:
+        pairs = zip(times[of][1:], times[label][1:], strict=True)  # the first is a warm-up
+        return statistics.median(a[which] / b[which] for a, b in pairs)
+
+    for label, measured in times.items():
+        clock, cpu = (statistics.median(column) for column in zip(*measured[1:], strict=True))
+        which = 0 if x.hidden.is_cuda else 1  # a CPU may be busy with other work
+        rate = f"{tokens / clock:,.0f} | {flops / clock / 1e12:.3g} | {ratio('the three products', label, which):.2f}"
+        row = f"| {label} | {1e3 * clock:.1f} | {1e3 * cpu:.1f} | {rate} |"
+        if label in heads:
+            memory = f"{extra[label] / 2**20:.1f} | {extra['megasapo'] / extra[label]:.2f}"
+            row += f" {memory} | {ratio(label, 'megasapo', 0):.2f} | {ratio(label, 'megasapo', 1):.2f} |"
+        else:
+            row += " | | | |"
+        print(row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--share", type=float, default=1.0, help="of each sequence's tokens in the loss, the last ones")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--kernel", choices=["auto", "torch", "triton"], default="auto", help="of ours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    hidden = torch.randn(args.tokens, args.hidden, generator=generator).to(dtype).requires_grad_()
-    weight = (0.05 * torch.randn(args.vocab, args.hidden, generator=generator)).to(dtype).requires_grad_()
-    inputs = (hidden, weight, torch.randint(0, args.vocab, (args.tokens,), generator=generator))
-    upstream = torch.randn(args.tokens, generator=generator)
-    print(
-        f"{datetime.date.today()}, {platform.machine()}, {args.threads} thread(s), python {platform.python_version()}, "
-        f"torch {torch.__version__}, TRL {importlib.metadata.version('trl')}\n"
-        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, {args.dtype}; "
-        f"medians of {args.runs} alternating runs, forward and backward"
+    x = Inputs.make(args)
+    device = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
     )
-    for name, heads in HEADS.items():
-        columns = f"{'seconds':>9}{'min':>8}{'max':>8}{'CPU s':>8}{'extra MiB':>11}"
-        print(f"{name:18}{columns}   ours by theirs: time  CPU  memory")
-        times: dict[str, list[tuple[float, float]]] = {label: [] for label in heads}
-        for _ in range(args.runs + 1):
-            for label, head in heads.items():
-                times[label].append(run(head, inputs, upstream))
-        mine = times["megasapo"][1:]  # the first is a warm-up
-        extra = {label: peak(head, inputs, upstream) for label, head in heads.items()}
-        for label in heads:
-            theirs = times[label][1:]
-            clock, cpu = zip(*theirs, strict=True)
-            by_clock, by_cpu = (
-                statistics.median(a[i] / b[i] for a, b in zip(mine, theirs, strict=True)) for i in (0, 1)
-            )
-            print(
-                f"  {label:16}{statistics.median(clock):9.3f}{min(clock):8.3f}{max(clock):8.3f}"
-                f"{statistics.median(cpu):8.3f}{extra[label] / 2**20:11.1f}"
-                f"{by_clock:23.2f}{by_cpu:5.2f}{extra['megasapo'] / extra[label]:8.2f}"
-            )
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "trl", "liger_kernel") if name in found)
+    print(
+        f"{datetime.date.today()}, {device}, python {platform.python_version()}, {versions}; ours: {x.kernel}\n\n"
+        f"{args.batch} x {args.length} tokens, hidden {args.hidden}, vocabulary {args.vocab}, {args.dtype}; "
+        f"medians of {args.runs} alternating runs, forward and backward\n"
+    )
+    columns = ["ms", "CPU ms", "tokens/s", "TFLOP/s", "/ products", "extra MiB"]
+    columns += ["memory: ours / its", "time: ours / its", "CPU time: ours / its"]
+    for name, heads in groups(args.share).items():
+        print(f"| {name} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+        table(heads, x, args.runs)
+        print()
 
 
 if __name__ == "__main__":

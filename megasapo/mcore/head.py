@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, enough tokens for matrix products at full speed
+from megasapo.mcore.head_rows import Coefficients, RowKernel, row_kernel, wide
+
+# Of the logits held at a time: enough tokens for matrix products at full speed. Larger ones were no faster on a CPU.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 
 Rows = slice | Tensor  # which tokens: a range, or [n] int64
 
@@ -31,6 +34,7 @@ def token_logprobs(
     with_entropy: bool = False,
     where: Tensor | None = None,
     chunk_tokens: int | None = None,
+    kernel: str = "torch",
 ) -> tuple[Tensor, Tensor | None]:
     """log p(target) and entropy of softmax(hidden @ weight.T / temperature), fp32; entropy None unless asked.
 
@@ -42,18 +46,21 @@ def token_logprobs(
     shape. `where` [T] bool, the same on all ranks: only these tokens are computed, the others get 0 and no gradient;
     on the host it spares a wait for the device. Tokens without gradient cost nothing in backward.
     A weight wrapped in megatron-core's DDP gets its gradient added to `weight.main_grad`. fp64 stays fp64.
+    kernel: what works on rows of logits, "torch" or "triton" (head_rows.py); matrix products are torch's in both.
     """
     tp = dist.get_world_size(tp_group) if tp_group is not None else 1
     rank = dist.get_rank(tp_group) if tp > 1 else 0
     _check(hidden, weight, targets, where, tp)
     start = weight.shape[0] * rank
     real = max(0, min(weight.shape[0], vocab_size - start))  # real columns come first on every rank
+    chunk_bytes = CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
     cut = _Cut(
         columns=weight.shape[0],
         start=start,
         real=real,
         temperature=temperature,
-        chunk_tokens=chunk_tokens or max(1, CHUNK_LOGITS // max(real, 1)),
+        chunk_tokens=chunk_tokens or max(1, chunk_bytes // (max(real, 1) * weight.element_size())),
+        kernel=row_kernel(kernel),
         tp=tp,
         rank=rank,
         group=tp_group if tp > 1 else None,
@@ -91,6 +98,7 @@ class _Cut:
     rank: int
     group: dist.ProcessGroup | None  # None when nothing is cut
     by_tokens: bool  # hidden states are this rank's slice of the tokens
+    kernel: RowKernel
 
     def own(self, per_token: Tensor) -> Tensor:
         """[T] -> [T / tp], this rank's slice."""
@@ -146,28 +154,20 @@ class _Cut:
         mine = (targets >= self.start) & (targets < self.start + self.real)
         return mine, torch.where(mine, targets - self.start, 0)
 
-    def buffer(self, hidden: Tensor, wanted: Tensor | None) -> Tensor:
-        tokens = hidden.shape[0] if wanted is None else wanted.shape[0]
-        return hidden.new_empty(min(self.chunk_tokens, tokens), self.real, dtype=_wide(hidden))
-
     def logits(self, hidden: Tensor, weight: Tensor, wanted: Tensor | None) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-        """Of all tokens, or the `wanted` [n] int64: which, their hidden states, and logits / temperature in fp32.
+        """Of all tokens, or the `wanted` [n] int64: which, their hidden states, and logits before the temperature.
 
         Each chunk of logits overwrites the one before.
         """
         if self.real == 0:
             return
         columns = weight[: self.real].t()
-        buffer = self.buffer(hidden, wanted)
-        for rows in _chunks(hidden.shape[0], wanted, self.chunk_tokens):
+        tokens = hidden.shape[0] if wanted is None else wanted.shape[0]
+        buffer = hidden.new_empty(min(self.chunk_tokens, tokens), self.real)
+        for rows in _chunks(tokens, self.chunk_tokens, wanted):
             states = hidden[rows]
             z = buffer[: states.shape[0]]
-            if states.dtype == z.dtype:
-                torch.mm(states, columns, out=z)
-            else:
-                z.copy_(states @ columns)
-            if self.temperature != 1.0:
-                z.div_(self.temperature)
+            torch.mm(states, columns, out=z)
             yield rows, states, z
 
 
@@ -202,23 +202,15 @@ class _LinearLogProb(torch.autograd.Function):
         by = per_token.coefficients(mine, cut.temperature)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         everything = cut.all_tokens(hidden)
-        spare = cut.buffer(everything, wanted) if by.slope is not None else None
         columns = weight[: cut.real]
         grad_hidden = torch.zeros_like(everything) if wants_hidden else None
         weight_grad = _WeightGradient(weight) if wants_weight else None
         for rows, states, z in cut.logits(everything, weight, wanted):
-            z.sub_(per_token.highest[rows, None])
-            if spare is None or by.slope is None or by.offset is None:
-                z.exp_()
-            else:
-                exp = torch.exp(z, out=spare[: z.shape[0]])
-                z.mul_(by.slope[rows, None]).add_(by.offset[rows, None]).mul_(exp)
-            z.scatter_add_(1, column[rows, None], by.change[rows, None])
-            dz = z.to(weight.dtype)
+            cut.kernel.gradients(z, column[rows], cut.temperature, by.of(rows))
             if grad_hidden is not None:
-                grad_hidden[rows] = (dz @ columns * by.factor[rows, None]).to(weight.dtype)
+                grad_hidden[rows] = (z @ columns * by.factor[rows, None]).to(weight.dtype)
             if weight_grad is not None:
-                weight_grad.add(dz, (states * by.factor[rows, None]).to(weight.dtype))
+                weight_grad.add(z, (states * by.factor[rows, None]).to(weight.dtype))
         return (
             cut.own_tokens(grad_hidden) if grad_hidden is not None else None,
             weight_grad.result() if weight_grad is not None else None,
@@ -262,51 +254,26 @@ class _PerToken:
             has |= self.grad_entropy != 0
         return _indices(has if where is None else has & where, has.device)
 
-    def coefficients(self, mine: Tensor, temperature: float) -> _Coefficients:
+    def coefficients(self, mine: Tensor, temperature: float) -> Coefficients:
         if self.grad_entropy is None or self.entropy is None:
             # the common factor is left to the [n, H] sides of the products
-            return _Coefficients(-self.grad_logp / (self.total * temperature), torch.where(mine, -self.total, 0.0))
+            factor = -self.grad_logp / (self.total * temperature)
+            return Coefficients(factor, self.highest, torch.where(mine, -self.total, 0.0))
         slope = -self.grad_entropy / self.total
         offset = slope * (self.entropy - self.total.log()) - self.grad_logp / self.total
         factor = torch.full_like(slope, 1 / temperature)
-        return _Coefficients(factor, torch.where(mine, self.grad_logp, 0.0), slope, offset)
-
-
-@dataclass(frozen=True, slots=True)
-class _Coefficients:
-    """The gradient of z is factor * (e * (slope * (z - highest) + offset) + change at the target), e = e^(z - highest).
-
-    [T] each; without slope and offset these are 0 and 1. From d logp / dz = onehot - e / total and
-    d entropy / dz = -e / total * (log p + entropy).
-    """
-
-    factor: Tensor
-    change: Tensor
-    slope: Tensor | None = None
-    offset: Tensor | None = None
+        return Coefficients(factor, self.highest, torch.where(mine, self.grad_logp, 0.0), slope, offset)
 
 
 def _sums(
     hidden: Tensor, weight: Tensor, targets: Tensor, wanted: Tensor | None, cut: _Cut, with_entropy: bool
 ) -> Tensor:
-    """[4, T] over this rank's columns: the highest logit h, sum e^(z-h), the target's z, sum (z-h) e^(z-h).
-
-    The last is zero when the entropy is not wanted; the third is of any column where another rank has the target's.
-    """
+    """[4, T] of this rank's columns, as a RowKernel's sums; -inf and zeros for tokens that are not wanted."""
     _, column = cut.own_columns(targets)
-    sums = hidden.new_zeros(4, targets.shape[0], dtype=_wide(hidden))
-    highest, total, target_z, weighted = sums
-    highest.fill_(-torch.inf)
-    spare = cut.buffer(hidden, wanted) if with_entropy else None
+    sums = hidden.new_zeros(4, targets.shape[0], dtype=wide(hidden))
+    sums[0].fill_(-torch.inf)
     for rows, _, z in cut.logits(hidden, weight, wanted):
-        target_z[rows] = z.gather(1, column[rows, None]).squeeze(1)
-        top = z.amax(1)
-        highest[rows] = top
-        z.sub_(top[:, None])
-        exp = torch.exp(z, out=z if spare is None else spare[: z.shape[0]])
-        total[rows] = exp.sum(1)
-        if with_entropy:
-            weighted[rows] = torch.linalg.vecdot(exp, z)
+        sums[:, rows] = cut.kernel.sums(z, column[rows], cut.temperature, with_entropy)
     return sums
 
 
@@ -318,14 +285,16 @@ class _WeightGradient:
         # DDP resets grad_added_to_main_grad before a step; while it is true DDP's hook leaves our part alone. The own
         # gradient of a tied embedding is then still added, because megatron-core sets `zero_out_wgrad` on it.
         main_grad: Any = getattr(weight, "main_grad", None) if hasattr(weight, "grad_added_to_main_grad") else None
-        self._in_place = main_grad is not None and main_grad.dtype == _wide(weight)
-        self._sum: Tensor = main_grad if self._in_place else torch.zeros_like(weight, dtype=_wide(weight))
+        self._in_place = main_grad is not None and main_grad.dtype == wide(weight)
+        self._sum: Tensor = main_grad if self._in_place else torch.zeros_like(weight, dtype=wide(weight))
 
     def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
         """grad_logits [n, real], hidden [n, H]; rows of padding stay as they are."""
         into = self._sum[: grad_logits.shape[1]]
         if into.dtype == hidden.dtype:
             into.addmm_(grad_logits.t(), hidden)
+        elif into.is_cuda:  # one product that adds in fp32; the CPU has none of mixed dtypes
+            torch.addmm(into, grad_logits.t(), hidden, out_dtype=into.dtype, out=into)
         else:
             into += grad_logits.t() @ hidden
 
@@ -337,10 +306,6 @@ class _WeightGradient:
         return None
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _indices(mask: Tensor | None, device: torch.device) -> Tensor | None:
     """[n] int64 where the mask is true; None when it is everywhere, which needs no copies of rows."""
     if mask is None:
@@ -349,9 +314,8 @@ def _indices(mask: Tensor | None, device: torch.device) -> Tensor | None:
     return None if indices.shape[0] == mask.shape[0] else indices.to(device)
 
 
-def _chunks(total: int, wanted: Tensor | None, size: int) -> Iterator[Rows]:
-    """All tokens, or the wanted ones, in as few and as equal parts of at most `size` as can be."""
-    count = total if wanted is None else wanted.shape[0]
+def _chunks(count: int, size: int, wanted: Tensor | None) -> Iterator[Rows]:
+    """`count` tokens, or those that are wanted, in as few and as equal parts of at most `size` as can be."""
     parts = -(-count // size)
     for i in range(parts):
         rows = slice(i * count // parts, (i + 1) * count // parts)

@@ -25,14 +25,17 @@ class Case(NamedTuple):
     sliced: bool  # hidden states are cut by tokens
     entropy_weight: float | None  # None: asked for, but no loss uses it
     masked: bool  # only tokens of the loss are asked for
-    chunk_tokens: int | None
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        return None if self.vocab == 20 else 5
 
 
-CASES = [Case(*c) for c in product((20, 18, 9), (False, True), (None, 0.4), (False, True), (5, None))]
+CASES = [Case(*c) for c in product((20, 18, 9), (False, True), (None, 0.4), (False, True))]
 
 
 def test_four_ranks(tmp_path: Path) -> None:
-    outputs = run_ranks(TP, "tests.dist.test_head", logs=tmp_path, timeout_s=120)
+    outputs = run_ranks(TP, "tests.dist.test_head", logs=tmp_path, timeout_s=240)
     assert all(f"{len(CASES)} cases held" in text for text in outputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megasapo.mcore.head import token_logprobs
+from megasapo.mcore.head import _chunks, token_logprobs
 
 VOCAB, PADDED, HIDDEN, TOKENS = 11, 13, 8, 6
 
@@ -186,6 +186,83 @@ def test_never_holds_more_logits_than_a_chunk(with_entropy: bool, dtype: torch.d
     assert seen.elements == chunk * vocab  # a quarter of [T, V]; the gradients, [96, 16] and [64, 16], are no larger
 
 
+class RowsOfLogits(TorchDispatchMode):
+    """How many rows of logits were computed: those of products with `vocab` columns."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.out and out.shape[1] == self.vocab:
+            self.rows += out.shape[0]
+        return out
+
+
+WHERE = torch.tensor([False, True, True, False, True, False])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, None])
+def test_tokens_outside_where_are_zero_and_not_computed(chunk_tokens: int | None) -> None:
+    """Whatever the loss does with them: here it gives them a gradient."""
+    hidden, weight, targets = case()
+    with RowsOfLogits(VOCAB) as forward:
+        logp, entropy = token_logprobs(
+            *(hidden, weight, targets), vocab_size=VOCAB, with_entropy=True, where=WHERE, chunk_tokens=chunk_tokens
+        )
+    assert entropy is not None
+    a, b = by_formula(hidden, weight, targets, 1.0)
+    torch.testing.assert_close(logp, torch.where(WHERE, a, 0.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, torch.where(WHERE, b, 0.0), rtol=0, atol=1e-12)
+    weights = torch.linspace(0.5, 2, TOKENS, dtype=torch.float64)
+    with RowsOfLogits(VOCAB) as backward:
+        got = torch.autograd.grad((weights * (logp + 0.7 * entropy)).sum(), (hidden, weight))
+    want = torch.autograd.grad((weights * WHERE * (a + 0.7 * b)).sum(), (hidden, weight))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert (forward.rows, backward.rows) == (3, 3)
+
+
+def test_no_token_is_wanted() -> None:
+    hidden, weight, targets = case()
+    with RowsOfLogits(VOCAB) as computed:
+        logp, _ = token_logprobs(hidden, weight, targets, vocab_size=VOCAB, where=torch.zeros_like(WHERE))
+        gradients = torch.autograd.grad(logp.sum(), (hidden, weight))
+    assert computed.rows == 0
+    assert not any(t.any() for t in (logp, *gradients))
+
+
+def test_tokens_without_gradient_are_left_out_of_backward() -> None:
+    hidden, weight, targets = case()
+    logp, entropy = token_logprobs(hidden, weight, targets, vocab_size=VOCAB, with_entropy=True)
+    assert entropy is not None
+    a, b = by_formula(hidden, weight, targets, 1.0)
+    of_logp = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 0.0], dtype=torch.float64)
+    of_entropy = torch.tensor([0.0, 0.0, 0.0, -1.0, 2.0, 0.0], dtype=torch.float64)
+    with RowsOfLogits(VOCAB) as computed:
+        got = torch.autograd.grad((of_logp * logp + of_entropy * entropy).sum(), (hidden, weight))
+    assert computed.rows == 3
+    want = torch.autograd.grad((of_logp * a + of_entropy * b).sum(), (hidden, weight))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_a_number_is_not_left_out() -> None:
+    hidden, weight, targets = case()
+    logp, _ = token_logprobs(hidden, weight, targets, vocab_size=VOCAB)
+    upstream = torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0, 0.0], dtype=torch.float64)
+    of_hidden, of_weight = torch.autograd.grad(logp, (hidden, weight), upstream)
+    assert of_hidden.isnan().any(1).tolist() == [False, False, True, False, False, False]
+    assert of_weight[:VOCAB].isnan().all()
+
+
+def test_chunks_are_equal() -> None:
+    """A short last chunk would be slow: the weight's gradient is passed over once a chunk."""
+    assert [r.stop - r.start for r in _chunks(10, 8, None)] == [5, 5]
+    assert [r.stop - r.start for r in _chunks(11, 4, None)] == [3, 4, 4]
+    assert [r.tolist() for r in _chunks(3, 2, torch.tensor([7, 8, 9]))] == [[7], [8, 9]]
+    assert list(_chunks(0, 4, None)) == []
+
+
 def test_bad_input_is_refused() -> None:
     hidden, weight, targets = case(torch.float32)
     with pytest.raises(ValueError, match=r"hidden \(6, 8\), weight \(13, 8\) and targets \(5,\) with tp=1"):
@@ -194,3 +271,7 @@ def test_bad_input_is_refused() -> None:
         token_logprobs(hidden, weight[:, :7], targets, vocab_size=VOCAB)
     with pytest.raises(ValueError, match=r"hidden is torch\.float32 and weight is torch\.bfloat16"):
         token_logprobs(hidden, weight.bfloat16(), targets, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"where is torch\.int64 \(6,\): expected torch\.bool \(6,\)"):
+        token_logprobs(hidden, weight, targets, vocab_size=VOCAB, where=WHERE.long())
+    with pytest.raises(ValueError, match="kernel='cuda' is not one of torch, triton"):
+        token_logprobs(hidden, weight, targets, vocab_size=VOCAB, kernel="cuda")

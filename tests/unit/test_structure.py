@@ -103,7 +103,7 @@ def test_no_directory_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
     """pytest passes over every directory named dist unless it is told otherwise."""
     left_out = pytestconfig.getini("norecursedirs")
     folders = {p.parent.name for p in (ROOT.parent / "tests").rglob("test_*.py")}
-    assert folders == {"unit", "dist", "e2e", "sglang"}
+    assert folders == {"unit", "dist", "e2e", "sglang", "gpu"}
     assert not [f for f in folders for pattern in left_out if fnmatch(f, pattern)]
 
 
