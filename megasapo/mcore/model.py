@@ -26,6 +26,7 @@ from megasapo.config import ConfigError, ModelConfig
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
+from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.topology import Topology
 from megasapo.types import MicroBatch
@@ -251,6 +252,7 @@ def _use_own_modules(block: TransformerBlockSubmodules) -> None:
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+        use_grouped_experts(layer.submodules.mlp)
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         for name in ("q_layernorm", "k_layernorm"):

@@ -1,0 +1,208 @@
+"""The experts of a mixture-of-experts layer as grouped matrix products in one autograd function, without TE.
+
+model.py puts GroupedExperts into megatron-core's local spec in place of SequentialMLP, whose parameters, names and
+checkpoints it keeps. It knows nothing of routing, of token dispatch or of process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megasapo.mcore.main_grad import WeightGradient
+
+BLOCK_ROWS = 1024  # on a CPU: large enough for matrix products at full speed, small enough to stay in its caches
+
+
+class GroupedExperts(SequentialMLP):
+    """SequentialMLP whose forward and backward run over all experts at once; bias-free SwiGLU experts only.
+
+    Under expert tensor parallelism the weights are the same slices as SequentialMLP's, and as there the sum over
+    ranks is left to the token dispatcher. The linear modules only hold weights: their own forward is not called.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, submodules: MLPSubmodules, *args: Any, **kwargs: Any
+    ) -> None:
+        _refuse_other_experts(config)
+        super().__init__(num_local_experts, config, submodules, *args, **kwargs)
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """[N, H] tokens sorted by local expert, [E] how many each has, [N] their gates, to ([N, H], no bias)."""
+        experts = self.local_experts
+        out = grouped_swiglu(
+            permuted_local_hidden_states,
+            permuted_probs,
+            tokens_per_expert.tolist(),
+            [expert.linear_fc1.weight for expert in experts],
+            [expert.linear_fc2.weight for expert in experts],
+        )
+        return out, None
+
+
+def use_grouped_experts(mlp: Any) -> None:
+    """Put GroupedExperts into the spec of a layer's MLP; a dense one is left as it is.
+
+    A spec is a ModuleSpec up to megatron-core 0.16, and a functools.partial from 0.19 on.
+    """
+    moe = mlp.keywords.get("submodules") if isinstance(mlp, partial) else mlp.submodules
+    if not isinstance(moe, MoESubmodules):
+        return
+    sequential = moe.experts
+    if isinstance(sequential, partial):
+        moe.experts = partial(GroupedExperts, **sequential.keywords)
+    else:
+        moe.experts = ModuleSpec(module=GroupedExperts, submodules=sequential.submodules)
+
+
+def grouped_swiglu(
+    tokens: Tensor, gates: Tensor, counts: Sequence[int], fc1: Sequence[Tensor], fc2: Sequence[Tensor]
+) -> Tensor:
+    """Of each token t of expert e: (silu(a) * b * gate) @ fc2[e].T, where a and b are the halves of t @ fc1[e].T.
+
+    tokens [N, H] sorted by expert, gates [N] in their own dtype, counts [E] summing to N; fc1[e] [2F, H] and fc2[e]
+    [H, F] of the tokens' dtype. Differentiable in tokens, gates and weights, once. The gradient of a weight wrapped in
+    megatron-core's DDP goes to its `main_grad`; experts without tokens cost nothing. Raises ValueError on other shapes.
+    """
+    if not len(counts) == len(fc1) == len(fc2):
+        raise ValueError(f"{len(counts)} counts for {len(fc1)} and {len(fc2)} weights: expected one of each an expert")
+    if not tokens.shape[0] == gates.shape[0] == sum(counts):
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)}, gates {tuple(gates.shape)} and counts that sum to {sum(counts)}: "
+            "expected as many tokens as gates, each of one expert"
+        )
+    keep = torch.is_grad_enabled()  # inside the function it is always off
+    return _GroupedSwiGLU.apply(tokens, gates, counts, keep, *fc1, *fc2)
+
+
+class _Part(NamedTuple):
+    expert: int
+    rows: slice  # within the block
+
+
+class _Block(NamedTuple):
+    """Consecutive rows that are worked on together, and which expert each of them belongs to."""
+
+    rows: slice
+    parts: list[_Part]
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gates: Tensor, counts: Sequence[int], keep: bool, *weights: Tensor) -> Tensor:
+        fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
+        out = tokens.new_empty(tokens.shape[0], fc2[0].shape[0])
+        projected = []
+        for block in _blocks(counts, tokens):
+            x, y = tokens[block.rows], out[block.rows]
+            h = tokens.new_empty(block.size, fc1[0].shape[0])
+            for expert, rows in block.parts:
+                torch.mm(x[rows], fc1[expert].t(), out=h[rows])
+            a, b = h.chunk(2, dim=1)
+            hidden = F.silu(a).mul_(b).mul_(gates[block.rows, None])
+            for expert, rows in block.parts:
+                torch.mm(hidden[rows], fc2[expert].t(), out=y[rows])
+            if keep:
+                projected.append(h)
+        if keep:
+            ctx.save_for_backward(tokens, gates, *weights, *projected)
+            ctx.counts = counts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, gates, *rest = ctx.saved_tensors
+        counts: Sequence[int] = ctx.counts
+        weights, projected = rest[: 2 * len(counts)], rest[2 * len(counts) :]
+        wanted = ctx.needs_input_grad[4:]
+        sums = [WeightGradient(w) if wants else None for w, wants in zip(weights, wanted, strict=True)]
+        fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
+        fc1_sums, fc2_sums = sums[: len(counts)], sums[len(counts) :]
+        grad_tokens, grad_gates = torch.empty_like(tokens), torch.empty_like(gates)
+        for block, h in zip(_blocks(counts, tokens), projected, strict=True):
+            x, dy, dx = tokens[block.rows], grad_out[block.rows], grad_tokens[block.rows]
+            d_hidden = h.new_empty(block.size, h.shape[1] // 2)
+            for expert, rows in block.parts:
+                torch.mm(dy[rows], fc2[expert], out=d_hidden[rows])
+            hidden, dh = _activation_backward(h, d_hidden, gates[block.rows], grad_gates[block.rows])
+            for expert, rows in block.parts:
+                torch.mm(dh[rows], fc1[expert], out=dx[rows])
+                _add(fc1_sums[expert], dh[rows], x[rows])
+                _add(fc2_sums[expert], dy[rows], hidden[rows])
+        return grad_tokens, grad_gates, None, None, *(s.result() if s is not None else None for s in sums)
+
+
+def _activation_backward(h: Tensor, d_hidden: Tensor, gates: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """What fc2 was given, and the gradient of h = [a, b], from that of what fc2 was given, which is overwritten.
+
+    Writes the gates' gradient, summed in their own (wide) dtype, into `grad_gates`.
+    """
+    a, b = h.chunk(2, dim=1)
+    silu = F.silu(a)
+    hidden = silu * b
+    torch.sum(d_hidden.to(gates.dtype) * hidden, dim=1, out=grad_gates)
+    hidden.mul_(gates[:, None])
+    d_hidden.mul_(gates[:, None])
+    dh = torch.empty_like(h)
+    da, db = dh.chunk(2, dim=1)
+    torch.mul(d_hidden, silu, out=db)
+    torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(b), a, grad_input=da)
+    return hidden, dh
+
+
+def _add(total: WeightGradient | None, grad_output: Tensor, inputs: Tensor) -> None:
+    if total is not None:
+        total.add(grad_output, inputs)
+
+
+def _blocks(counts: Sequence[int], tokens: Tensor) -> Iterator[_Block]:
+    """Cut the rows into blocks: small experts share one, large ones are cut evenly. On a GPU there is one block."""
+    most = max(tokens.shape[0], 1) if tokens.is_cuda else BLOCK_ROWS
+    start, size, parts = 0, 0, list[_Part]()
+    for expert, count in enumerate(counts):
+        cuts = -(-count // most)
+        for i in range(cuts):
+            taken = count * (i + 1) // cuts - count * i // cuts
+            if size + taken > most:
+                yield _Block(slice(start, start + size), parts)
+                start, size, parts = start + size, 0, []
+            parts.append(_Part(expert, slice(size, size + taken)))
+            size += taken
+    if parts:
+        yield _Block(slice(start, start + size), parts)
+
+
+def _refuse_other_experts(config: TransformerConfig) -> None:
+    """ValueError for what grouped_swiglu does not compute."""
+    wanted: dict[str, Any] = {
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
+        "moe_apply_probs_on_input": False,
+        "fp8": None,
+        "fp4": None,
+    }
+    for name, value in wanted.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise ValueError(f"{name}={found!r}: experts without Transformer Engine need {name}={value!r}")
