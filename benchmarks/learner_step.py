@@ -5,7 +5,7 @@ optimizer steps a batch, no activation recompute, AdamW, gradient clipping. With
 one it takes them from the update's own forward pass). TRL's trainer runs as it is: tokens come in by its `rollout_func`
 and rewards by a reward function. Counted for TRL: its old-logprob pass, and from each prepared micro-batch to the end
 of the optimizer step. Counted for megasapo: packing and placing the batch, old logprobs, update with all its
-statistics. In the first, uncounted, turn both must find the same old logprobs and gradient norm, or nothing is measured.
+statistics. In the first turn, not counted, both must find the same old logprobs and gradient norm: else it stops.
 
 Response lengths: "long tail" are the quantiles of an exponential distribution cut at 4 times its mean, shuffled, so
 TRL's padding to the longest costs as it does in reinforcement learning; "equal" are all the mean: packing saves
