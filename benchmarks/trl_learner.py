@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ class Clocks(TrainerCallback):
 
     def start(self) -> None:
         if self._since is None:
-            self._since = _now()
+            self._since = now()
 
     def stop(self) -> None:
         assert self._since is not None, "the clock was not started"
-        clock, cpu = _now()
+        clock, cpu = now()
         self.clock += clock - self._since[0]
         self.cpu += cpu - self._since[1]
         self._since = None
@@ -119,9 +120,12 @@ def take_turns(turns: Turns, work: Work) -> None:
 
 def make_trainer(
     kind: type[GRPOTrainer], model: str, dtype: str, directory: str, reward: Any, prompts: list[str],
-    rollout_func: Any = None, **settings: Any,
+    rollout_func: Any = None, end_tokens: Sequence[int] = (), **settings: Any,
 ) -> GRPOTrainer:  # fmt: skip
-    """SAPO, no recompute, no KL, fp32 or bf16 autocast, and the optimizer settings that both sides share."""
+    """SAPO, no recompute, no KL, fp32 or bf16 autocast, and the optimizer settings that both sides share.
+
+    `end_tokens` end a response beside the tokenizer's own end-of-sequence token.
+    """
     on_gpu = torch.cuda.is_available()
     config = GRPOConfig(
         output_dir=directory, loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, beta=0.0,
@@ -130,12 +134,15 @@ def make_trainer(
         gradient_checkpointing=False, use_cpu=not on_gpu, max_steps=1_000_000, logging_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, seed=1, **settings,
     )  # fmt: skip
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    network.generation_config.eos_token_id = [tokenizer.eos_token_id, *end_tokens]
     trainer = kind(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=network,
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        processing_class=tokenizer,
         rollout_func=rollout_func,
     )
     trainer.remove_callback(PrinterCallback)
@@ -153,7 +160,7 @@ def _order(micro: list[torch.Tensor], work: Work) -> list[int]:
     return order
 
 
-def _now() -> Seconds:
+def now() -> Seconds:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return Seconds(time.perf_counter(), time.process_time())

@@ -41,17 +41,17 @@ class Side:
 
     def turn(self, message: Message, timeout_s: float = 600) -> Message:
         """Let it run once. RuntimeError when it ends or says nothing for `timeout_s`."""
-        self._pipe.send(message)
         try:
+            self._pipe.send(message)
             if self._pipe.poll(timeout_s):
                 return self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join(30)
             raise RuntimeError(f"{self.name} ended with exit code {self.process.exitcode}; see above") from None
         raise RuntimeError(f"{self.name} was silent for {timeout_s} s")
 
     def stop(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self._pipe.send(None)
         self._pipe.close()
         self.process.join(60)
