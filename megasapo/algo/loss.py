@@ -48,7 +48,7 @@ def policy_loss(
         raise ValueError(f"algo.entropy_coef={algo.entropy_coef} needs the entropy of each token")
 
     def inside(x: Tensor) -> Tensor:
-        return torch.where(loss_mask, x, torch.zeros_like(x))
+        return torch.where(loss_mask, x, 0.0)
 
     logp, old_logp, rollout_logp = inside(logp), inside(old_logp), inside(rollout_logp)
     advantages, weight = inside(advantages), inside(weight)
@@ -109,22 +109,23 @@ def _ratio_stats(token: Stats, advantages: Tensor, mask: Tensor) -> dict[str, Me
     # held within +-80, so that one broken token cannot make the logged numbers infinite; fp64, so that sums of squares
     # of nearly equal values keep their digits and merge to the same number in any split
     d = token["log_ratio"].double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    r = torch.where(mask, d.exp(), torch.zeros_like(d))
-    count = mask.sum().double()
+    inside = mask.double()
+    r = d.exp().mul_(inside)
+    count = inside.sum()
     stats: dict[str, Metric] = {
-        "ratio/log_mean": _mean(d, mask),
-        "ratio/log_var": Variance(count, d.sum(), d.square().sum()),
-        "ratio/max": Max(torch.where(mask, r, torch.full_like(r, float("-inf"))).max()),
-        "ratio/ess": EffectiveSampleSize(count, r.sum(), r.square().sum()),
+        "ratio/log_mean": _mean(d, inside),
+        "ratio/log_var": Variance(count, d.sum(), d.dot(d)),  # d is 0 outside the mask
+        "ratio/max": Max(torch.where(mask, r, float("-inf")).max()),
+        "ratio/ess": EffectiveSampleSize(count, r.sum(), r.dot(r)),
         "ratio/log_hist": Hist.of_tensor(d, mask, LOG_RATIO_EDGES),
     }
     if "clipped" in token:
-        stats["ratio/clip_frac"] = _mean(token["clipped"], mask)
+        stats["ratio/clip_frac"] = _mean(token["clipped"], inside)
     if "gate" in token:
         gate = token["gate"]
         stats["sapo/gate_mean_pos"] = _mean(gate, mask & (advantages > 0))
         stats["sapo/gate_mean_neg"] = _mean(gate, mask & (advantages < 0))
-        stats["sapo/attenuated_frac"] = _mean(gate < 0.5, mask)
+        stats["sapo/attenuated_frac"] = _mean(gate < 0.5, inside)
         stats["sapo/gate_hist"] = Hist.of_tensor(gate, mask, GATE_EDGES)
     return stats
 
@@ -138,7 +139,6 @@ def _mismatch_stats(old_logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> dic
 
 
 def _mean(values: Tensor, weight: Tensor) -> Mean:
-    """Weighted mean of detached values; where the weight is 0 the value does not matter."""
+    """Weighted mean of detached [T] values, which are finite where the weight is 0 unless a token is broken."""
     weight = weight.detach().double()
-    values = torch.where(weight != 0, values.detach().double(), torch.zeros_like(weight))
-    return Mean((values * weight).sum(), weight.sum())
+    return Mean(values.detach().double().dot(weight), weight.sum())

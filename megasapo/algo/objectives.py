@@ -15,7 +15,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megasapo.algo.numerics import MAX_LOG_RATIO, at_least_fp32, bounded_exp, finite, log_ratio, with_slope
+from megasapo.algo.numerics import (
+    MAX_LOG_RATIO,
+    at_least_fp32,
+    bounded_exp,
+    finite,
+    finite_log_ratio,
+    log_ratio,
+    same_width,
+    with_slope,
+)
 
 Stats = dict[str, Tensor]
 SequenceMean = Callable[[Tensor], Tensor]
@@ -30,16 +39,20 @@ def sapo(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, tau_pos: float, 
     """
     if tau_pos <= 0 or tau_neg <= 0:
         raise ValueError(f"tau_pos={tau_pos}, tau_neg={tau_neg}: both temperatures must be positive")
-    d, a = _inputs(logp, old_logp, advantages)
+    _check_shapes(logp, old_logp)
+    wide, old = same_width(logp, old_logp)
     with torch.no_grad():
-        held = d.clamp(max=MAX_LOG_RATIO)
-        ratio = held.exp()
-        tau = torch.where(a > 0, torch.full_like(a, tau_pos), torch.full_like(a, tau_neg))
-        x = tau * held.expm1()  # tau (r - 1) without the rounding of r - 1 near r = 1
+        a = advantages.to(wide.dtype)  # left as narrow as it came: broadcasting one value a sequence costs nothing
+        tau = torch.where(a > 0, a.new_full((), tau_pos), a.new_full((), tau_neg))
+        d, slope_is_off = finite_log_ratio(wide, old)
+        ratio = d.clamp(max=MAX_LOG_RATIO).exp_()
+        x = (ratio - 1).mul_(tau)
         p = x.sigmoid()
-        gate = 4 * p * (-x).sigmoid()  # 1 - p would be rounded to 0 from r = 17 on
-    loss = with_slope(d, -(4 / tau) * p * a, -gate * ratio * a)
-    return loss, {"log_ratio": d.detach(), "ratio": ratio, "gate": gate}
+        gate = x.neg_().sigmoid_().mul_(p).mul_(4)  # 4 p (1 - p), where 1 - p would be rounded to 0 from r = 17 on
+        slope = (gate * ratio).mul_(-a)
+        slope.addcmul_(slope, slope_is_off, value=-1)
+    loss = with_slope(wide, p.mul_(-4 / tau * a), slope)
+    return loss, {"log_ratio": d, "ratio": ratio, "gate": gate}
 
 
 def grpo(
@@ -135,10 +148,14 @@ def reinforce(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> tuple[Tenso
 
 
 def _inputs(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    if logp.shape != old_logp.shape:
-        raise ValueError(f"logp has shape {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)}: they must agree")
+    _check_shapes(logp, old_logp)
     d = log_ratio(logp, old_logp.detach())
     return d, advantages.detach().to(d.dtype).expand_as(d)
+
+
+def _check_shapes(logp: Tensor, old_logp: Tensor) -> None:
+    if logp.shape != old_logp.shape:
+        raise ValueError(f"logp has shape {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)}: they must agree")
 
 
 def _clipped_surrogate(x: Tensor, a: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:

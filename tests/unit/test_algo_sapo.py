@@ -72,6 +72,17 @@ def test_extreme_log_ratio_gives_the_limit_and_no_gradient(d):
         assert abs(logp.grad.item()) < 1e-30
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float32"), ("bfloat16", "float64")])
+def test_equal_infinities_have_no_gradient_whatever_their_widths(dtypes):
+    logp = torch.tensor([-math.inf, -1.0], dtype=getattr(torch, dtypes[0]), requires_grad=True)
+    old = torch.tensor([-math.inf, -1.0], dtype=getattr(torch, dtypes[1]))
+    loss, stats = objectives.sapo(logp, old, torch.tensor([3.0, 3.0]), **TAU)
+    loss.sum().backward()
+    assert loss.tolist() == [-6.0, -6.0]
+    assert logp.grad.tolist() == [0.0, -3.0]
+    assert stats["log_ratio"].tolist() == [0.0, 0.0]
+
+
 def test_mean_gate_of_a_sequence_is_that_of_its_geometric_mean_ratio():
     torch.manual_seed(0)
     for tau, mean, spread in ((1.0, -0.01, 0.02), (1.05, -0.05, 0.05), (1.0, -0.2, 0.1)):

@@ -1,0 +1,200 @@
+"""One learner step, old logprobs and SAPO update, of megasapo and of TRL's GRPOTrainer on the same batch.
+
+Both sides start from the same Qwen3-MoE and see the same tokens, advantages, split into mini-batches and settings: two
+optimizer steps a batch, no activation recompute, AdamW, gradient clipping. With two, TRL computes old logprobs (with
+one it takes them from the update's own forward pass). TRL's trainer runs as it is: tokens come in by its `rollout_func`
+and rewards by a reward function. Counted for TRL: its old-logprob pass, and from each prepared micro-batch to the end
+of the optimizer step. Counted for megasapo: packing and placing the batch, old logprobs, update with all its
+statistics. In the first turn, not counted, both must find the same old logprobs and gradient norm: else it stops.
+
+Response lengths: "long tail" are the quantiles of an exponential distribution cut at 4 times its mean, shuffled, so
+TRL's padding to the longest costs as it does in reinforcement learning; "equal" are all the mean: packing saves
+nothing. Each side has a process of its own with the same number of threads; the two take turns.
+
+    python -m benchmarks.learner_step [--quick] [--vocab 32768] [--mean-response 128] [--sequences 16] [--runs 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.learner_work import (
+    BETAS,
+    CLIP,
+    EPS,
+    GROUP,
+    LR,
+    MINI_BATCHES,
+    Work,
+    add_model_options,
+    flops_per_token,
+    make_work,
+    model_shape,
+    peak_memory_mib,
+)  # fmt: skip
+from benchmarks.measure import Seconds
+from benchmarks.turns import Message, Turns, sides
+from tests.tiny import make_model
+
+
+def megasapo_side(turns: Turns, work: Work) -> None:
+    from megasapo import metrics
+    from megasapo.algo.settings import resolve
+    from megasapo.algo.weights import token_weights
+    from megasapo.config import from_dict
+    from megasapo.mcore.exchange import build_batch
+    from megasapo.mcore.policy import Policy
+    from megasapo.mcore.topology import Topology
+
+    prompt, response = work.longest
+    cfg = from_dict({
+        "model": {"path": work.model, "dtype": work.dtype},
+        "data": {"max_prompt_tokens": prompt},
+        "rollout": {"max_new_tokens": response, "group_size": GROUP},
+        "algo": {"mini_batches": MINI_BATCHES},
+        "optim": {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "clip_grad": CLIP},
+        "train": {"micro_batch_tokens": work.micro_batch_tokens},
+    })  # fmt: skip
+    topo = Topology.init(cfg.parallel)
+    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
+    rule = partial(token_weights, normalisation="sequence", constant_length=response)
+    order: list[int] = []
+    found: dict[str, float] = {}
+
+    def learn() -> None:
+        batch = build_batch(
+            _rows(work, order), topo, mini_batches=MINI_BATCHES, group_size=1, max_tokens=work.micro_batch_tokens,
+            weight_rule=rule,
+        )  # fmt: skip
+        batch = policy.with_old_logprobs(batch)
+        stats = policy.update(batch)
+        micro = [mb for mini in batch.mini for mb in mini.micro]
+        total = sum(float((mb.old_logp * mb.loss_mask).sum()) for mb in micro if mb.old_logp is not None)
+        found["old_logp"] = total / sum(map(len, work.responses))
+        found["grad_norm"] = metrics.scalars(stats)["grad/norm"]
+
+    while (message := turns.wait()) is not None:
+        order = message["order"]
+        seconds = measure.timed(learn)
+        turns.done({"seconds": seconds, "memory_mib": peak_memory_mib(), **found})
+    topo.destroy()
+
+
+def _rows(work: Work, order: list[int]) -> list[Any]:
+    """The sequences with uids that count them in the order in which they are split into mini-batches."""
+    from megasapo.types import TrainSequence
+
+    advantages = work.advantages()
+    rows = []
+    for uid, i in enumerate(order):
+        tokens = np.array(work.prompts[i] + work.responses[i], dtype=np.int32)
+        mask = np.arange(len(tokens)) >= len(work.prompts[i])
+        rows.append(TrainSequence(uid, tokens, mask, np.zeros(len(tokens), np.float32), float(advantages[i])))
+    return rows
+
+
+def trl_side(turns: Turns, work: Work) -> None:
+    from benchmarks.trl_learner import take_turns
+
+    take_turns(turns, work)
+
+
+def compare(work: Work, runs: int, threads: int) -> tuple[dict[str, list[Seconds]], dict[str, float]]:
+    """Seconds of each side's runs, and peak memory. RuntimeError when the two do not take the same step."""
+    with sides({"TRL": trl_side, "megasapo": megasapo_side}, work, threads) as both:
+        theirs = both["TRL"].turn({})
+        order = {"order": theirs["order"]}
+        check_same_step(both["megasapo"].turn(order), theirs)
+        seen: dict[str, list[Seconds]] = {"megasapo": [], "TRL": []}
+        memory: dict[str, float] = {}
+        for _ in range(runs):
+            for name in seen:
+                said = both[name].turn(order)
+                seen[name].append(said["seconds"])
+                memory[name] = said["memory_mib"]
+    return seen, memory
+
+
+def check_same_step(ours: Message, theirs: Message) -> None:
+    print(f"first turn: old logprob {ours['old_logp']:.5f} and {theirs['old_logp']:.5f} in the mean,", end=" ")
+    print(f"gradient norm {ours['grad_norm']:.5f} and {theirs['grad_norm']:.5f} (megasapo, TRL)")
+    for name in ("old_logp", "grad_norm"):
+        if abs(ours[name] - theirs[name]) > 1e-3 * abs(theirs[name]):
+            raise RuntimeError(f"the two sides do not take the same step: {name} {ours[name]} and {theirs[name]}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(p, vocab=32768)
+    defaults = {
+        "sequences": 16,
+        "prompt": 32,
+        "mean-response": 128,
+        "micro-batch-tokens": 4096,
+        "threads": 1,
+        "runs": 5,
+    }
+    for name, default in defaults.items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--trl-micro-batch", type=int, help="sequences; default: a whole mini-batch")
+    p.add_argument("--quick", action="store_true", help="2 runs, half as many and shorter responses, vocabulary 4096")
+    args = p.parse_args()
+    if args.quick:
+        args.runs, args.sequences, args.mean_response, args.vocab = 2, 16, 64, 4096
+    shape = model_shape(args)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(args.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = make_model(Path(directory) / "model", **shape)
+        for kind in ("long tail", "equal"):
+            work = make_work(kind, model, args)
+            seen, memory = compare(work, args.runs, args.threads)
+            rows += table_rows(kind, work, seen, memory, model)
+    print(measure.machine("transformers", "trl", "megatron-core"))
+    print(
+        f"Qwen3-MoE {shape}, {args.dtype}; {args.sequences} sequences, prompts of {args.prompt} tokens, responses of",
+        end=" ",
+    )
+    print(
+        f"{args.mean_response} in the mean, {MINI_BATCHES} optimizer steps; medians of {args.runs} alternating runs\n"
+    )
+    print(measure.table(HEADER, rows))
+
+
+HEADER = (
+    "lengths", "learner", "tokens", "computed", "seconds", "min", "max", "CPU s", "tokens/s", "TFLOP/s", "peak MiB",
+    "speed-up: clock", "CPU",
+)  # fmt: skip
+
+
+def table_rows(
+    kind: str, work: Work, seen: dict[str, list[Seconds]], memory: dict[str, float], model: Path
+) -> list[tuple[str, ...]]:
+    flops = flops_per_token(model, work.tokens / len(work.prompts))[1]
+    rows = []
+    for name, runs in seen.items():
+        middle, speed_up = measure.median(runs), measure.ratio(seen["TRL"], runs)
+        clock = [s.clock for s in runs]
+        computed = work.padded_tokens if name == "TRL" else work.tokens
+        rows.append((
+            kind, name, str(work.tokens), str(computed), f"{middle.clock:.2f}", f"{min(clock):.2f}",
+            f"{max(clock):.2f}", f"{middle.cpu:.2f}", f"{work.tokens / middle.clock:.0f}",
+            f"{flops * work.tokens / middle.clock / 1e12:.4f}", f"{memory[name]:.0f}",
+            f"{speed_up.clock:.2f}", f"{speed_up.cpu:.2f}",
+        ))  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
