@@ -51,7 +51,7 @@ def megasapo_side(turns: Turns, work: Work) -> None:
     from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
     from megasapo.config import from_dict
-    from megasapo.mcore.exchange import build_batch
+    from megasapo.mcore.exchange import PackingRule, build_batch
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
 
@@ -72,7 +72,7 @@ def megasapo_side(turns: Turns, work: Work) -> None:
 
     def learn() -> None:
         batch = build_batch(
-            _rows(work, order), topo, mini_batches=MINI_BATCHES, group_size=1, max_tokens=work.micro_batch_tokens,
+            _rows(work, order), topo, mini_batches=MINI_BATCHES, group_size=1, packing=PackingRule(work.micro_batch_tokens),
             weight_rule=rule,
         )  # fmt: skip
         batch = policy.with_old_logprobs(batch)

@@ -6,6 +6,7 @@ the row a rank holds is given as numbers; no process group here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Shard:
         if self.cp == 1:
             return np.arange(bounds[-1])
         held = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             chunk = (end - start) // (2 * self.cp)
             for number in (self.cp_rank, 2 * self.cp - 1 - self.cp_rank):
                 held.append(np.arange(start + number * chunk, start + (number + 1) * chunk))

@@ -1,4 +1,4 @@
-"""Causal attention with rotary embedding for packed sequences on plain torch, where Transformer Engine is not available.
+"""Causal attention and rotary embedding for packed sequences on plain torch, where Transformer Engine is not available.
 
 model.py puts `PackedAttention` into megatron-core's layer spec and calls `pack` once for every micro-batch; what `pack`
 returns travels with it through the layers. A pack is attended in a few dense calls: sequences are grouped by length, so

@@ -47,13 +47,13 @@ def _order_pipeline_messages() -> None:
     """
     from megatron.core.pipeline_parallel import p2p_communication as p2p
 
-    def exchange(send_prev: Any, recv_prev: Any, send_next: Any, recv_next: Any, ranks: tuple[int, int], group: Any):
-        prev, next_ = ranks
+    def exchange(sends: tuple[Any, Any], receives: tuple[Any, Any], ranks: tuple[int, int], group: Any) -> Any:
+        """Each pair is of the previous stage and the next."""
         ordered = (
-            (dist.isend, send_prev, prev),
-            (dist.irecv, recv_next, next_),
-            (dist.isend, send_next, next_),
-            (dist.irecv, recv_prev, prev),
+            (dist.isend, sends[0], ranks[0]),
+            (dist.irecv, receives[1], ranks[1]),
+            (dist.isend, sends[1], ranks[1]),
+            (dist.irecv, receives[0], ranks[0]),
         )
         ops = [dist.P2POp(op, tensor, rank, group) for op, tensor, rank in ordered if tensor is not None]
         return dist.batch_isend_irecv(ops) if ops else []
@@ -68,24 +68,25 @@ def _order_pipeline_messages() -> None:
         prev_pipeline_rank: int,
         next_pipeline_rank: int,
     ) -> list[Any]:
-        ranks = prev_pipeline_rank, next_pipeline_rank
-        return exchange(tensor_send_prev, tensor_recv_prev, tensor_send_next, tensor_recv_next, ranks, group)
+        sends, receives = (tensor_send_prev, tensor_send_next), (tensor_recv_prev, tensor_recv_next)
+        return exchange(sends, receives, (prev_pipeline_rank, next_pipeline_rank), group)
 
     def shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> tuple[list[int], ...]:
         device = torch.cuda.current_device()
 
-        def of(tensor: Any) -> Any:
+        def sent(tensor: Any) -> Any:
             return None if tensor is None else torch.tensor(tensor.shape, device=device)
 
-        prev, next_ = (
-            torch.zeros(3, device=device, dtype=torch.int64) if wanted else None for wanted in (recv_prev, recv_next)
-        )
+        def received(wanted: bool) -> Any:
+            return torch.zeros(3, device=device, dtype=torch.int64) if wanted else None
+
+        coming = received(recv_prev), received(recv_next)
         for request in exchange(
-            of(send_prev), prev, of(send_next), next_, (self.prev_rank, self.next_rank), self.pp_group
+            (sent(send_prev), sent(send_next)), coming, (self.prev_rank, self.next_rank), self.pp_group
         ):
             request.wait()
         torch.cuda.synchronize()
-        return tuple([0, 0, 0] if shape is None else shape.tolist() for shape in (prev, next_))
+        return tuple([0, 0, 0] if shape is None else shape.tolist() for shape in coming)
 
     p2p._batched_p2p_ops = batched
     p2p.P2PCommunicator._communicate_shapes = shapes

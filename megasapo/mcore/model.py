@@ -28,6 +28,7 @@ from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
 from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.head import token_logprobs
+from megasapo.mcore.head_rows import choose_kernel
 from megasapo.mcore.topology import Topology
 from megasapo.types import MicroBatch
 
@@ -60,7 +61,12 @@ def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: 
     megasapo.layout has checked that the layout can cut the model.
     """
     config = transformer_config(cfg, hf_config, topo, recompute=recompute)
-    outside = Outside(vocab_size=hf_config.vocab_size, head_dim=_head_dim(hf_config), rope_theta=_rope_theta(hf_config))
+    outside = Outside(
+        vocab_size=hf_config.vocab_size,
+        head_dim=_head_dim(hf_config),
+        rope_theta=_rope_theta(hf_config),
+        head_kernel=choose_kernel(cfg.head, topo.device),
+    )
     return [_build_chunk(config, hf_config, topo, number, outside) for number in range(topo.vpp)]
 
 
@@ -99,6 +105,7 @@ class Outside:
     vocab_size: int  # of the HF model: columns beyond it are padding
     head_dim: int
     rope_theta: float
+    head_kernel: str
 
 
 def transformer_config(
@@ -300,6 +307,7 @@ def forward_micro_batch(
         tp_group=topo.tp_group,
         with_entropy=with_entropy,
         where=mb.wanted,
+        kernel=gpt.outside.head_kernel,
     )
     return TokenScores(logp, entropy)
 

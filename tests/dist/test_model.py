@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from megasapo.data.packing import Pieces, join, pieces
 from tests.dist import model_reference as given
 from tests.dist.launcher import free_ports, run_ranks
 
@@ -116,11 +117,10 @@ def _run_model(model_dir: Path, topo) -> dict[str, object]:
             parameter.copy_(parameter.main_grad)
     exported = bridge.export_hf(chunks, hf_config, topo, bucket_bytes=1 << 20)
     gradients = {name: value.clone() for bucket in exported for name, value in bucket}
-    merged = {uid: pair for part in topo.gather(scores) for uid, pair in part.items()}
-    order = sorted(merged)
+    logps, entropies = (join(parts) for parts in zip(*topo.gather(scores), strict=True))
     return {
-        "logp": [torch.from_numpy(merged[i][0]) for i in order],
-        "entropy": [torch.from_numpy(merged[i][1]) for i in order],
+        "logp": [torch.from_numpy(logps[i]) for i in sorted(logps)],
+        "entropy": [torch.from_numpy(entropies[i]) for i in sorted(entropies)],
         "gradients": gradients,
     }
 
@@ -135,24 +135,23 @@ def _micro_batches(topo) -> list:
     ]
     mine = rows[topo.dp_rank :: topo.dp]
     weights = given.token_weights()
-    return [pack(part, [weights[row.uid] for row in part], pad_to=topo.tp) for part in (mine[:1], mine[1:])]
+    return [pack(part, [weights[row.uid] for row in part], shard=topo.shard) for part in (mine[:1], mine[1:])]
 
 
-def _forward_backward(ddp, micro, topo) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _forward_backward(ddp, micro, topo) -> tuple[Pieces, Pieces]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megasapo.data.packing import per_sequence
     from megasapo.mcore.model import forward_micro_batch
 
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    found: tuple[Pieces, Pieces] = ({}, {})
 
     def forward_step(batches, chunk):
         mb = next(batches)
         output = forward_micro_batch(chunk, mb, temperature=given.TEMPERATURE, topo=topo, with_entropy=True)
 
         def loss(scores):
-            logps, entropies = per_sequence(mb, scores.logp), per_sequence(mb, scores.entropy)
-            found.update({uid: (logps[uid], entropies[uid]) for uid in mb.uids})
+            for kept, values in zip(found, (scores.logp, scores.entropy), strict=True):
+                kept.update(pieces(mb, values))
             total = (mb.weight * (scores.logp + given.ENTROPY_WEIGHT * scores.entropy)).sum()
             return total, torch.tensor(0, dtype=torch.int), {}
 

@@ -13,7 +13,7 @@ from megasapo.algo.settings import resolve
 from megasapo.algo.weights import token_weights
 from megasapo.config import from_dict
 from megasapo.data.balance import plan
-from megasapo.data.packing import pack, per_sequence, sequence_mean
+from megasapo.data.packing import join, pack, pieces, sequence_mean
 from megasapo.types import TrainSequence
 
 OBJECTIVES = ["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"]
@@ -278,7 +278,7 @@ def test_coefficients_without_their_inputs_are_refused():
 def test_values_come_back_by_sequence():
     sequences = rows()
     mb = pack(sequences, [0.1] * 7, pad_to=16)
-    values = per_sequence(mb, mb.targets)
+    values = join([pieces(mb, mb.targets)])
     assert {uid: v.tolist() for uid, v in values.items()} == {s.uid: s.tokens[1:].tolist() for s in sequences}
 
 

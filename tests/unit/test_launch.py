@@ -8,7 +8,7 @@ import pytest
 
 from megasapo import launch
 from megasapo.config import ConfigError, ParallelConfig
-from megasapo.run import check_nproc
+from megasapo.run import world_size
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,9 +54,15 @@ def test_srun_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     [({}, None, 1), ({"ep": 2}, None, 2), ({"tp": 2, "pp": 2, "ep": 2}, None, 4), ({"tp": 2, "pp": 2, "ep": 2}, 8, 8)],
 )
 def test_as_few_ranks_as_the_layout_needs(sizes: dict[str, int], asked: int | None, ranks: int) -> None:
-    assert check_nproc(ParallelConfig(**sizes), asked) == ranks
+    assert world_size(ParallelConfig(**sizes), asked) == ranks
 
 
-def test_an_impossible_number_of_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--nproc 3 is no multiple of pp\(1\)\*lcm\(tp\(2\), ep\(1\)\)=2"):
-        check_nproc(ParallelConfig(tp=2), 3)
+def test_no_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--nproc 0: give at least one rank"):
+        world_size(ParallelConfig(tp=2), 0)
+
+
+def test_under_torchrun_its_number_of_ranks_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert world_size(ParallelConfig(tp=2), None) == 6

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megasapo.mcore.attention import PackedAttention, PackedRotaryEmbedding, pack, plan
+from megasapo.data.packing import Shard
+from megasapo.mcore.attention import PackedAttention, pack, plan
 
-HEADS, GROUPS, DIM = 4, 2, 8
+HEADS, GROUPS, DIM, THETA = 4, 2, 8, 100.0
 PACKS = [[1], [7], [1, 1, 1], [3, 30, 5, 17, 1, 64, 2], [40] * 5, [2, 4, 8, 16], [5, 0, 3]]
 
 
@@ -21,9 +22,12 @@ def positions(lengths: list[int]) -> torch.Tensor:
     return torch.cat([torch.arange(n) for n in lengths])
 
 
+def packed(lengths: list[int], **over):
+    return pack(boundaries(lengths), max(lengths), positions(lengths), **{"head_dim": DIM, "theta": THETA} | over)
+
+
 def attention(**over) -> PackedAttention:
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, **over)
-    return PackedAttention(config)
+    return PackedAttention(SimpleNamespace(attention_dropout=0.0), **over)
 
 
 def inputs(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -33,8 +37,9 @@ def inputs(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
-    """softmax(q k / sqrt d) v for each token over its own sequence's past, one head at a time, in fp64."""
+    """softmax(q k / sqrt d) v of each token over its sequence's past, one head at a time, in fp64, q and k rotated."""
     q, k, v = (x.double() for x in (q, k, v))
+    q, k = (rotated(x, lengths) for x in (q, k))
     out = torch.zeros_like(q)
     start = 0
     for n in lengths:
@@ -47,26 +52,32 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
     return out.flatten(1)
 
 
+def rotated(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Each pair (x_i, x_{i + d/2}) turned by position * theta^(-2i/d), as complex numbers; fp64 with cosines in fp32."""
+    inverse = 1.0 / THETA ** (torch.arange(0, DIM, 2, dtype=torch.float32) / DIM)
+    angles = positions(lengths).float()[:, None] * inverse
+    turn = torch.complex(angles.cos().double(), angles.sin().double())
+    turned = torch.complex(*x.chunk(2, dim=-1)) * turn[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
 def test_packed_attention_is_the_formula(lengths: list[int]) -> None:
     q, k, v = inputs(sum(lengths), torch.float64)
-    out = attention()(q, k, v, packed_seq_params=pack(boundaries(lengths), max(lengths), positions(lengths)))
+    out = attention()(q, k, v, packed_seq_params=packed(lengths))
     torch.testing.assert_close(out, by_formula(q, k, v, lengths, DIM**-0.5), rtol=0, atol=1e-12)
 
 
 def test_softmax_scale_is_used() -> None:
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
     q, k, v = inputs(5, torch.float64)
-    out = PackedAttention(config, softmax_scale=0.1)(
-        q, k, v, packed_seq_params=pack(boundaries([5]), 5, positions([5]))
-    )
+    out = attention(softmax_scale=0.1)(q, k, v, packed_seq_params=packed([5]))
     torch.testing.assert_close(out, by_formula(q, k, v, [5], 0.1), rtol=0, atol=1e-12)
 
 
 def test_bfloat16_is_near_the_formula() -> None:
     lengths = [9, 3, 20]
     q, k, v = inputs(sum(lengths), torch.bfloat16)
-    out = attention()(q, k, v, packed_seq_params=pack(boundaries(lengths), 20, positions(lengths)))
+    out = attention()(q, k, v, packed_seq_params=packed(lengths))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), by_formula(q, k, v, lengths, DIM**-0.5), rtol=0, atol=0.03)
 
@@ -75,53 +86,80 @@ def test_gradients_are_the_formulas() -> None:
     lengths = [5, 1, 12, 3]
     leaves = [x.requires_grad_() for x in inputs(sum(lengths), torch.float64)]
     seed = torch.randn(sum(lengths), HEADS * DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    packed = pack(boundaries(lengths), max(lengths), positions(lengths))
-    got = torch.autograd.grad((attention()(*leaves, packed_seq_params=packed) * seed).sum(), leaves)
+    params = packed(lengths)
+    got = torch.autograd.grad((attention()(*leaves, packed_seq_params=params) * seed).sum(), leaves)
     want = torch.autograd.grad((by_formula(*leaves, lengths, DIM**-0.5) * seed).sum(), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_unpacked_batch_is_the_same_attention() -> None:
-    q, k, v = inputs(12, torch.float64)
-    stacked = [x.unflatten(0, (2, 6)).transpose(0, 1) for x in (q, k, v)]  # [s, b, heads, d]
-    out = attention()(*stacked)
-    expected = by_formula(q, k, v, [6, 6], DIM**-0.5).unflatten(0, (2, 6)).transpose(0, 1)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-
-
 def test_plan_wastes_less_than_half_and_loses_no_token() -> None:
     lengths = [1, 100, 3, 7, 8, 9, 50, 51, 2]
     layout = plan(boundaries(lengths))
-    slots = sum(len(bucket.rows) for bucket in layout.buckets)
+    slots = sum(len(bucket.queries) for bucket in layout.buckets)
     assert slots < 2 * sum(lengths)
-    rows = torch.cat([bucket.rows for bucket in layout.buckets])
+    rows = torch.cat([bucket.queries for bucket in layout.buckets])
     torch.testing.assert_close(rows[layout.inverse], torch.arange(sum(lengths)))
 
 
-@pytest.mark.parametrize("wrong", [{"context_parallel_size": 2}, {"attention_dropout": 0.1}])
-def test_what_is_not_supported_is_refused(wrong: dict) -> None:
-    config = SimpleNamespace(**{"context_parallel_size": 1, "attention_dropout": 0.0} | wrong)
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        PackedAttention(config)
+@pytest.mark.parametrize("cp", [2, 3, 4])
+def test_context_parallel_queries_see_their_past_on_all_ranks(cp: int) -> None:
+    lengths = [2 * cp * n for n in (1, 7, 2, 3)]
+    total = sum(lengths)
+    q, k, v = inputs(total, torch.float64)
+    want = by_formula(q, k, v, lengths, DIM**-0.5)
+    bounds = boundaries(lengths).numpy()
+    held = [torch.from_numpy(Shard(cp, rank).context_slots(bounds)) for rank in range(cp)]
+    gathered = torch.cat(held)
+    k_rotated = rotated(k, lengths)
+    for rank in range(cp):
+        layout = plan(boundaries(lengths), Shard(cp, rank))
+        own_q, all_k, all_v = rotated(q, lengths)[held[rank]], k_rotated[gathered], v[gathered]
+        parts = []
+        for bucket in layout.buckets:
+            one = [
+                x.index_select(0, rows).unflatten(0, (bucket.num, -1)).transpose(1, 2)
+                for x, rows in ((own_q, bucket.queries), (all_k, bucket.keys), (all_v, bucket.keys))
+            ]
+            parts.append(attention()._attend(*one, bucket.mask).transpose(1, 2).flatten(0, 1).flatten(1))
+        out = torch.cat(parts).index_select(0, layout.inverse)
+        torch.testing.assert_close(out, want[held[rank]], rtol=0, atol=1e-6)
 
 
-def test_masks_are_refused() -> None:
+def test_context_parallel_ranks_see_equally_many_keys() -> None:
+    lengths = [8 * n for n in (1, 7, 2, 3)]
+    seen = []
+    for rank in range(4):
+        layout = plan(boundaries(lengths), Shard(4, rank))
+        pairs = 0
+        for bucket in layout.buckets:
+            causal = torch.ones(len(bucket.queries) // bucket.num, len(bucket.keys) // bucket.num).tril().bool()
+            masks = causal.expand(bucket.num, -1, -1) if bucket.mask is None else bucket.mask[:, 0]
+            for queries, keys, mask in zip(
+                bucket.queries.view(bucket.num, -1), bucket.keys.view(bucket.num, -1), masks, strict=True
+            ):
+                first = torch.cat((torch.tensor([True]), queries.diff() != 0))  # without padding
+                real = torch.cat((torch.tensor([True]), keys.diff() != 0))
+                pairs += int((mask & first[:, None] & real[None, :]).sum())
+        seen.append(pairs)
+    assert len(set(seen)) == 1
+    assert sum(seen) == sum(n * (n + 1) // 2 for n in lengths)
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention_dropout"):
+        PackedAttention(SimpleNamespace(attention_dropout=0.1))
+
+
+def test_masks_and_unpacked_batches_are_refused() -> None:
     q, k, v = inputs(4, torch.float64)
     with pytest.raises(ValueError, match="masks"):
         attention()(q, k, v, torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="packed"):
+        attention()(q, k, v)
 
 
-def test_rotary_angles_are_position_times_inverse_frequency() -> None:
-    rotary = PackedRotaryEmbedding(head_dim=4, theta=100.0)
-    packed = pack(boundaries([2, 1]), 2, torch.tensor([0, 3, 7]))
-    angles = rotary(rotary.get_rotary_seq_len(None, None, None, None, packed))
-    assert angles.shape == (3, 1, 1, 4)
-    # 100 ** -(0/4) = 1 and 100 ** -(2/4) = 0.1
-    torch.testing.assert_close(angles[:, 0, 0], torch.tensor([[0, 0, 0, 0], [3, 0.3, 3, 0.3], [7, 0.7, 7, 0.7]]))
-
-
-def test_rotary_survives_casting_the_model() -> None:
-    rotary = PackedRotaryEmbedding(head_dim=64, theta=1e6).bfloat16()
-    assert rotary(torch.tensor([1001])).dtype == torch.float32
-    assert rotary(torch.tensor([1001]))[0, 0, 0, 0] == 1001  # bfloat16 would say 1000
+def test_rotary_angles_are_fp32_whatever_the_model_computes_in() -> None:
+    params = pack(boundaries([1]), 1, torch.tensor([1001]), head_dim=64, theta=1e6)
+    assert params.cos.dtype == torch.float32
+    torch.testing.assert_close(params.cos[0, 0, 0], torch.tensor(1001.0).cos())  # bfloat16 would say 1000

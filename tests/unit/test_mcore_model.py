@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
-from megasapo.config import ConfigError, ModelConfig, ParallelConfig
-from megasapo.mcore.model import RMSNorm, check_divisible, padded_vocab_size, read_hf_config, transformer_config
-from megasapo.mcore.topology import check_layout
+from megasapo.config import ConfigError, ModelConfig
+from megasapo.mcore.model import RMSNorm, read_hf_config, transformer_config
 
 
 def moe(**over: Any) -> Qwen3MoeConfig:
@@ -27,8 +26,9 @@ def moe(**over: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**shape | over)
 
 
-def layout(tp: int = 1, pp: int = 1, ep: int = 1) -> Any:
-    return SimpleNamespace(tp=tp, pp=pp, ep=ep, device=torch.device("cpu"))
+def layout(**degrees: int) -> Any:
+    sizes = dict.fromkeys(("tp", "pp", "ep", "cp", "etp", "vpp"), 1) | degrees
+    return SimpleNamespace(**sizes, device=torch.device("cpu"))
 
 
 def built(hf: Any, topo: Any = None, **cfg: Any) -> Any:
@@ -85,25 +85,6 @@ def test_overrides_that_cannot_be_meant_are_refused(override: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
-    ("topo", "message"),
-    [
-        (layout(tp=8), r"parallel.tp=8 does not divide the model's num_attention_heads=4; use one of \[1, 2, 4\]"),
-        (layout(tp=4), r"parallel.tp=4 does not divide the model's num_key_value_heads=2; use one of \[1, 2\]"),
-        (layout(pp=4), r"parallel.pp=4 does not divide the model's num_hidden_layers=6; use one of \[1, 2, 3, 6\]"),
-        (layout(ep=3), r"parallel.ep=3 does not divide the model's num_experts=8; use one of \[1, 2, 4, 8\]"),
-    ],
-)
-def test_models_that_a_layout_cannot_cut_are_refused(topo: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_divisible(moe(), topo)
-
-
-def test_expert_parallel_dense_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"parallel.ep=2, but model_type='qwen3' has no experts"):
-        built(Qwen3Config(num_key_value_heads=2, num_attention_heads=4), layout(ep=2))
-
-
-@pytest.mark.parametrize(
     ("over", "message"),
     [
         ({"attention_bias": True}, "attention_bias=True is not supported"),
@@ -127,30 +108,6 @@ def test_missing_and_broken_model_directories(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
     with pytest.raises(ConfigError, match="no_such_family"):
         read_hf_config(tmp_path)
-
-
-def test_padded_vocabulary() -> None:
-    assert [padded_vocab_size(515, tp) for tp in (1, 2, 4, 8)] == [515, 516, 516, 520]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "world_size", "message"),
-    [
-        ({"tp": 4, "pp": 2}, 12, r"tp\(4\)\*pp\(2\)=8 does not divide world size 12; start a multiple of 8"),
-        ({"tp": 2}, 1, r"tp\(2\)\*pp\(1\)=2 does not divide world size 1"),
-        ({"pp": 2, "ep": 4}, 4, r"ep\(4\) does not divide the 2 ranks of a pipeline stage"),
-    ],
-)
-def test_impossible_layouts_are_refused(sizes: dict[str, int], world_size: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_layout(ParallelConfig(**sizes), world_size)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "world_size"), [({}, 1), ({}, 3), ({"tp": 2, "ep": 2}, 2), ({"tp": 2, "pp": 2, "ep": 4}, 8)]
-)
-def test_possible_layouts_pass(sizes: dict[str, int], world_size: int) -> None:
-    check_layout(ParallelConfig(**sizes), world_size)
 
 
 def test_rms_norm_is_the_formula_and_marks_its_weight() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasapo.data.packing import pack, per_sequence, sequence_mean
+from megasapo.data.packing import Shard, join, pack, pieces, sequence_mean
 from megasapo.types import TrainSequence
 
 
@@ -72,11 +72,62 @@ def test_sequence_mean_is_over_loss_tokens_and_passes_gradient_to_them():
 
 def test_values_by_sequence():
     mb = two(pad_to=4)
-    values = per_sequence(mb, torch.arange(8, dtype=torch.bfloat16))
+    values = join([pieces(mb, torch.arange(8, dtype=torch.bfloat16))])
     assert {uid: v.tolist() for uid, v in values.items()} == {7: [0, 1, 2], 9: [3, 4]}
-    routing = per_sequence(mb, torch.zeros(8, 3, 2, dtype=torch.uint8))
+    routing = join([pieces(mb, torch.zeros(8, 3, 2, dtype=torch.uint8))])
     assert routing[9].shape == (2, 3, 2)
     assert routing[9].dtype == np.uint8
+
+
+def test_a_context_parallel_rank_holds_an_early_and_a_late_chunk_of_every_sequence():
+    sequences = [sequence(1, range(10, 19), 1), sequence(2, range(30, 34), 2)]  # 8 and 3 slots
+    shards = [pack(sequences, [1, 1], shard=Shard(cp=2, cp_rank=rank)) for rank in (0, 1)]
+    assert shards[0].cu_seqlens.tolist() == [0, 8, 12]
+    assert shards[0].position_ids.tolist() == [0, 1, 6, 7, 0, 3]
+    assert shards[1].position_ids.tolist() == [2, 3, 4, 5, 1, 2]
+    assert shards[0].tokens.tolist() == [10, 11, 16, 17, 30, 0]  # the fourth slot of the second is padding
+    assert shards[0].targets.tolist() == [11, 12, 17, 18, 31, 0]
+    assert shards[0].sequence.tolist() == [0, 0, 0, 0, 1, 1]
+    assert shards[1].loss_mask.tolist() == [True, True, True, True, True, True]
+    assert [s.loss_tokens.tolist() for s in shards] == [[8, 2], [8, 2]]
+    assert shards[0].slots == (8, 3)
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (3, 1)])
+def test_shards_hold_every_token_once_and_their_sums_make_the_mean(cp, tp):
+    generator = np.random.default_rng(0)
+    sequences = [sequence(uid, generator.integers(0, 99, int(n)), 2) for uid, n in enumerate((9, 2, 30, 17))]
+    whole = pack(sequences, [0.5, 0.25, 0.125, 1.0])
+    logp = {uid: torch.randn(s - 1) for uid, s in enumerate((9, 2, 30, 17))}
+    shards = [pack(sequences, [0.5, 0.25, 0.125, 1.0], shard=Shard(cp, c, tp, t)) for c in range(cp) for t in range(tp)]
+    for name in ("weight", "rollout_logp", "advantage"):
+        got = join([pieces(mb, getattr(mb, name)) for mb in shards])
+        want = join([pieces(whole, getattr(whole, name))])
+        for uid, values in want.items():
+            np.testing.assert_array_equal(got[uid], values, err_msg=f"{name} of {uid}")
+    assert all(mb.tokens.numel() == mb.wanted.numel() == tp * mb.weight.numel() for mb in shards)
+
+    def values(mb):
+        found = torch.full(mb.weight.shape, torch.nan)
+        for number, uid in enumerate(mb.uids):
+            here = (mb.sequence == number) & (mb.position < mb.slots[number])
+            found[here] = logp[uid][mb.position[here]]
+        return found
+
+    partial = [
+        torch.zeros(mb.loss_tokens.numel()).index_add(0, mb.sequence, torch.where(mb.loss_mask, values(mb), 0.0))
+        for mb in shards
+    ]
+    means = [sequence_mean(mb, lambda own: sum(partial))(values(mb)) for mb in shards]
+    got = join([pieces(mb, mean) for mb, mean in zip(shards, means, strict=True)])
+    for uid, value in join([pieces(whole, sequence_mean(whole)(values(whole)))]).items():
+        np.testing.assert_allclose(got[uid], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_piece_is_noticed():
+    shards = [pack([sequence(1, range(9), 1)], [1], shard=Shard(cp=2, cp_rank=rank)) for rank in (0, 1)]
+    with pytest.raises(AssertionError, match="sequence 1"):
+        join([pieces(shards[1], shards[1].weight)])
 
 
 def test_broken_sequences_are_named():
