@@ -72,9 +72,13 @@ def megasapo_side(turns: Turns, work: Work) -> None:
 
     def learn() -> None:
         batch = build_batch(
-            _rows(work, order), topo, mini_batches=MINI_BATCHES, group_size=1, packing=PackingRule(work.micro_batch_tokens),
+            _rows(work, order),
+            topo,
+            mini_batches=MINI_BATCHES,
+            group_size=1,
+            packing=PackingRule(work.micro_batch_tokens),
             weight_rule=rule,
-        )  # fmt: skip
+        )
         batch = policy.with_old_logprobs(batch)
         stats = policy.update(batch)
         micro = [mb for mini in batch.mini for mb in mini.micro]

@@ -53,7 +53,7 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
 
 
 def rotated(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Each pair (x_i, x_{i + d/2}) turned by position * theta^(-2i/d), as complex numbers; fp64 with cosines in fp32."""
+    """Each pair (x_i, x_{i+d/2}) turned by position * theta^(-2i/d), as complex numbers; cosines in fp32."""
     inverse = 1.0 / THETA ** (torch.arange(0, DIM, 2, dtype=torch.float32) / DIM)
     angles = positions(lengths).float()[:, None] * inverse
     turn = torch.complex(angles.cos().double(), angles.sin().double())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2] / "megasapo"
 FILES = sorted(ROOT.rglob("*.py"))
 # lower layers first; a module may import its own layer and those before it, but rollout and mcore not one another
 LAYERS = [
-    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", ""},
+    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", "contradictions", ""},
     {"algo", "launch"},
     {"data", "rewards", "log"},
     {"mcore", "rollout"},

@@ -1,0 +1,90 @@
+"""Settings that contradict one another, each refused with the values and what to change.
+
+Called by config.py once a configuration is complete. What depends on the model or the ranks is layout.py's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megasapo.config import Config
+
+
+def refuse(cfg: Config) -> None:
+    """Raise ValueError for the first contradiction."""
+    for check in (_check_mini_batches, _check_lengths, _check_algo, _check_rollout, _check_eval):
+        check(cfg)
+
+
+def _check_mini_batches(cfg: Config) -> None:
+    if cfg.algo.mini_batches > cfg.rollout.prompts_per_step:
+        raise ValueError(
+            f"algo.mini_batches={cfg.algo.mini_batches} is more than rollout.prompts_per_step="
+            f"{cfg.rollout.prompts_per_step}: each mini-batch needs a group; lower the first or raise the second"
+        )
+
+
+def _check_lengths(cfg: Config) -> None:
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    if longest > cfg.train.micro_batch_tokens:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {cfg.data.max_prompt_tokens} + "
+            f"{cfg.rollout.max_new_tokens} = {longest} does not fit train.micro_batch_tokens="
+            f"{cfg.train.micro_batch_tokens}: raise the latter to at least {longest}"
+        )
+
+
+def _check_algo(cfg: Config) -> None:
+    a = cfg.algo
+    if cfg.rollout.group_size == 1 and a.objective != "reinforce":
+        raise ValueError(
+            "rollout.group_size=1 gives every advantage the value 0: use a group of at least 2, "
+            "or algo.objective=reinforce"
+        )
+    if a.tis_cap is not None and a.tis_mask is not None:
+        raise ValueError("algo.tis_cap and algo.tis_mask exclude one another: keep one")
+    if a.tis_mask is not None and not 0 <= a.tis_mask[0] < a.tis_mask[1]:
+        raise ValueError(f"algo.tis_mask={list(a.tis_mask)} is not a range [lo, hi] with 0 <= lo < hi")
+    if a.old_logprobs == "rollout" and (a.tis_cap is not None or a.tis_mask is not None):
+        raise ValueError(
+            "algo.old_logprobs=rollout makes exp(old - rollout) = 1 everywhere, so algo.tis_cap and algo.tis_mask "
+            "do nothing: use old_logprobs=learner or remove them"
+        )
+    if a.old_logprobs == "rollout" and a.routing_replay == "R2":
+        raise ValueError(
+            "algo.routing_replay=R2 replays what the learner's own pass over the batch chose, and "
+            "algo.old_logprobs=rollout leaves that pass out: use old_logprobs=learner"
+        )
+    if a.old_logprobs == "rollout" and a.routing_replay == "R2":
+        raise ValueError(
+            "algo.routing_replay=R2 replays the routing of the pass that computes old logprobs, and "
+            "algo.old_logprobs=rollout makes no such pass: use old_logprobs=learner or routing_replay=none"
+        )
+    if a.overlong_penalty_tokens >= cfg.rollout.max_new_tokens:
+        raise ValueError(
+            f"algo.overlong_penalty_tokens={a.overlong_penalty_tokens} must be below rollout.max_new_tokens="
+            f"{cfg.rollout.max_new_tokens}"
+        )
+
+
+def _check_rollout(cfg: Config) -> None:
+    r = cfg.rollout
+    if r.drop_zero_variance and r.group_size == 1:
+        raise ValueError("rollout.drop_zero_variance needs groups of at least 2: a group of one has no variance")
+    if r.top_k != -1 and r.top_k < 1:
+        raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
+    if r.top_p < 1 or r.top_k != -1:
+        if cfg.algo.old_logprobs == "learner" and cfg.algo.tis_cap is None and cfg.algo.tis_mask is None:
+            return
+        raise ValueError(
+            f"rollout.top_p={r.top_p}, top_k={r.top_k} truncate the sampling distribution, but servers report "
+            "logprobs of the full one: train/inference correction and old_logprobs=rollout would be wrong; "
+            "use top_p=1 and top_k=-1"
+        )
+
+
+def _check_eval(cfg: Config) -> None:
+    too_many = [k for k in cfg.eval.k if not 1 <= k <= cfg.eval.samples]
+    if too_many:
+        raise ValueError(f"eval.k={too_many} needs at least that many eval.samples (now {cfg.eval.samples})")
