@@ -185,8 +185,19 @@ def _patch_megatron() -> None:
             return tensor.numpy()
         return original(tensor, as_numpy, record_stream)
 
+    sort_chunks = moe_utils.sort_chunks_by_idxs
+
+    def sort_chunks_by_idxs(
+        input: torch.Tensor, split_sizes: Any, sorted_idxs: torch.Tensor, probs: Any = None, fused: bool = False
+    ) -> Any:
+        # Tokens of one rank are in the experts' order already; copying them cost as much as permuting them.
+        if torch.equal(sorted_idxs, torch.arange(len(sorted_idxs))):
+            return input, probs
+        return sort_chunks(input, split_sizes, sorted_idxs, probs=probs, fused=fused)
+
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+        module.sort_chunks_by_idxs = sort_chunks_by_idxs
     _patch_uneven_collectives()
 
 

@@ -29,6 +29,7 @@ from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_
 from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
+from megasapo.mcore.norm import RMSNorm
 from megasapo.mcore.topology import Topology
 from megasapo.types import MicroBatch
 
@@ -236,21 +237,6 @@ OWN_FIELDS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32 whose weight takes part in sequence parallelism; torch's wrapper refuses that."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
 
 
 def _use_own_modules(block: TransformerBlockSubmodules) -> None:

@@ -52,6 +52,18 @@ def test_compile_is_back_and_megatrons_fuser_is_off() -> None:
     assert jit.jit_fuser(plain) is plain
 
 
+def test_chunks_of_tokens_are_copied_only_to_change_their_order() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    tokens, counts = torch.arange(6.0).view(3, 2), torch.tensor([1, 2])
+    same, gates = token_dispatcher.sort_chunks_by_idxs(tokens, counts, torch.tensor([0, 1]), probs=tokens[:, 0])
+    assert same is tokens
+    assert torch.equal(gates, tokens[:, 0])
+    swapped, gates = token_dispatcher.sort_chunks_by_idxs(tokens, counts, torch.tensor([1, 0]), probs=tokens[:, 0])
+    assert torch.equal(swapped, tokens[[1, 2, 0]])
+    assert torch.equal(gates, swapped[:, 0])
+
+
 def test_random_state_round_trips_through_megatrons_tracker() -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
