@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megasapo.mcore.head_rows import Coefficients, RowKernel, row_kernel, wide
 
-# Of the logits held at a time: enough tokens for matrix products at full speed. Larger ones were no faster on a CPU.
+# Logits held at a time: enough tokens for matrix products at full speed. On a CPU more was no faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 
 Rows = slice | Tensor  # which tokens: a range, or [n] int64
@@ -182,9 +182,8 @@ class _LinearLogProb(torch.autograd.Function):
         log_total = total.log()
         logp = target_z - log_total
         entropy = log_total - weighted / total if with_entropy else None
-        if wanted is not None:
-            assert where is not None
-            where = where.to(targets.device)
+        where = where.to(targets.device) if where is not None and wanted is not None else None  # None: all tokens
+        if where is not None:
             logp = torch.where(cut.own(where), logp, 0.0)
             entropy = torch.where(cut.own(where), entropy, 0.0) if entropy is not None else None
         ctx.set_materialize_grads(False)  # entropy is often only logged: its half of backward is then left out
