@@ -10,10 +10,11 @@ of threads at a time.
 Responses end at the end-of-sequence tokens or the limit, on both sides by the same rule. The output
 weight is scaled down until every token is about as likely as any other, so that an end comes at a known rate. "long
 tail": ids are declared end tokens until their share of the vocabulary is 1 in --mean-response: geometric lengths, which
-differ from run to run; "to the limit": only the tokenizer's own end token, 1 in the vocabulary.
+differ from run to run, under a limit of 8 times their mean; "to the limit": twice the mean, and only the tokenizer's
+own end token, 1 in the vocabulary: nothing is padded, no sequence ends before another.
 Each side has processes of its own; the two take turns, a whole step each, after one step that does not count.
 
-    python -m benchmarks.rl_step [--quick] [--prompts 4] [--max-new-tokens 96] [--mean-response 20] [--runs 3]
+    python -m benchmarks.rl_step [--quick] [--prompts 4] [--max-new-tokens 192] [--mean-response 24] [--runs 3]
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Task:
 
 
 def make_task(kind: str, model: Path, data: Path, args: argparse.Namespace) -> Task:
-    number = args.vocab // args.mean_response if kind == "long tail" else 0
+    long_tail = kind == "long tail"
+    number = args.vocab // args.mean_response if long_tail else 0
     ends = np.random.default_rng(1).choice(np.arange(3, args.vocab), number, replace=False)
     return Task(
         model=str(model),
@@ -69,7 +71,7 @@ def make_task(kind: str, model: Path, data: Path, args: argparse.Namespace) -> T
         dtype=args.dtype,
         prompts=args.prompts,
         max_prompt_tokens=64,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens if long_tail else 2 * args.mean_response,
         end_tokens=sorted(ends.tolist()),
         threads=args.threads,
     )
@@ -208,7 +210,7 @@ HEADER = (
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p, vocab=32768)
-    defaults = {"prompts": 4, "max-new-tokens": 96, "mean-response": 20, "threads": 1, "runs": 3}
+    defaults = {"prompts": 4, "max-new-tokens": 192, "mean-response": 24, "threads": 1, "runs": 3}
     for name, default in defaults.items():
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--quick", action="store_true", help="2 runs, vocabulary 4096, long tail only")
@@ -228,7 +230,7 @@ def main() -> None:
             rows += table_rows(kind, task, compare(task, args.runs, args.threads))
     print(measure.machine("transformers", "trl", "megatron-core"))
     print(f"Qwen3-MoE {model_shape(args)}, {args.dtype}; {args.prompts} prompts of {GROUP} samples, at most", end=" ")
-    print(f"{args.max_new_tokens} new tokens; medians of {args.runs} alternating steps\n")
+    print(f"{args.max_new_tokens} or {2 * args.mean_response} new tokens; medians of {args.runs} alternating steps\n")
     print(measure.table(HEADER, rows))
 
 
