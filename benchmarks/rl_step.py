@@ -7,12 +7,14 @@ model that it trains, and, as it does by default when batch and optimizer step c
 megasapo does. The server waits while the learner works and the other way round, so that both sides use the same number
 of threads at a time.
 
-Responses end at the end-of-sequence tokens or the limit, on both sides by the same rule. "long tail": ids are declared
-end tokens until their share of the vocabulary is 1 in --mean-response, so that lengths are nearly geometric and differ
-from run to run; "to the limit": only the tokenizer's own end token, which a random model hardly ever samples.
+Responses end at the end-of-sequence tokens or the limit, on both sides by the same rule. The output
+weight is scaled down until every token is about as likely as any other, so that an end comes at a known rate. "long
+tail": ids are declared end tokens until their share of the vocabulary is 1 in --mean-response: geometric lengths, which
+differ from run to run, under a limit of 8 times their mean; "to the limit": twice the mean, and only the tokenizer's
+own end token, 1 in the vocabulary: nothing is padded, no sequence ends before another.
 Each side has processes of its own; the two take turns, a whole step each, after one step that does not count.
 
-    python -m benchmarks.rl_step [--quick] [--prompts 4] [--max-new-tokens 192] [--mean-response 48] [--runs 3]
+    python -m benchmarks.rl_step [--quick] [--prompts 4] [--max-new-tokens 192] [--mean-response 24] [--runs 3]
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import measure
 from benchmarks.learner_work import (
@@ -59,7 +62,8 @@ class Task:
 
 
 def make_task(kind: str, model: Path, data: Path, args: argparse.Namespace) -> Task:
-    number = args.vocab // args.mean_response if kind == "long tail" else 0
+    long_tail = kind == "long tail"
+    number = args.vocab // args.mean_response if long_tail else 0
     ends = np.random.default_rng(1).choice(np.arange(3, args.vocab), number, replace=False)
     return Task(
         model=str(model),
@@ -67,10 +71,17 @@ def make_task(kind: str, model: Path, data: Path, args: argparse.Namespace) -> T
         dtype=args.dtype,
         prompts=args.prompts,
         max_prompt_tokens=64,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens if long_tail else 2 * args.mean_response,
         end_tokens=sorted(ends.tolist()),
         threads=args.threads,
     )
+
+
+def flatten_distribution(model: Path) -> None:
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] *= 0.01
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def write_prompts(path: Path) -> None:
@@ -89,7 +100,7 @@ def megasapo_side(turns: Turns, task: Task) -> None:
         cfg = from_dict({
             "run": {"dir": directory},
             "model": {"path": task.model, "dtype": task.dtype},
-            "data": {"train": task.data, "max_prompt_tokens": task.max_prompt_tokens},
+            "data": {"train": task.data, "max_prompt_tokens": task.max_prompt_tokens, "shuffle": False},
             "reward": {"rewards": [{"name": "format", "options": {"pattern": PATTERN, "full": False}}]},
             "rollout": {
                 "prompts_per_step": task.prompts, "group_size": GROUP, "max_new_tokens": task.max_new_tokens,
@@ -198,14 +209,14 @@ HEADER = (
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_options(p, vocab=4096)
-    defaults = {"prompts": 4, "max-new-tokens": 192, "mean-response": 48, "threads": 1, "runs": 3}
+    add_model_options(p, vocab=32768)
+    defaults = {"prompts": 4, "max-new-tokens": 192, "mean-response": 24, "threads": 1, "runs": 3}
     for name, default in defaults.items():
         p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--quick", action="store_true", help="2 runs, responses of at most 64 tokens")
+    p.add_argument("--quick", action="store_true", help="2 runs, vocabulary 4096, long tail only")
     args = p.parse_args()
     if args.quick:
-        args.runs, args.max_new_tokens, args.mean_response = 2, 64, 16
+        args.runs, args.vocab = 2, 4096
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(args.threads)
     rows = []
@@ -213,12 +224,13 @@ def main() -> None:
         model = make_model(Path(directory) / "model", **model_shape(args))
         data = Path(directory) / "prompts.jsonl"
         write_prompts(data)
-        for kind in ("long tail", "to the limit"):
+        flatten_distribution(model)
+        for kind in ("long tail",) if args.quick else ("long tail", "to the limit"):
             task = make_task(kind, model, data, args)
             rows += table_rows(kind, task, compare(task, args.runs, args.threads))
     print(measure.machine("transformers", "trl", "megatron-core"))
     print(f"Qwen3-MoE {model_shape(args)}, {args.dtype}; {args.prompts} prompts of {GROUP} samples, at most", end=" ")
-    print(f"{args.max_new_tokens} new tokens; medians of {args.runs} alternating steps\n")
+    print(f"{args.max_new_tokens} or {2 * args.mean_response} new tokens; medians of {args.runs} alternating steps\n")
     print(measure.table(HEADER, rows))
 
 

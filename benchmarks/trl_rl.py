@@ -74,6 +74,7 @@ def take_turns(turns: Turns, task: Task, pattern: str) -> None:
         trainer = make_trainer(
             ClockedTrainer, task.model, task.dtype, directory, reward, prompts, end_tokens=task.end_tokens,
             per_device_train_batch_size=task.prompts * GROUP, max_completion_length=task.max_new_tokens,
+            shuffle_dataset=False,
         )  # fmt: skip
         trainer.clock = Clock(turns)
         trainer.add_callback(trainer.clock)
