@@ -18,6 +18,11 @@ COMMANDS = {
     "serve": ("megasapo.rollout.local", "--model HF_DIR --port P [...]", "embedded rollout server, SGLang's HTTP API"),
     "evaluate": ("megasapo.evaluate", "CONFIG.yaml [a.b=c ...] [--url URL]", "pass@k on held-out problems"),
     "score": ("megasapo.score", "--model DIR --data IN --out OUT [a.b=c ...] [--nproc N]", "teacher-forced logprobs"),
+    "plan": (
+        "megasapo.plan",
+        "CONFIG.yaml [a.b=c ...] --gpus N --gpu h100|h200|b200",
+        "memory, messages and time of parallel layouts",
+    ),
     "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
 }
 
