@@ -16,7 +16,7 @@ from megasapo.plan.hardware import ASSUMED
 from megasapo.plan.work import Degrees, Work
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_LOGITS = 2**24  # as mcore/head.py, whose test compares
+CHUNK_BYTES = 2**29  # as mcore/head.py's on CUDA; a test compares
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +203,13 @@ def activation_bytes(
 
 
 def head_bytes(geometry: Geometry, degrees: Degrees, tokens: int, dtype: str) -> float:
-    """The fused head: a chunk of logits twice in fp32 and once in the weights' type, hidden states of all tp ranks."""
+    """The fused head with its Triton kernels: a chunk of logits, hidden states of all tp ranks, sums of each token."""
     width = DTYPE_BYTES[dtype]
     columns = padded_vocab_size(geometry.vocab, degrees.tp) // degrees.tp
     replica = tokens / degrees.cp
-    logits = min(CHUNK_LOGITS, replica * columns)
+    logits = min(CHUNK_BYTES, replica * columns * width)
     gathered = 2 * replica * geometry.hidden * width  # the states and their gradient
-    return logits * (4 + 4 + (width if width < 4 else 0)) + gathered + 5 * 4 * replica
+    return logits + gathered + 8 * 4 * replica
 
 
 def routing_bytes(geometry: Geometry, degrees: Degrees, work: Work, stage: int) -> float:

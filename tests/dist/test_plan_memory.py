@@ -210,7 +210,7 @@ def _batch(cfg: config.Config, topo: Any) -> Any:
         topo,
         mini_batches=1,
         group_size=1,
-        max_tokens=TOKENS,
+        packing=exchange.PackingRule.of(cfg),
         weight_rule=partial(token_weights, normalisation="sequence", constant_length=1),
     )
 

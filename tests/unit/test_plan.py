@@ -108,7 +108,18 @@ def test_recomputation_and_sharding_shrink_activations() -> None:
     assert kept("full") < kept("selective") < kept("none")
     assert kept("none", tp=2) == kept("none") / 2
     assert kept("none") / 2 < kept("none", cp=2) < kept("none", cp=1)  # keys and values of both are kept
-    assert memory.CHUNK_LOGITS == head.CHUNK_LOGITS
+
+
+def test_the_head_never_holds_all_logits() -> None:
+    assert head.CHUNK_BYTES["cuda"] == memory.CHUNK_BYTES
+    d = degrees(2, tp=2)
+    needed = memory.head_bytes(BIG, d, 32768, "bfloat16")
+    all_logits = 32768 * BIG.vocab / 2 * 2
+    states = 2 * 32768 * 2048 * 2
+    assert needed == 2**29 + states + 32 * 32768
+    assert needed < all_logits / 3
+    few = memory.head_bytes(BIG, d, 64, "float32")
+    assert few == 64 * BIG.vocab / 2 * 4 + 2 * 64 * 2048 * 4 + 32 * 64
 
 
 def test_work_counts_micro_batches() -> None:
