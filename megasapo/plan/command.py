@@ -18,7 +18,7 @@ GUESSED = "time is an estimate (docs/planner.md); parameters, FLOPs, weights, gr
 
 def main(argv: list[str]) -> int:
     """Print the plan; 0, or 2 when the configuration's own layout cannot be or does not fit."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)  # overrides may also stand last
     cfg = config.load(args.config, args.overrides)
     geometry = read_geometry(cfg.model.path)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_record(args, geometry, cluster, own, reasons, ranking, tokens), indent=1))
     else:
         print(_headline(args, cfg, geometry, tokens))
-        print("\n".join(["this layout cannot be:", *(f"  {p.message}" for p in found)]) if found else "")
+        if found:
+            print("\n".join(["", "this layout cannot be:", *(f"  {p.message}" for p in found)]))
         if own is not None:
             print(_own(own, cluster))
         if ranking is not None:
@@ -68,16 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _headline(args: argparse.Namespace, cfg: Config, geometry: Geometry, tokens: int) -> str:
     count = geometry.parameters()
-    sequences = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    sequences, moe = cfg.rollout.prompts_per_step * cfg.rollout.group_size, sum(geometry.moe_layers)
     parts = f"embedding {_billions(count.embedding)}, head {_billions(count.head)}, dense {_billions(count.dense)}"
+    parts += f", experts {_billions(count.experts)}" if count.experts else ""
     return "\n".join(
         [
-            f"{cfg.model.path}: {geometry.model_type}, {geometry.layers} layers ({sum(geometry.moe_layers)} with experts)",
-            f"parameters {_billions(count.total)} in total, {_billions(count.active)} active ({parts}, experts "
-            f"{_billions(count.experts)})",
-            f"forward {geometry.forward_flops([tokens]) / tokens / 1e9:.2f} GFLOP a token at {tokens} tokens a sequence",
-            f"{args.gpus} x {args.gpu}, {args.nodes_of} a machine; a step of {sequences} sequences, mean {tokens} tokens "
-            f"(--tokens), {cfg.model.dtype}",
+            f"{cfg.model.path}: {geometry.model_type}, {geometry.layers} layers, {moe} with experts",
+            f"parameters {_billions(count.total)} in total, {_billions(count.active)} active ({parts})",
+            f"forward {geometry.forward_flops([tokens]) / tokens / 1e9:.2f} GFLOP a token in sequences of {tokens}",
+            f"{args.gpus} x {args.gpu}, {args.nodes_of} a machine, {cfg.model.dtype}; a step of {sequences} sequences "
+            f"of {tokens} tokens in the mean (--tokens)",
         ]
     )
 
@@ -87,6 +88,7 @@ def _own(plan: Plan, cluster: Cluster) -> str:
     verdict = "fits" if plan.fits else f"DOES NOT FIT: {(plan.memory.total - room) / GIB:.1f} GiB too much"
     work, held = plan.work, plan.held
     lines = [
+        "",
         f"layout {_name(plan)}",
         f"  a mini-batch: {work.micro_batches} micro-batches a replica of up to {work.micro_tokens} tokens",
         f"  memory a GPU, stage {plan.stage}: {plan.memory.total / GIB:.1f} of {room / GIB:.0f} GiB, {verdict}; holds "

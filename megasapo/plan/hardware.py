@@ -1,7 +1,7 @@
-"""GPUs and the assumptions under which the planner turns FLOPs and bytes into seconds: every number it does not derive.
+"""GPUs, and the assumptions that turn FLOPs and bytes into seconds: every number that the planner does not derive.
 
-Read by memory.py, traffic.py and timing.py; docs/planner.md repeats both tables. Peaks are the makers' figures for dense
-bf16; the factors are what well-tuned runs reach, not promises.
+Read by memory.py, traffic.py and timing.py; docs/planner.md repeats both tables. Peaks are the makers' figures for
+dense bf16; the factors are what well-tuned runs reach, not promises.
 """
 
 from __future__ import annotations

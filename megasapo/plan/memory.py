@@ -16,7 +16,7 @@ from megasapo.plan.hardware import ASSUMED
 from megasapo.plan.work import Degrees, Work
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_LOGITS = 2**24  # as mcore/head.py, whose test compares
+CHUNK_BYTES = 2**29  # as mcore/head.py's on CUDA; a test compares
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,12 @@ def stage_chunks(geometry: Geometry, degrees: Degrees, stage: int) -> list[tuple
     return [geometry.moe_layers[start : start + size] for start in starts]
 
 
+def layer_counts(geometry: Geometry, degrees: Degrees, stage: int) -> dict[bool, int]:
+    """Layers of a stage with experts (True) and without."""
+    layers = [moe for chunk in stage_chunks(geometry, degrees, stage) for moe in chunk]
+    return {moe: layers.count(moe) for moe in (True, False) if moe in layers}
+
+
 def held_parameters(geometry: Geometry, degrees: Degrees, stage: int) -> Held:
     """Exact: what one rank of this stage holds, vocabulary padding included, replicated weights counted on each."""
     g, tp = geometry, degrees.tp
@@ -86,23 +92,63 @@ def parameter_bytes(held: Held, degrees: Degrees, dtype: str) -> tuple[int, int,
     return held.total * width, held.total * 4, sharded * state
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Bytes a token that a layer's implementation keeps for backward; docs/planner.md lists the tensors."""
+
+    fused: bool  # Transformer Engine on a GPU; otherwise our own modules on torch
+
+    def norm(self, width: float, element: int) -> float:
+        """Bytes of a norm over `width` values: its input and its output; on torch also what it computes in fp32."""
+        return 2 * width * element if self.fused else width * (4 + 2 * element)
+
+    def attention(self, g: Geometry, cp: int, element: int, *, again: bool) -> float:
+        """From projected queries, keys and values to the output projection's input; `again`: the core is recomputed."""
+        q, kv = g.query_width, g.kv_width
+        rotated = q + kv / 2
+        kept: float = q + kv + q + q  # what was projected, queries made contiguous, attention's output
+        if self.fused:
+            kept += rotated + (kv * cp if cp > 1 else 0)
+            return kept * element + (0 if again else 4 * g.heads)
+        normed = rotated if g.qk_norm else 0
+        wide = 4 * normed if element < 4 else 0
+        # without a fused kernel keys and values are repeated for every query head, over all tokens that the rank sees
+        kept += normed + (rotated if again else q + 2 * q * (cp + 0.5 if cp > 1 else 1) + q)
+        return kept * element + wide + (0 if again else 4 * g.heads)
+
+    def mlp(self, width: int, element: int) -> float:
+        """A gated feed-forward part without its input."""
+        return (3 if self.fused else 5) * width * element
+
+    def experts(self, g: Geometry, etp: int, element: int) -> float:
+        """Of a routed token: the experts' input, their first product, and (fused) the second's input."""
+        routed = g.hidden * etp + (3 if self.fused else 2) * g.moe_ffn
+        return g.top_k * (routed * element + 4 * 8) + 2 * 4 * g.experts  # indices and gates; router logits
+
+
+FUSED, PLAIN = Kernels(fused=True), Kernels(fused=False)
+
+
 def layer_saved_bytes(
-    geometry: Geometry, degrees: Degrees, tokens: int, *, moe: bool, dtype: str, recompute: str
+    geometry: Geometry,
+    degrees: Degrees,
+    tokens: float,
+    *,
+    moe: bool,
+    dtype: str,
+    recompute: str,
+    kernels: Kernels = FUSED,
 ) -> float:
     """What one layer keeps for backward of one micro-batch of `tokens` (before any cut), on one rank."""
-    g, width = geometry, DTYPE_BYTES[dtype]
+    g, element = geometry, DTYPE_BYTES[dtype]
     own = tokens / (degrees.tp * degrees.cp)  # tokens of this rank between layers
     if recompute == "full":
-        return own * g.hidden * width
-    kept_kv = g.kv_width * (degrees.cp if degrees.cp > 1 else 0)  # keys and values of all context-parallel ranks
-    heads = 2 * g.query_width + 1.5 * g.kv_width + kept_kv  # projected, then rotated queries and keys
-    elements = 2 * g.hidden + heads + g.query_width  # the norm's input and output; attention's output
-    statistics = 4 * g.heads if recompute == "none" else 0
-    elements += 2 * g.hidden  # the second norm's input and output
-    if not moe:
-        return own * (width * (elements + 3 * g.ffn) + statistics)
-    elements += 3 * g.shared_ffn + g.top_k * (g.hidden * degrees.etp + 4 * g.moe_ffn)
-    return own * (width * elements + statistics + 3 * 4 * g.experts)
+        return own * g.hidden * element
+    kept = 2 * kernels.norm(g.hidden, element)
+    kept += kernels.attention(g, degrees.cp, element, again=recompute == "selective")
+    kept += kernels.mlp(g.shared_ffn if moe else g.ffn, element)
+    kept += kernels.experts(g, degrees.etp, element) if moe else 0
+    return own * kept
 
 
 def in_flight(degrees: Degrees, stage: int, micro_batches: int) -> float:
@@ -118,30 +164,52 @@ def in_flight(degrees: Degrees, stage: int, micro_batches: int) -> float:
     return min(micro_batches * degrees.vpp, chunks) / degrees.vpp
 
 
+def kept_bytes(
+    geometry: Geometry,
+    degrees: Degrees,
+    work: Work,
+    stage: int,
+    *,
+    dtype: str,
+    recompute: str,
+    kernels: Kernels = FUSED,
+) -> float:
+    """What all layers of a stage keep for backward when it is most: micro-batches in flight, and what is recomputed."""
+    counts = layer_counts(geometry, degrees, stage)
+
+    def saved(moe: bool, how: str) -> float:
+        return layer_saved_bytes(
+            geometry, degrees, work.micro_tokens, moe=moe, dtype=dtype, recompute=how, kernels=kernels
+        )
+
+    kept = sum(count * saved(moe, recompute) for moe, count in counts.items())
+    kept *= in_flight(degrees, stage, work.micro_batches)
+    last = 0.0
+    if stage == degrees.pp - 1:
+        last = work.micro_tokens / (degrees.tp * degrees.cp) * kernels.norm(geometry.hidden, DTYPE_BYTES[dtype])
+    if recompute == "full":  # the final norm is done with before the first layer is computed again
+        return kept + max(last, *(saved(moe, "none") for moe in counts))
+    return kept + last
+
+
 def activation_bytes(
     geometry: Geometry, degrees: Degrees, work: Work, stage: int, *, dtype: str, recompute: str
 ) -> float:
-    layers = [moe for chunk in stage_chunks(geometry, degrees, stage) for moe in chunk]
-
-    def saved(moe: bool, how: str) -> float:
-        return layer_saved_bytes(geometry, degrees, work.micro_tokens, moe=moe, dtype=dtype, recompute=how)
-
-    kinds = {moe: layers.count(moe) for moe in set(layers)}
-    held = sum(count * saved(moe, recompute) for moe, count in kinds.items())
-    held *= in_flight(degrees, stage, work.micro_batches)
-    # one layer is computed again at a time, and backward holds about as much as the layer it works on
-    working = max(saved(moe, "none") for moe in kinds)
-    return (held + working) * ASSUMED.fragmentation
+    """Kept for backward, and the gradients of the layer that backward is at: about as much as that layer keeps."""
+    kept = kept_bytes(geometry, degrees, work, stage, dtype=dtype, recompute=recompute)
+    tokens, kinds = work.micro_tokens, layer_counts(geometry, degrees, stage)
+    working = max(layer_saved_bytes(geometry, degrees, tokens, moe=moe, dtype=dtype, recompute="none") for moe in kinds)
+    return (kept + working) * ASSUMED.fragmentation
 
 
 def head_bytes(geometry: Geometry, degrees: Degrees, tokens: int, dtype: str) -> float:
-    """The last stage's fused head: a chunk of logits twice in fp32 and once in the weights' type, hidden states whole."""
+    """The fused head with its Triton kernels: a chunk of logits, hidden states of all tp ranks, sums of each token."""
     width = DTYPE_BYTES[dtype]
     columns = padded_vocab_size(geometry.vocab, degrees.tp) // degrees.tp
     replica = tokens / degrees.cp
-    logits = min(CHUNK_LOGITS, replica * columns)
+    logits = min(CHUNK_BYTES, replica * columns * width)
     gathered = 2 * replica * geometry.hidden * width  # the states and their gradient
-    return logits * (4 + 4 + (width if width < 4 else 0)) + gathered + 5 * 4 * replica
+    return logits + gathered + 8 * 4 * replica
 
 
 def routing_bytes(geometry: Geometry, degrees: Degrees, work: Work, stage: int) -> float:
@@ -159,7 +227,7 @@ def stage_memory(cfg: Config, geometry: Geometry, degrees: Degrees, work: Work, 
     activations = activation_bytes(geometry, degrees, work, stage, dtype=dtype, recompute=recompute)
     head = head_bytes(geometry, degrees, work.micro_tokens, dtype) if stage == degrees.pp - 1 else 0
     replay = cfg.algo.routing_replay != "none"
-    # beside the starting weights, the current ones are set aside while the reference pass runs, which keeps no activations
+    # the current weights are set aside while the reference pass runs, which in turn keeps no activations
     reference = weights + max(0, weights - round(activations + head)) if cfg.algo.kl_coef else 0
     return Memory(
         weights=weights,

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from megasapo.config import Config
 from megasapo.geometry import Geometry
 from megasapo.plan.hardware import ASSUMED, Gpu
-from megasapo.plan.memory import DTYPE_BYTES, held_parameters, layer_saved_bytes
+from megasapo.plan.memory import DTYPE_BYTES, held_parameters, layer_counts, layer_saved_bytes
 from megasapo.plan.traffic import (
     Groups,
     Traffic,
     gradient_traffic,
-    layer_counts,
     layer_traffic,
     publish_traffic,
     step_boundaries,
@@ -137,18 +136,25 @@ def _layer_seconds(s: Setting, moe: bool, *, backward: bool) -> Pass:
     g, times = s.geometry, 2 if backward else 1
     own = s.work.mean_micro_tokens / (s.degrees.tp * s.degrees.cp)
     weights = g.attention_matrix + (g.router + g.shared_expert if moe else g.dense_mlp)
-    found = {"dense": 2 * weights * own * times / (s.flops * ASSUMED.gemm)}
+    held = weights / s.degrees.tp
+    found = {"dense": max(2 * weights * own * times / (s.flops * ASSUMED.gemm), _weights_seconds(s, held, backward))}
     if moe:
-        experts = 2 * g.top_k * g.expert * own * times * (ASSUMED.load_imbalance if s.degrees.ep > 1 else 1.0)
-        found["experts"] = experts / (s.flops * ASSUMED.grouped_gemm)
+        flops = 2 * g.top_k * g.expert * own * times * (ASSUMED.load_imbalance if s.degrees.ep > 1 else 1.0)
+        held = g.experts / s.degrees.ep * g.expert / s.degrees.etp
+        found["experts"] = max(flops / (s.flops * ASSUMED.grouped_gemm), _weights_seconds(s, held, backward))
     pairs = own * (s.work.sequence_tokens + 1) / 2
     efficiency = ASSUMED.attention_backward / ASSUMED.attention_backward_work if backward else ASSUMED.attention_forward
     found["attention"] = pairs * 4 * g.query_width / (s.flops * efficiency)
     saved = layer_saved_bytes(
-        g, s.degrees, round(s.work.mean_micro_tokens), moe=moe, dtype=s.cfg.model.dtype, recompute="none"
+        g, s.degrees, s.work.mean_micro_tokens, moe=moe, dtype=s.cfg.model.dtype, recompute="none"
     )
     found["element-wise"] = saved * times * ASSUMED.element_wise_passes / (s.gpu.hbm * ASSUMED.hbm)
     return found
+
+
+def _weights_seconds(s: Setting, held: float, backward: bool) -> float:
+    """The least that a pass takes: weights read from memory, in backward also their fp32 gradient read and written."""
+    return held * (s.width + (8 if backward else 0)) / (s.gpu.hbm * ASSUMED.hbm)
 
 
 def _optimizer_seconds(s: Setting) -> float:

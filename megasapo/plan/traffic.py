@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megasapo.geometry import Geometry
 from megasapo.plan.hardware import ASSUMED, Gpu
-from megasapo.plan.memory import DTYPE_BYTES, held_parameters, stage_chunks
+from megasapo.plan.memory import DTYPE_BYTES, held_parameters
 from megasapo.plan.work import Degrees, Work
 
 
@@ -150,12 +150,6 @@ def publish_traffic(geometry: Geometry, degrees: Degrees, node: int, gpu: Gpu, d
     inside, outside = total * (near - 1 / degrees.world), total * (1 - near)
     seconds = (inside / gpu.nvlink + (outside + total) / gpu.network) / ASSUMED.link
     return Traffic(max(0.0, inside), outside + total, seconds)
-
-
-def layer_counts(geometry: Geometry, degrees: Degrees, stage: int) -> dict[bool, int]:
-    """Layers of a stage with experts and without."""
-    layers = [moe for chunk in stage_chunks(geometry, degrees, stage) for moe in chunk]
-    return {moe: layers.count(moe) for moe in (True, False) if moe in layers}
 
 
 def total_traffic(work: Work, per_micro: dict[str, Traffic], per_mini: Traffic, publish: Traffic) -> dict[str, Traffic]:
