@@ -56,11 +56,6 @@ def _check_algo(cfg: Config) -> None:
             "algo.routing_replay=R2 replays what the learner's own pass over the batch chose, and "
             "algo.old_logprobs=rollout leaves that pass out: use old_logprobs=learner"
         )
-    if a.old_logprobs == "rollout" and a.routing_replay == "R2":
-        raise ValueError(
-            "algo.routing_replay=R2 replays the routing of the pass that computes old logprobs, and "
-            "algo.old_logprobs=rollout makes no such pass: use old_logprobs=learner or routing_replay=none"
-        )
     if a.overlong_penalty_tokens >= cfg.rollout.max_new_tokens:
         raise ValueError(
             f"algo.overlong_penalty_tokens={a.overlong_penalty_tokens} must be below rollout.max_new_tokens="
