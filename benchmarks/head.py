@@ -166,19 +166,22 @@ def liger() -> Head:
     return head
 
 
-def groups(share: float) -> dict[str, dict[str, Head]]:
+TITLES = {"logp": "logp", "entropy": "logp and entropy", "sapo": "SAPO loss on {:.0%} of the tokens"}
+
+
+def groups() -> dict[str, dict[str, Head]]:
     out: dict[str, dict[str, Head]] = {
         "logp": {
             "megasapo": lambda x: of_scores(x, *ours(x, False)),
             "full logits": lambda x: of_scores(x, *full_logits(x, False)),
             "TRL, chunked": lambda x: of_scores(x, *trl(x, False)),
         },
-        "logp and entropy": {
+        "entropy": {
             "megasapo": lambda x: of_scores(x, *ours(x, True)),
             "full logits": lambda x: of_scores(x, *full_logits(x, True)),
             "TRL, chunked": lambda x: of_scores(x, *trl(x, True)),
         },
-        f"SAPO loss on {share:.0%} of the tokens": {
+        "sapo": {
             "megasapo": lambda x: sapo_of(x, ours(x, False, x.in_loss.flatten())[0]),
             "full logits": lambda x: sapo_of(x, full_logits(x, False)[0]),
             "TRL, chunked": lambda x: sapo_of(x, trl(x, False)[0]),
@@ -187,7 +190,7 @@ def groups(share: float) -> dict[str, dict[str, Head]]:
     if importlib.util.find_spec("liger_kernel") is None:
         print("Liger is not installed here, its row is left out: see the head of this file\n")
     else:
-        list(out.values())[-1]["Liger, SAPO"] = liger()
+        out["sapo"]["Liger, SAPO"] = liger()
     return out
 
 
@@ -283,6 +286,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--kernel", choices=["auto", "torch", "triton"], default="auto", help="of ours")
+    parser.add_argument("--only", choices=list(TITLES), nargs="+", default=list(TITLES), help="these tables")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
@@ -300,10 +304,11 @@ def main() -> None:
     )
     columns = ["ms", "CPU ms", "tokens/s", "TFLOP/s", "/ products", "extra MiB"]
     columns += ["memory: ours / its", "time: ours / its", "CPU time: ours / its"]
-    for name, heads in groups(args.share).items():
-        print(f"| {name} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-        table(heads, x, args.runs)
-        print()
+    every = groups()
+    for name in args.only:
+        print(f"| {TITLES[name].format(args.share)} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+        table(every[name], x, args.runs)
+        print(flush=True)
 
 
 if __name__ == "__main__":
