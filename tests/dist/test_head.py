@@ -1,6 +1,6 @@
 """The output head over a vocabulary cut four ways: each rank has its slice of the tokens and its columns' gradients.
 
-pytest starts this file again as four ranks (`python -m tests.dist.test_head`); ranks assert, in fp64 against log_softmax.
+pytest starts this file again as four ranks (`python -m tests.dist.test_head`); they assert in fp64 by log_softmax.
 """
 
 from __future__ import annotations
