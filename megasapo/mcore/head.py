@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasapo.mcore.head_rows import Coefficients, RowKernel, row_kernel, wide
+from megasapo.mcore.main_grad import WeightGradient
 
 # Logits held at a time: enough tokens for matrix products at full speed. On a CPU more was no faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
@@ -203,7 +204,7 @@ class _LinearLogProb(torch.autograd.Function):
         everything = cut.all_tokens(hidden)
         columns = weight[: cut.real]
         grad_hidden = torch.zeros_like(everything) if wants_hidden else None
-        weight_grad = _WeightGradient(weight) if wants_weight else None
+        weight_grad = WeightGradient(weight) if wants_weight else None
         for rows, states, z in cut.logits(everything, weight, wanted):
             cut.kernel.gradients(z, column[rows], cut.temperature, by.of(rows))
             if grad_hidden is not None:
@@ -274,35 +275,6 @@ def _sums(
     for rows, _, z in cut.logits(hidden, weight, wanted):
         sums[:, rows] = cut.kernel.sums(z, column[rows], cut.temperature, with_entropy)
     return sums
-
-
-class _WeightGradient:
-    """Sums the weight gradient's chunks in fp32: in `main_grad` where megatron-core's DDP has set that, or apart."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        # DDP resets grad_added_to_main_grad before a step; while it is true DDP's hook leaves our part alone. The own
-        # gradient of a tied embedding is then still added, because megatron-core sets `zero_out_wgrad` on it.
-        main_grad: Any = getattr(weight, "main_grad", None) if hasattr(weight, "grad_added_to_main_grad") else None
-        self._in_place = main_grad is not None and main_grad.dtype == wide(weight)
-        self._sum: Tensor = main_grad if self._in_place else torch.zeros_like(weight, dtype=wide(weight))
-
-    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        """grad_logits [n, real], hidden [n, H]; rows of padding stay as they are."""
-        into = self._sum[: grad_logits.shape[1]]
-        if into.dtype == hidden.dtype:
-            into.addmm_(grad_logits.t(), hidden)
-        elif into.is_cuda:  # one product that adds in fp32; the CPU has none of mixed dtypes
-            torch.addmm(into, grad_logits.t(), hidden, out_dtype=into.dtype, out=into)
-        else:
-            into += grad_logits.t() @ hidden
-
-    def result(self) -> Tensor | None:
-        """What autograd is to be given."""
-        if not self._in_place:
-            return self._sum.to(self._weight.dtype)
-        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return None
 
 
 def _indices(mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -98,19 +98,19 @@ def row_kernel(name: str) -> RowKernel:
 
 
 def choose_kernel(setting: str, device: torch.device) -> str:
-    """The kernel for `model.head`: auto is triton on CUDA where it is installed, else torch.
+    """The kernel for `model.head`: auto is triton on CUDA, torch elsewhere.
 
-    ConfigError when triton is asked for and cannot run.
+    ConfigError when it would be triton and that cannot run: torch in its place is the user's choice.
     """
     installed = importlib.util.find_spec("triton") is not None
     if setting == "auto":
-        return "triton" if device.type == "cuda" and installed else "torch"
+        setting = "triton" if device.type == "cuda" else "torch"
     if setting not in KERNELS:
         raise ConfigError(f"model.head={setting!r} is not one of auto, {', '.join(KERNELS)}")
     if setting == "triton" and device.type != "cuda":
         raise ConfigError(f"model.head=triton needs CUDA, and the model is on {device.type!r}: use model.head=torch")
     if setting == "triton" and not installed:
-        raise ConfigError("model.head=triton, but triton is not installed: install it, or use model.head=torch")
+        raise ConfigError("the head's kernel is triton, which is not installed: install it, or set model.head=torch")
     return setting
 
 

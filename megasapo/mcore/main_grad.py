@@ -31,6 +31,8 @@ class WeightGradient:
         into = self._sum[: grad_output.shape[1]]
         if into.dtype == inputs.dtype:
             into.addmm_(grad_output.t(), inputs)
+        elif into.is_cuda:  # one product that adds in fp32; the CPU has none of mixed dtypes
+            torch.addmm(into, grad_output.t(), inputs, out_dtype=into.dtype, out=into)
         else:
             into += grad_output.t() @ inputs
 

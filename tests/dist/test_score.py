@@ -94,9 +94,9 @@ def test_mistakes_are_one_line_and_leave_no_file(model: Path, data: Path, tmp_pa
     out = tmp_path / "out.jsonl"
     files = ["--model", str(model), "--data", str(data), "--out", str(out)]
     for extra, message in [
-        (["parallel.tp=2", "--nproc", "3"], "--nproc 3 is no multiple of"),
+        (["parallel.tp=2", "--nproc", "3"], "tp(2)*pp(1)*cp(1)=2 does not divide world size 3; start a multiple of 2"),
         (["parallel.tq=2"], "did you mean 'parallel.tp'"),
-        (["--model", str(tmp_path)], "no config.json there"),
+        (["--model", str(tmp_path)], "no config.json"),
         (["--data", str(tmp_path / "absent")], "absent: no such data file"),
     ]:
         done = run_score(*files, *extra)

@@ -39,7 +39,7 @@ except ConfigError as e:
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "refused: parallel: tp(2)*pp(1)=2 does not divide world size 1" in done.stdout
+    assert "refused: parallel: tp(2)*pp(1)*cp(1)=2 does not divide world size 1" in done.stdout
 
 
 def _rank_main() -> None:
