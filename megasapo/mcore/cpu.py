@@ -8,7 +8,6 @@ intercepted: ordinary tensor operations cost what they cost without the patches.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import sys
@@ -28,7 +27,6 @@ def enable() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before megasapo.mcore: import megasapo.mcore first")
-    _keep_freed_memory()
     _patch_devices()
     _patch_streams()
     _patch_random()
@@ -41,22 +39,6 @@ def enable() -> None:
         import megatron.core  # noqa: F401
     _patch_megatron()
     torch.cuda.megasapo_cpu = True  # type: ignore[attr-defined]
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse the memory of freed tensors: returned to the kernel it is faulted in anew, page by page.
-
-    A step of 4096 tokens (hidden 256, 4 layers) took 280 thousand page faults without this and 40 thousand with it, a
-    tenth of its time. Tensors above 32 MiB, the most that glibc allows here, are still returned. CUDA tensors are kept
-    by torch's own allocator.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def _patch_devices() -> None:
