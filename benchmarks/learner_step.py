@@ -142,10 +142,10 @@ def main() -> None:
     defaults = {
         "sequences": 16,
         "prompt": 32,
-        "mean-response": 128,
+        "mean-response": 96,
         "micro-batch-tokens": 4096,
         "threads": 1,
-        "runs": 5,
+        "runs": 3,
     }
     for name, default in defaults.items():
         p.add_argument(f"--{name}", type=int, default=default)
