@@ -149,8 +149,12 @@ def _without_torch_compile() -> Any:
 
 
 def _patch_megatron() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
 
     # Goes through torch._C and the CUDA default generators, which do not exist.
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -206,6 +210,18 @@ def _patch_uneven_collectives() -> None:
 
     mappings._gather_along_first_dim = gather_uneven
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave out a collective of one rank whose result is in place already: gloo copies the whole buffer, twice."""
+
+    @functools.wraps(collective)
+    def wrapped(output: torch.Tensor, given: torch.Tensor, *, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        if group.size() == 1 and not async_op and output.data_ptr() == given.data_ptr():
+            return None
+        return collective(output, given, group=group, async_op=async_op, **kwargs)
+
+    return wrapped
 
 
 def _nothing(*_: Any, **__: Any) -> None:

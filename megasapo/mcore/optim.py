@@ -54,6 +54,7 @@ class Optimizer:
         """`total_steps`: optimizer steps of the whole run, over which the schedule decays."""
         self._cfg = cfg
         self._inner: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(cfg, model), model)
+        _use_fused_adam(self._inner)
         if model[0].config.grad_scale_func is None:
             for chunk in model:
                 chunk.config.grad_scale_func = self._inner.scale_loss
@@ -143,6 +144,16 @@ class Optimizer:
             group["max_lr"], group["min_lr"] = self._cfg.lr, min(self._cfg.min_lr, self._cfg.lr)
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """On a CPU let torch's AdamW, megatron-core's choice without TE and Apex, pass over its tensors once."""
+    if torch.cuda.is_available():
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def _everywhere_finite(norm: float) -> bool:
