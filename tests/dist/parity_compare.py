@@ -14,7 +14,7 @@ import torch
 TOLERANCE = 1e-5
 COLUMNS = ("loss", "logprobs", "grad norm", "gradients", "weights", "statistics")
 # Statistics that are sums with both signs, or variances of small numbers: compared with the size of their terms.
-STATISTICS_SCALE = 1e-2
+STATISTICS_SCALE = 0.1
 
 
 @dataclass(frozen=True)

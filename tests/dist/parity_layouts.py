@@ -125,7 +125,7 @@ def configuration(layout: Layout, case: Case, model: Path) -> Config:
         "algo": {
             "objective": case.objective,
             **({"routing_replay": case.routing_replay} if "routing_replay" in C.AlgoConfig.model_fields else {}),
-            "kl_coef": 0.3,
+            "kl_coef": 0.5,
             "entropy_coef": 0.02,
         },
         "optim": {"lr": 3.0, "eps": 0.1, "clip_grad": 1.0, "weight_decay": 0.01},
@@ -133,7 +133,7 @@ def configuration(layout: Layout, case: Case, model: Path) -> Config:
         "train": {d: getattr(layout, d) for d in ("micro_batch_tokens", "packing", "recompute") if d in C.TrainConfig.model_fields},
     }
     if case.objective == "gspo":
-        settings["algo"] |= {"clip_low": 0.03, "clip_high": 0.03}  # some sequences are clipped and some are not
+        settings["algo"] |= {"clip_low": 0.05, "clip_high": 0.05}  # some sequences are clipped and some are not
     return from_dict(settings)
 
 

@@ -85,7 +85,7 @@ class _Recorder:
 
         def listening_loss(scores: Any, mb: Any) -> Any:
             value, stats = compute_loss(scores, mb)
-            self.loss += float(value)
+            self.loss += float(value.detach())
             self.logp.append((mb, scores.logp.detach()))
             return value, stats
 
