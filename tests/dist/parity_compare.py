@@ -25,7 +25,9 @@ class Difference:
     first: str | None
 
 
-def compare(got: Mapping[str, Any], reference: Mapping[str, Any], before: Mapping[str, torch.Tensor]) -> dict[str, Difference]:
+def compare(
+    got: Mapping[str, Any], reference: Mapping[str, Any], before: Mapping[str, torch.Tensor]
+) -> dict[str, Difference]:
     """By column. `before`: the weights that both steps started from."""
     return {column: _column(pairs) for column, pairs in _pairs(got, reference, before).items()}
 
@@ -51,7 +53,9 @@ def relative(got: torch.Tensor, reference: torch.Tensor, scale: float) -> float:
 Pairs = Iterator[tuple[str, float]]  # what, and its error
 
 
-def _pairs(got: Mapping[str, Any], reference: Mapping[str, Any], before: Mapping[str, torch.Tensor]) -> dict[str, Pairs]:
+def _pairs(
+    got: Mapping[str, Any], reference: Mapping[str, Any], before: Mapping[str, torch.Tensor]
+) -> dict[str, Pairs]:
     return {
         "loss": iter([("the loss", _scalar(got["loss"], reference["loss"]))]),
         "logprobs": _logprobs(got["logp"], reference["logp"]),

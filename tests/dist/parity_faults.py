@@ -22,9 +22,9 @@ def weights_per_rank(policy: Policy, topo: Topology, batch: Batch) -> Batch:
 def lost_gradient(policy: Policy, topo: Topology, batch: Batch) -> Batch:
     """One rank's gradient of one matrix never reaches the sum."""
     if topo.rank == 1:
-        dict(policy._chunks[0].named_parameters())[
-            "decoder.layers.2.self_attention.linear_qkv.weight"
-        ].register_hook(torch.zeros_like)
+        dict(policy._chunks[0].named_parameters())["decoder.layers.2.self_attention.linear_qkv.weight"].register_hook(
+            torch.zeros_like
+        )
     return batch
 
 
@@ -42,4 +42,10 @@ def unequal_copies(policy: Policy, topo: Topology, batch: Batch) -> Batch:
     if topo.tp_rank == 1:
         with torch.no_grad():
             dict(policy._chunks[0].named_parameters())["decoder.layers.3.input_layernorm.weight"].mul_(1 + 1e-6)
+    return batch
+
+
+def sequence_mean_of_own_tokens(policy: Policy, topo: Topology, batch: Batch) -> Batch:
+    """GSPO's ratio of a sequence is made of the tokens that this rank holds of it."""
+    policy._sum_over_shards = lambda sums: sums  # type: ignore[method-assign]
     return batch

@@ -1,7 +1,7 @@
 """What the parity matrix runs: the ways to cut one optimizer step, what is stepped on, and its one batch.
 
-Imported by pytest (without torch.distributed) and by every rank. A `Layout` is all that may differ between two runs that
-must take the same step; a `Case` is what the step computes.
+Imported by pytest and by every rank. A `Layout` is all that may differ between two runs that must take the same step; a
+`Case` is what the step computes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megasapo import config as C
 from megasapo.config import Config, from_dict
 from megasapo.types import Completion, Group, Prompt, Sample
 from tests.tiny import make_model
@@ -124,13 +123,13 @@ def configuration(layout: Layout, case: Case, model: Path) -> Config:
         "rollout": {"max_new_tokens": LONGEST_RESPONSE, "group_size": GROUP_SIZE, "temperature": TEMPERATURE},
         "algo": {
             "objective": case.objective,
-            **({"routing_replay": case.routing_replay} if "routing_replay" in C.AlgoConfig.model_fields else {}),
+            "routing_replay": case.routing_replay,
             "kl_coef": 0.5,
             "entropy_coef": 0.02,
         },
         "optim": {"lr": 3.0, "eps": 0.1, "clip_grad": 1.0, "weight_decay": 0.01},
-        "parallel": {d: getattr(layout, d) for d in ("tp", "pp", "ep", "cp", "etp", "vpp") if d in C.ParallelConfig.model_fields},
-        "train": {d: getattr(layout, d) for d in ("micro_batch_tokens", "packing", "recompute") if d in C.TrainConfig.model_fields},
+        "parallel": {d: getattr(layout, d) for d in ("tp", "pp", "ep", "cp", "etp", "vpp")},
+        "train": {d: getattr(layout, d) for d in ("micro_batch_tokens", "packing", "recompute")},
     }
     if case.objective == "gspo":
         settings["algo"] |= {"clip_low": 0.05, "clip_high": 0.05}  # some sequences are clipped and some are not

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,16 @@ import torch.distributed as dist
 
 from megasapo import metrics
 from megasapo.algo.settings import resolve
-try:
-    from megasapo.data.packing import join, pieces
-except ImportError:  # TEMPORARY
-    import numpy as _np
-
-    from megasapo.data.packing import per_sequence
-
-    def pieces(mb, values):
-        return {u: (_np.arange(len(v)), v) for u, v in per_sequence(mb, values).items()}
-
-    def join(parts):
-        return {u: v for part in parts for u, (_, v) in part.items()}
+from megasapo.algo.weights import token_weights
+from megasapo.config import Config
+from megasapo.data.packing import join, pieces
 from megasapo.mcore import bridge
 from megasapo.mcore.bridge.placement import place
+from megasapo.mcore.exchange import PackingRule, build_batch
 from megasapo.mcore.policy import Policy
 from megasapo.mcore.topology import Topology
-from megasapo.train import make_batch
-from megasapo.types import Batch
+from megasapo.rollout.sequences import to_sequences
+from megasapo.types import Batch, Group
 from tests.dist import parity_layouts as given
 
 Named = dict[str, torch.Tensor]
@@ -46,10 +39,11 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     directory = models / layout.model
     cfg = given.configuration(layout, case, directory)
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=given.TEMPERATURE, total_steps=10)
-    mine = given.groups(layout.batch)[topo.dp_rank :: topo.dp] if topo.is_leader else []
-    batch = make_batch(mine, cfg, topo)
+    batch = _make_batch(given.groups(layout.batch), cfg, topo)
     _load(policy, directory / "old", topo)
     batch = policy.with_old_logprobs(batch)
+    if case.routing_replay != "none":
+        assert all(mb.routing is not None for mini in batch.mini for mb in mini.micro), "no routing was recorded"
     _load(policy, directory / "now", topo)
     if fault is not None:
         batch = fault(policy, topo, batch)
@@ -71,6 +65,19 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
         "weights": weights,
         "copies": recorded.unlike + unlike,
     }
+
+
+def _make_batch(groups: list[Group], cfg: Config, topo: Topology) -> Batch:
+    """As train.py makes one; replica r's leader fetched every dp-th group."""
+    algo = resolve(cfg.algo, cfg.rollout)
+    return build_batch(
+        to_sequences(groups[topo.dp_rank :: topo.dp], algo) if topo.is_leader else [],
+        topo,
+        mini_batches=1,
+        group_size=given.GROUP_SIZE,
+        packing=PackingRule.of(cfg),
+        weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
+    )
 
 
 class _Recorder:
