@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 
-.PHONY: install train train-sglang test lint test-py312 clean
+.PHONY: install train train-sglang test parity lint test-py312 clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ train-sglang: install
 test: install
 	bash tests/sglang/setup.sh
 	$(PY) -m pytest -m 'not gpu' $(ARGS)
+
+# The whole matrix of docs/numerics.md: prints its table and writes it there.
+parity: install
+	$(PY) -m tests.dist.test_parity write
 
 lint: install
 	$(VENV)/bin/ruff check .
