@@ -116,9 +116,9 @@ class MicroBatch:
     loss_tokens: torch.Tensor  # [S] int64, of whole sequences
     uids: tuple[int, ...]  # of the real sequences, in order: S or S - 1 of them
     slots: tuple[int, ...]  # n - 1 of each of them
-    old_logp: torch.Tensor | None = None  # [Tl] float32, set by Policy.with_old_logprobs
+    old_logp: torch.Tensor | None = None  # [Tl] float32; None: the logprobs of the update itself
     ref_logp: torch.Tensor | None = None  # [Tl] float32, set when KL to a reference is on
-    routing: torch.Tensor | None = None  # [Tl, L of this stage, K] expert ids, set when routing is replayed
+    routing: torch.Tensor | None = None  # [Tl, L of this stage, K] expert ids; None: as routers choose
 
     def with_(self, **changes: Any) -> MicroBatch:
         return replace(self, **changes)

@@ -46,24 +46,29 @@ class Policy:
         self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)
         self._replay = RoutingReplay(self._ddp) if cfg.algo.routing_replay == "R2" else None
 
-    def with_old_logprobs(self, batch: Batch) -> Batch:
+    def with_old_logprobs(self, batch: Batch, *, first: bool = False) -> Batch:
         """Set old_logp (ref_logp when KL is on, routing for R2) of every micro-batch, with the weights as they are now.
 
-        `algo.old_logprobs: rollout` takes the server's logprobs instead and needs no pass over the batch.
+        The first mini-batch is left without, unless asked for: its update starts from these very weights, so its own
+        logprobs and routing are the old ones. `algo.old_logprobs: rollout` takes the server's logprobs instead.
         """
-        old, routing = zip(*(self._old_logprobs(mini) for mini in batch.mini), strict=True)
+        old, routing = zip(
+            *(self._old_logprobs(mini, needed=first or i > 0) for i, mini in enumerate(batch.mini)), strict=True
+        )
         reference: list[Logprobs] = [[None] * len(mini.micro) for mini in batch.mini]
         if self._reference is not None:
             with self._weights_swapped(self._reference):  # once a batch: it copies all weights twice
                 reference = [self._logprobs(mini.micro) for mini in batch.mini]
         return Batch(tuple(_with_logprobs(*parts) for parts in zip(batch.mini, old, reference, routing, strict=True)))
 
-    def _old_logprobs(self, mini: MiniBatch) -> tuple[Logprobs, Routings]:
-        natively: Routings = [None] * len(mini.micro)
+    def _old_logprobs(self, mini: MiniBatch, *, needed: bool) -> tuple[Logprobs, Routings]:
+        nothing: Routings = [None] * len(mini.micro)
         if self._cfg.algo.old_logprobs == "rollout":
-            return [mb.rollout_logp for mb in mini.micro], natively
+            return [mb.rollout_logp for mb in mini.micro], nothing
+        if not needed:
+            return list(nothing), nothing
         if self._replay is None:
-            return self._logprobs(mini.micro), natively
+            return self._logprobs(mini.micro), nothing
         return self._logprobs(mini.micro, self._replay.record), self._replay.take()
 
     def _logprobs(self, micro: tuple[MicroBatch, ...], routed: step.Routed = step.natively) -> Logprobs:
@@ -71,20 +76,19 @@ class Policy:
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks."""
-        replay = self._replay
-        return metrics.merge([self._step(mini, self._policy_loss, replay, with_entropy=True) for mini in batch.mini])
+        return metrics.merge([self._step(mini, self._policy_loss, with_entropy=True) for mini in batch.mini])
 
     def update_supervised(self, mini: MiniBatch) -> Metrics:
         """One optimizer step on the weighted negative log-likelihood of the loss tokens."""
-        return self._step(mini, _supervised_loss, None, with_entropy=False)
+        return self._step(mini, _supervised_loss, with_entropy=False)
 
-    def _step(
-        self, mini: MiniBatch, loss_function: step.LossFunction, replay: RoutingReplay | None, *, with_entropy: bool
-    ) -> Metrics:
+    def _step(self, mini: MiniBatch, loss_function: step.LossFunction, *, with_entropy: bool) -> Metrics:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        routing: AbstractContextManager[step.Routed] = nullcontext(step.natively) if replay is None else replay.step()
+        routing: AbstractContextManager[step.Routed] = nullcontext(step.natively)
+        if self._replay is not None and mini.micro[0].routing is not None:
+            routing = self._replay.step()
         with routing as routed:
             parts = step.forward_backward(
                 self._ddp,
@@ -104,11 +108,10 @@ class Policy:
         return counted
 
     def _policy_loss(self, scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-        assert mb.old_logp is not None, "with_old_logprobs comes before update"
         return policy_loss(
             self._algo,
             logp=scores.logp,
-            old_logp=mb.old_logp,
+            old_logp=scores.logp.detach() if mb.old_logp is None else mb.old_logp,
             rollout_logp=mb.rollout_logp,
             advantages=mb.advantage,
             weight=mb.weight,

@@ -41,7 +41,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=given.TEMPERATURE, total_steps=10)
     batch = _make_batch(given.groups(layout.batch), cfg, topo)
     _load(policy, directory / "old", topo)
-    batch = policy.with_old_logprobs(batch)
+    batch = policy.with_old_logprobs(batch, first=True)
     if case.routing_replay != "none":
         assert all(mb.routing is not None for mini in batch.mini for mb in mini.micro), "no routing was recorded"
     _load(policy, directory / "now", topo)

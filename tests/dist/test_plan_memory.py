@@ -173,7 +173,7 @@ def _measure(cfg: config.Config, topo: Any) -> dict[str, Any]:
 
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=5)
     ddp = policy._ddp
-    batch = policy.with_old_logprobs(_batch(cfg, topo))
+    batch = policy.with_old_logprobs(_batch(cfg, topo), first=True)
     saved = Saved([p for chunk in ddp for p in chunk.parameters()])
     with saved.watching():
         policy.update(batch)
