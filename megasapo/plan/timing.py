@@ -68,7 +68,8 @@ def estimate(s: Setting) -> Timing:
     boundary = step_boundaries(s.geometry, s.degrees, groups, s.gpu, s.work.mean_micro_tokens, s.width)
     slowest = max(range(s.degrees.pp), key=lambda i: _seconds(forwards[i][0]) + _seconds(backwards[i][0]))
     forward, backward = forwards[slowest], backwards[slowest]
-    only_forward = int(s.cfg.algo.old_logprobs == "learner") + int(bool(s.cfg.algo.kl_coef))
+    all_but_first = 1 - 1 / s.work.mini_batches  # of the mini-batches have a pass for old logprobs
+    only_forward = all_but_first * (s.cfg.algo.old_logprobs == "learner") + bool(s.cfg.algo.kl_coef)
 
     per_micro: dict[str, Traffic] = {"pp": boundary * (2 + only_forward)}
     parts: Pass = {"pp": per_micro["pp"].seconds}
