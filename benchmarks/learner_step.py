@@ -79,11 +79,13 @@ def megasapo_side(turns: Turns, work: Work) -> None:
             packing=PackingRule(work.micro_batch_tokens),
             weight_rule=rule,
         )
-        batch = policy.with_old_logprobs(batch)
+        is_checked = not found  # the first turn, which is not counted: every old logprob is looked at
+        batch = policy.with_old_logprobs(batch, first=is_checked)
         stats = policy.update(batch)
-        micro = [mb for mini in batch.mini for mb in mini.micro]
-        total = sum(float((mb.old_logp * mb.loss_mask).sum()) for mb in micro if mb.old_logp is not None)
-        found["old_logp"] = total / sum(map(len, work.responses))
+        if is_checked:
+            micro = [mb for mini in batch.mini for mb in mini.micro]
+            total = sum(float((mb.old_logp * mb.loss_mask).sum()) for mb in micro if mb.old_logp is not None)
+            found["old_logp"] = total / sum(map(len, work.responses))
         found["grad_norm"] = metrics.scalars(stats)["grad/norm"]
 
     while (message := turns.wait()) is not None:
