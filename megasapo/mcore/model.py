@@ -318,6 +318,8 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
         qkv_format="thd",
         cu_seqlens_q=mb.cu_seqlens,
         cu_seqlens_kv=mb.cu_seqlens,
+        cu_seqlens_q_padded=mb.cu_seqlens,  # padding at a sequence's end is attended like its tokens, and masked later
+        cu_seqlens_kv_padded=mb.cu_seqlens,
         max_seqlen_q=mb.max_seqlen,
         max_seqlen_kv=mb.max_seqlen,
     )
