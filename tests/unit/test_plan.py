@@ -176,9 +176,7 @@ def test_one_gpu_by_hand() -> None:
         SMALL.parameters().total - SMALL.vocab * SMALL.hidden - 28 * SMALL.layer_vectors - 1024,
     )
     rate = H100.flops * ASSUMED.gemm
-    assert found.parts["dense"] == pytest.approx(
-        3.5 * 2 * matrices * tokens / rate
-    )  # half old logprobs, forward, backward
+    assert found.parts["dense"] == pytest.approx(3.5 * 2 * matrices * tokens / rate)  # half of the old logprobs
     assert found.parts["head"] == pytest.approx(4.5 * 2 * 151936 * 1024 * tokens / rate)
     pairs = 64 * 2048 * 2049 / 2 * SMALL.pair_flops
     attention = 1.5 / ASSUMED.attention_forward + ASSUMED.attention_backward_work / ASSUMED.attention_backward
