@@ -99,8 +99,8 @@ class Kernels:
     fused: bool  # Transformer Engine on a GPU; otherwise our own modules on torch
 
     def norm(self, width: float, element: int) -> float:
-        """Bytes of a norm over `width` values: its input and its output; on torch also what it computes in fp32."""
-        return 2 * width * element if self.fused else width * (4 + 2 * element)
+        """Bytes of a norm over `width` values: its input, its output and one fp32 scale."""
+        return 2 * width * element + 4
 
     def attention(self, g: Geometry, cp: int, element: int, *, again: bool) -> float:
         """From projected queries, keys and values to the output projection's input; `again`: the core is recomputed."""
@@ -110,11 +110,9 @@ class Kernels:
         if self.fused:
             kept += rotated + (kv * cp if cp > 1 else 0)
             return kept * element + (0 if again else 4 * g.heads)
-        normed = rotated if g.qk_norm else 0
-        wide = 4 * normed if element < 4 else 0
         # without a fused kernel keys and values are repeated for every query head, over all tokens that the rank sees
-        kept += normed + (rotated if again else q + 2 * q * (cp + 0.5 if cp > 1 else 1) + q)
-        return kept * element + wide + (0 if again else 4 * g.heads)
+        kept += rotated if again else q + 2 * q * (cp + 0.5 if cp > 1 else 1) + q
+        return kept * element + (0 if again else 4 * g.heads)
 
     def mlp(self, width: int, element: int) -> float:
         """A gated feed-forward part without its input."""
