@@ -60,14 +60,6 @@ def ratio(numerator: Sequence[Seconds], denominator: Sequence[Seconds]) -> Secon
     )
 
 
-def peak_gpu_mib(run: Callable[[], object]) -> float:
-    """The most device memory that tensors held during one run, MiB."""
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    _finish()
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
 def machine(*packages: str) -> str:
     """Date, processor, threads, load and versions, in one line."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()

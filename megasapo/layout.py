@@ -47,9 +47,19 @@ def fewest_ranks(parallel: ParallelConfig) -> int:
     return parallel.pp * math.lcm(parallel.tp * parallel.cp, parallel.ep * parallel.etp)
 
 
-def slot_multiple(parallel: ParallelConfig) -> int:
+def slot_multiple(cp: int) -> int:
     """A sequence's slots in a pack are rounded up to this: context parallelism cuts each into 2 cp equal chunks."""
-    return 2 * parallel.cp if parallel.cp > 1 else 1
+    return 2 * cp if cp > 1 else 1
+
+
+def slots_for(tokens: int, cp: int) -> int:
+    """The slots of a pack that a sequence of so many tokens takes: its last token is only a target."""
+    multiple = slot_multiple(cp)
+    return -(-(tokens - 1) // multiple) * multiple
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -69,15 +79,16 @@ def layout_problems(parallel: ParallelConfig, world_size: int, geometry: Geometr
 
 def token_problems(cfg: Config) -> Iterator[Problem]:
     """As layout_problems, for train.micro_batch_tokens."""
-    multiple = slot_multiple(cfg.parallel)
+    cp = cfg.parallel.cp
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    slots = -(-(longest - 1) // multiple) * multiple  # the last token is only a target
+    slots = slots_for(longest, cp)
     if slots > cfg.train.micro_batch_tokens:
         yield Problem(
             "a sequence is longer than train.micro_batch_tokens",
             f"train.micro_batch_tokens={cfg.train.micro_batch_tokens} is less than the {slots} slots of the longest "
             f"sequence: data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + rollout.max_new_tokens"
-            f"({cfg.rollout.max_new_tokens}) - 1, rounded up to a multiple of 2*cp={multiple}; raise it to {slots}",
+            f"({cfg.rollout.max_new_tokens}) - 1, rounded up to a multiple of 2*cp={slot_multiple(cp)}; "
+            f"raise it to {slots}",
         )
 
 
@@ -114,7 +125,7 @@ def _layer_problems(parallel: ParallelConfig, geometry: Geometry) -> Iterator[Pr
         yield Problem(
             "vpp does not divide a stage's layers",
             f"parallel: pp({pp})*vpp({vpp})={pp * vpp} does not divide the model's num_hidden_layers={layers}; "
-            f"with pp={pp} use a vpp of {_divisors(layers // pp)}",
+            f"with pp={pp} use a vpp of {_possible(layers // pp)}",
         )
 
 
@@ -158,11 +169,11 @@ def _vocabulary_problems(parallel: ParallelConfig, geometry: Geometry) -> Iterat
 def _does_not_divide(degree_name: str, degree: int, field: str, size: int) -> Problem:
     return Problem(
         f"{degree_name} does not divide {field}",
-        f"parallel.{degree_name}={degree} does not divide the model's {field}={size}; use one of {_divisors(size)}",
+        f"parallel.{degree_name}={degree} does not divide the model's {field}={size}; use one of {_possible(size)}",
     )
 
 
-def _divisors(size: int) -> list[int]:
+def _possible(size: int) -> list[int]:
     """All divisors, or the powers of two and the number itself where there would be too many to read."""
-    found = [d for d in range(1, size + 1) if size % d == 0]
+    found = divisors(size)
     return found if len(found) <= 12 else [d for d in found if d & (d - 1) == 0 or d == size]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasapo.layout import slot_multiple, slots_for
 from megasapo.types import MicroBatch, TrainSequence
 
 PAD_TOKEN = 0  # any valid id: padding is masked
@@ -37,18 +38,13 @@ class Shard:
     tp_rank: int = 0
 
     @property
-    def sequence_multiple(self) -> int:
-        """Slots of a sequence come in multiples of this."""
-        return 2 * self.cp if self.cp > 1 else 1
-
-    @property
     def pack_multiple(self) -> int:
         """Slots of a pack come in multiples of this."""
-        return self.cp * math.lcm(2, self.tp) if self.cp > 1 else self.tp
+        return math.lcm(slot_multiple(self.cp), self.cp * self.tp)
 
     def slots_for(self, tokens: int) -> int:
         """The slots that a sequence of so many tokens takes."""
-        return -(-(tokens - 1) // self.sequence_multiple) * self.sequence_multiple
+        return slots_for(tokens, self.cp)
 
     def context_slots(self, bounds: np.ndarray) -> np.ndarray:
         """[Tc] the slots of a pack, with sequence boundaries [S + 1], that this context-parallel rank holds."""

@@ -12,7 +12,7 @@ from itertools import product
 
 from megasapo.config import Config, ParallelConfig
 from megasapo.geometry import Geometry
-from megasapo.layout import Problem, layout_problems, token_problems
+from megasapo.layout import Problem, divisors, layout_problems, token_problems
 from megasapo.plan.hardware import Gpu
 from megasapo.plan.memory import Held, Memory, held_parameters, worst_stage
 from megasapo.plan.timing import Setting, Timing, estimate
@@ -101,16 +101,12 @@ def rank(cfg: Config, geometry: Geometry, cluster: Cluster, sequence_tokens: int
 def layouts(gpus: int, geometry: Geometry) -> Iterator[ParallelConfig]:
     """Every layout whose degrees divide the number of GPUs; expert-tensor parallelism is off or as wide as tensor's."""
     has_experts = any(geometry.moe_layers)
-    for tp, cp, pp in product(_divisors(gpus), repeat=3):
+    for tp, cp, pp in product(divisors(gpus), repeat=3):
         if gpus % (tp * cp * pp):
             continue
         stage = gpus // pp
         # a chunk has at least one layer; a virtual degree that leaves none is not worth counting as impossible
-        virtual = [v for v in _divisors(geometry.layers // pp) if v <= MOST_VIRTUAL] if pp > 1 else [1]
+        virtual = [v for v in divisors(geometry.layers // pp) if v <= MOST_VIRTUAL] if pp > 1 else [1]
         for etp, vpp in product({1, tp} if has_experts else {1}, virtual or [1]):
-            for ep in _divisors(stage // etp) if has_experts and stage % etp == 0 else [1]:
+            for ep in divisors(stage // etp) if has_experts and stage % etp == 0 else [1]:
                 yield ParallelConfig(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp, vpp=vpp)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

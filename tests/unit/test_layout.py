@@ -164,7 +164,7 @@ def test_the_longest_sequence_must_fit_when_context_parallelism_rounds_it_up(tmp
         ConfigError, match=r"micro_batch_tokens=256 is less than the 264 slots .*2\*cp=24; raise it to 264"
     ):
         check_tokens(settings(tmp_path, "parallel.cp=12"))
-    assert [slot_multiple(ParallelConfig(cp=cp)) for cp in (1, 2, 3)] == [1, 4, 6]
+    assert [slot_multiple(cp) for cp in (1, 2, 3)] == [1, 4, 6]
 
 
 def test_a_run_is_checked_as_a_whole(tmp_path: Path) -> None:
