@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megasapo import contradictions
-from megasapo.errors import UserError
-
-
-class ConfigError(UserError, ValueError):
-    """A setting is unknown, of the wrong type, or contradicts another; the message says what to change."""
+from megasapo.errors import ConfigError as ConfigError
+from megasapo.overrides import apply_override, numbers
 
 
 class Section(BaseModel):
@@ -164,8 +160,9 @@ class AlgoConfig(Section):
     """Optimizer steps a rollout batch."""
     old_logprobs: Literal["learner", "rollout"] = "learner"
     """Ratios are measured from the learner's own recomputed logprobs, or from the server's."""
-    routing_replay: Literal["none", "R2"] = "none"
-    """R2: the update routes every token as the pass that computed its old logprobs did."""
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """R2: the update routes every token as the pass that computed its old logprobs did; R3: that pass and the update
+    route it as the rollout server did when it sampled."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL to the starting model."""
     entropy_coef: Annotated[float, Field(strict=False, allow_inf_nan=False)] = 0.0
@@ -254,6 +251,65 @@ class EvalConfig(Section):
     max_problems: PositiveInt | None = None
 
 
+class RoutingConfig(Section):
+    """What is kept and computed to explain importance ratios (docs/routing.md)."""
+
+    validation: bool = True
+    """Look at every routing that a server sends before it is used; wrong data stops the run."""
+    trace_rate: Fraction = 0.0
+    """Share of the samples whose expert choices are written to RUN/routing/trace; 0: off."""
+    trace_budget_mb: PositiveFloat = 1024.0
+    """The trace of a run ends when its files hold this much."""
+    diagnose_every: NonNegativeInt = 0
+    """Steps between decompositions of the log-ratio into engine, mismatch, update and drift; 0: off."""
+    diagnose_sequences: PositiveInt = 64
+    """Most responses in one of them, over all ranks."""
+    diagnose_sweep: NonNegativeInt = 0
+    """Runs of consecutive MoE layers to which mismatch and drift are attributed, each another two forward passes;
+    0: off; more than there are layers: every layer."""
+    diagnose_samples: NonNegativeInt = 8
+    """Responses whose every token is kept for the report."""
+
+    @property
+    def uses_rollout_routing(self) -> bool:
+        """Whether servers are asked for the experts of (some) samples."""
+        return self.trace_rate > 0 or self.diagnose_every > 0
+
+
+Action = Literal["warn", "dump", "skip", "rollback", "stop"]
+
+
+class StabilityRule(Section):
+    """What counts as unstable, and what is done about it. Of `above`, `below` and `z` any one suffices."""
+
+    metric: str
+    """Name in metrics.jsonl, such as ratio/log_var."""
+    above: Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = None
+    below: Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = None
+    z: PositiveFloat | None = None
+    """Robust z-score (median and MAD of the last `stability.window` steps) above which a value is out of line."""
+    side: Literal["high", "low", "both"] = "high"
+    """Which deviations `z` is about."""
+    patience: PositiveInt = 1
+    """Steps in a row before it acts."""
+    action: Action = "warn"
+
+
+class StabilityConfig(Section):
+    """The instability watch (docs/routing.md)."""
+
+    mode: Literal["off", "warn", "act"] = "warn"
+    """warn: rules only warn, whatever their action; act: they act."""
+    window: PositiveInt = 50
+    """Steps that a z-score compares with."""
+    warmup: PositiveInt = 20
+    """Steps before z-scores count."""
+    max_rollbacks: NonNegativeInt = 3
+    """More than this many roll-backs stop the run."""
+    rules: Annotated[tuple[StabilityRule, ...], Field(strict=False)] | None = None
+    """Empty: megasapo.stability.DEFAULT_RULES."""
+
+
 class LogConfig(Section):
     sinks: Annotated[tuple[Literal["console", "jsonl", "tensorboard"], ...], Field(strict=False)] = (
         "console",
@@ -279,6 +335,13 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    routing: RoutingConfig = RoutingConfig()
+    stability: StabilityConfig = StabilityConfig()
+
+    @property
+    def asks_for_routing(self) -> bool:
+        """Whether rollout servers must be able to return the experts that they chose."""
+        return self.algo.routing_replay == "R3" or self.routing.uses_rollout_routing
 
     @property
     def run_dir(self) -> Path:
@@ -308,9 +371,9 @@ def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), 
     """The same from a plain dictionary, which is not changed."""
     raw = copy.deepcopy(raw)
     for item in overrides:
-        _apply_override(raw, item)
+        apply_override(raw, item)
     try:
-        return Config.model_validate(_numbers(raw))
+        return Config.model_validate(numbers(raw))
     except ValidationError as e:
         raise ConfigError("\n".join(_explain(source, err) for err in e.errors())) from None
 
@@ -330,37 +393,6 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif old != new:
             lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines
-
-
-def _apply_override(raw: dict[str, Any], item: str) -> None:
-    key, sep, value = item.partition("=")
-    if not sep or not key:
-        raise ConfigError(f"override {item!r}: expected section.key=value")
-    *sections, last = key.split(".")
-    node = raw
-    for name in sections:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {item!r}: {name} is not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML: {e}") from e
-
-
-def _numbers(node: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
-    if isinstance(node, dict):
-        return {k: _numbers(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return tuple(_numbers(v) for v in node)
-    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
-        try:
-            number = float(node)
-        except ValueError:
-            return node
-        return number if math.isfinite(number) else node
-    return node
 
 
 def _explain(source: str, err: Any) -> str:

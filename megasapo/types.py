@@ -54,7 +54,8 @@ class Completion:
     finish_reason: FinishReason
     version_min: int  # smallest and largest weight version that any of the tokens was sampled with
     version_max: int
-    routed_experts: np.ndarray | None = None  # [P + R - 1, L, K] int32, expert ids; None when not asked for
+    # [tokens, layers, K] int32 as the server sent it, unchecked (routing.validate): None when not asked for
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,9 @@ class TrainSequence:
     loss_mask: np.ndarray  # [n] bool, True where the token is trained on; loss_mask[0] is False
     rollout_logp: np.ndarray  # [n] float32, 0 where loss_mask is False
     advantage: float
+    # [at most n - 1, L, K] uint8 or int16, of the MoE layers in order: row t holds the experts of input token t as the
+    # server chose them, -1 in all K places where it did not say; rows that are left out are as unknown. None: all are
+    routing: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

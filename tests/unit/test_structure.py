@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2] / "megasapo"
 FILES = sorted(ROOT.rglob("*.py"))
 # lower layers first; a module may import its own layer and those before it, but rollout and mcore not one another
 LAYERS = [
-    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", "contradictions", ""},
+    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", "contradictions", "overrides", ""},
     {"algo", "launch"},
-    {"data", "rewards", "log"},
+    {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
-    {"publish", "run"},
-    {"train", "sft", "evaluate", "score", "doctor", "plan"},
+    {"publish", "run", "stability"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
