@@ -116,6 +116,7 @@ def make_batch(groups: list[Group], p: Parts) -> Batch:
         group_size=p.cfg.rollout.group_size,
         packing=p.packing,
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
+        routing=p.policy.routing_layout if p.cfg.algo.routing_replay == "R3" else None,
     )
 
 

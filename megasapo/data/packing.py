@@ -61,6 +61,33 @@ class Shard:
 WHOLE = Shard()
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the T slots of a pack come from, and which of them a rank holds."""
+
+    bounds: np.ndarray  # [S + 1] first slots, padding sequence included
+    sequence: np.ndarray  # [T] int64: which of the S
+    position: np.ndarray  # [T] int64 in it
+    held: np.ndarray  # [Tc] slots that the model reads on this rank
+    own: np.ndarray  # [Tl] those of them that are this rank's in the loss
+
+    @staticmethod
+    def of(slots: Sequence[int], shard: Shard, pad_to: int = 1) -> Layout:
+        """The pack of sequences that take so many slots each (`Shard.slots_for`)."""
+        multiple = math.lcm(pad_to, shard.pack_multiple)
+        padding = -sum(slots) % multiple if slots else multiple
+        lengths = np.array([*slots, padding] if padding else slots, dtype=np.int64)
+        bounds = np.concatenate([[0], lengths.cumsum()])
+        held = shard.context_slots(bounds)
+        return Layout(
+            bounds,
+            sequence=np.repeat(np.arange(len(lengths)), lengths),
+            position=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
+            held=held,
+            own=held.reshape(shard.tp, -1)[shard.tp_rank],
+        )
+
+
 def pack(
     sequences: Sequence[TrainSequence],
     weights: Sequence[float] | np.ndarray,
@@ -80,14 +107,8 @@ def pack(
         raise ValueError(f"pad_to={pad_to} must be at least 1")
     for sequence in sequences:
         _check(sequence)
-    slots = [shard.slots_for(len(s.tokens)) for s in sequences]
-    multiple = math.lcm(pad_to, shard.pack_multiple)
-    padding = -sum(slots) % multiple if slots else multiple
-    lengths = np.array([*slots, padding] if padding else slots, dtype=np.int64)
-    bounds = np.concatenate([[0], lengths.cumsum()])
-    held = shard.context_slots(bounds)
-    own = held.reshape(shard.tp, -1)[shard.tp_rank]
-    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+    layout = Layout.of([shard.slots_for(len(s.tokens)) for s in sequences], shard, pad_to)
+    bounds, held = layout.bounds, layout.held
 
     def row(parts: Iterable[np.ndarray], dtype: type, fill: float = 0.0) -> np.ndarray:
         values = np.full(bounds[-1], fill, dtype=dtype)
@@ -102,20 +123,20 @@ def pack(
         "weight": row((m * np.float32(w) for m, w in zip(masks, weights, strict=True)), np.float32),
         "advantage": row((np.full(len(m), s.advantage) for m, s in zip(masks, sequences, strict=True)), np.float32),
         "rollout_logp": row((s.rollout_logp[1:] for s in sequences), np.float32),
-        "sequence": np.repeat(np.arange(len(lengths)), lengths),
-        "position": positions,
+        "sequence": layout.sequence,
+        "position": layout.position,
     }
     return MicroBatch(
         tokens=torch.from_numpy(row((s.tokens[:-1] for s in sequences), np.int64, PAD_TOKEN)[held]),
         targets=torch.from_numpy(row((s.tokens[1:] for s in sequences), np.int64, PAD_TOKEN)[held]),
-        position_ids=torch.from_numpy(positions[held]),
+        position_ids=torch.from_numpy(layout.position[held]),
         wanted=torch.from_numpy(mask[held]),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        loss_tokens=torch.tensor([*(int(m.sum()) for m in masks), *([0] if padding else [])]),
+        max_seqlen=int(np.diff(bounds).max()),
+        loss_tokens=torch.tensor([*(int(m.sum()) for m in masks), *[0] * (len(bounds) - 1 - len(masks))]),
         uids=tuple(s.uid for s in sequences),
         slots=tuple(len(m) for m in masks),
-        **{name: torch.from_numpy(values[own]) for name, values in per_loss_token.items()},
+        **{name: torch.from_numpy(values[layout.own]) for name, values in per_loss_token.items()},
     )
 
 

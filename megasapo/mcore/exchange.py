@@ -19,6 +19,7 @@ from megasapo.config import Config
 from megasapo.data.balance import attention_costs, plan, split_mini_batches
 from megasapo.data.packing import pack
 from megasapo.geometry import read_geometry
+from megasapo.mcore.routing_exchange import Header, RoutingLayout, exchange_routing
 from megasapo.mcore.topology import Topology
 from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
 
@@ -43,10 +44,8 @@ class PackingRule:
         return PackingRule(cfg.train.micro_batch_tokens, ratio, one_each=not cfg.train.packing)
 
 
-# of each sequence, known to every rank: uid, slots it takes, loss tokens
-Header = tuple[int, int, int]
-# [rank][micro-batch] -> uids
-Assignment = list[list[list[int]]]
+# [replica][micro-batch] -> sequences
+Assignment = list[list[list[Header]]]
 
 
 def build_batch(
@@ -57,41 +56,46 @@ def build_batch(
     group_size: int,
     packing: PackingRule,
     weight_rule: WeightRule,
+    routing: RoutingLayout | None = None,
 ) -> Batch:
     """Collective. Split all ranks' sequences into mini-batches, balance them over replicas, pack this rank's.
 
     `mine`: what this rank's leader fetched (empty on other ranks). A mini-batch is a run of groups in uid order, so its
-    content does not depend on the layout. Raises ValueError for a sequence longer than a micro-batch.
+    content does not depend on the layout. With `routing` micro-batches get the sequences' own (R3). Raises ValueError
+    for a sequence longer than a micro-batch.
     """
-    headers = _share_headers(mine, topo)
-    groups = sorted({uid // group_size for uid, _, _ in headers})
+    headers = _share_headers(mine, topo, with_routing=routing is not None)
+    groups = sorted({h.uid // group_size for h in headers})
     assignments, counts = [], []
     for part in split_mini_batches(len(groups), mini_batches):
         chosen = {groups[i] for i in part}
-        rows = [h for h in headers if h[0] // group_size in chosen]
+        rows = [h for h in headers if h.uid // group_size in chosen]
         split = _split(rows, topo, packing)
-        assignments.append([[[rows[i][0] for i in micro] for micro in rank] for rank in split])
-        counts.append((len(rows), sum(loss for _, _, loss in rows)))
+        assignments.append([[[rows[i] for i in micro] for micro in rank] for rank in split])
+        counts.append((len(rows), sum(h.loss_tokens for h in rows)))
     held = _move(mine, assignments, topo)
     mini = []
     for assignment, (num_sequences, num_loss_tokens) in zip(assignments, counts, strict=True):
-        micro = tuple(
-            _pack([held[uid] for uid in uids], topo, weight_rule, num_sequences, num_loss_tokens)
-            for uids in assignment[topo.dp_rank]
-        )
-        mini.append(MiniBatch(micro, num_sequences, num_loss_tokens))
+        micro = [
+            _pack([held[h.uid] for h in sequences], topo, weight_rule, num_sequences, num_loss_tokens)
+            for sequences in assignment[topo.dp_rank]
+        ]
+        if routing is not None:
+            found = exchange_routing(mine, assignment, topo, routing)
+            micro = [mb.with_(routing=z.to(topo.device)) for mb, z in zip(micro, found, strict=True)]
+        mini.append(MiniBatch(tuple(micro), num_sequences, num_loss_tokens))
     return Batch(tuple(mini))
 
 
 def _split(rows: list[Header], topo: Topology, packing: PackingRule) -> list[list[list[int]]]:
     """[replica][micro-batch] -> indices into rows."""
-    lengths = [slots for _, slots, _ in rows]
+    lengths = [h.slots for h in rows]
     split = partial(
         plan,
         lengths,
         topo.dp,
         packing.max_tokens,
-        uids=[uid for uid, _, _ in rows],
+        uids=[h.uid for h in rows],
         costs=attention_costs(lengths, packing.attention_ratio),
         one_each=packing.one_each,
     )
@@ -111,14 +115,27 @@ def _pack(
     return pack(rows, weights, shard=topo.shard).to(topo.device)
 
 
-def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:
-    local = [(row.uid, topo.shard.slots_for(len(row.tokens)), int(row.loss_mask.sum())) for row in mine]
+def _share_headers(mine: Sequence[TrainSequence], topo: Topology, *, with_routing: bool) -> list[Header]:
+    local = [_header(row, topo, with_routing) for row in mine]
     everyones: list[list[Header]] = [[] for _ in range(topo.world_size)]
     dist.all_gather_object(everyones, local, group=topo.world_group_cpu)
     headers = sorted(h for one in everyones for h in one)
-    uids = [h[0] for h in headers]
+    uids = [h.uid for h in headers]
     assert len(set(uids)) == len(uids), "two leaders hold the same sequence"
     return headers
+
+
+def _header(row: TrainSequence, topo: Topology, with_routing: bool) -> Header:
+    routing = row.routing if with_routing else None
+    return Header(
+        row.uid,
+        len(row.tokens),
+        topo.shard.slots_for(len(row.tokens)),
+        int(row.loss_mask.sum()),
+        topo.dp_rank,
+        routed=0 if routing is None else len(routing),
+        gaps=routing is not None and bool((routing < 0).any()),
+    )
 
 
 def _move(mine: Sequence[TrainSequence], assignments: list[Assignment], topo: Topology) -> dict[int, TrainSequence]:
@@ -127,7 +144,7 @@ def _move(mine: Sequence[TrainSequence], assignments: list[Assignment], topo: To
     if topo.is_leader:
         by_uid = {row.uid: row for row in mine}
         owner = {
-            uid: rank for each in assignments for rank, micros in enumerate(each) for uids in micros for uid in uids
+            h.uid: rank for each in assignments for rank, micros in enumerate(each) for micro in micros for h in micro
         }
         outgoing = [encode([row for uid, row in by_uid.items() if owner[uid] == rank]) for rank in range(topo.dp)]
         payload = torch.cat(_all_to_all(outgoing, topo))

@@ -22,6 +22,7 @@ from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.model import TokenScores
 from megasapo.mcore.optim import Optimizer, wrap_ddp
 from megasapo.mcore.replay import RoutingReplay
+from megasapo.mcore.routing_exchange import RoutingLayout
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
 from megasapo.types import Batch, MicroBatch, MiniBatch
@@ -30,6 +31,8 @@ from megasapo.types import Batch, MicroBatch, MiniBatch
 Logprobs = list[torch.Tensor | None]
 # of each micro-batch: what RoutingReplay recorded, None where routers choose by themselves
 Routings = Sequence[torch.Tensor | None]
+# of each model chunk, by parameter name
+Weights = list[dict[str, torch.Tensor]]
 
 
 class Policy:
@@ -41,35 +44,52 @@ class Policy:
         self.hf_config = model.read_hf_config(cfg.model.path)
         self._chunks = model.build_model(cfg.model, self.hf_config, topo, recompute=cfg.train.recompute)
         bridge.load_hf(self._chunks, cfg.model.path, topo)
-        self._reference = self._copy_weights() if algo.kl_coef else None
+        self._reference = self.copy_weights() if algo.kl_coef else None
         self._ddp = wrap_ddp(self._chunks)
         self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)
-        self._replay = RoutingReplay(self._ddp) if cfg.algo.routing_replay == "R2" else None
+        needs_replay = cfg.algo.routing_replay != "none" or cfg.routing.diagnose_every > 0
+        self._replay = RoutingReplay(self._ddp) if needs_replay else None
+        self.routing_layout = RoutingLayout.of(topo, self._replay) if self._replay is not None else None
 
     def with_old_logprobs(self, batch: Batch, *, first: bool = False) -> Batch:
         """Set old_logp (ref_logp when KL is on, routing for R2) of every micro-batch, with the weights as they are now.
 
-        The first mini-batch is left without, unless asked for: its update starts from these very weights, so its own
-        logprobs and routing are the old ones. `algo.old_logprobs: rollout` takes the server's logprobs instead.
+        Under R3 the batch brings its routing; the reference model always routes by itself. The first mini-batch is
+        left without, unless asked for: its update starts from these very weights, so its own logprobs and routing are
+        the old ones. `algo.old_logprobs: rollout` takes the server's logprobs instead.
         """
         old, routing = zip(
             *(self._old_logprobs(mini, needed=first or i > 0) for i, mini in enumerate(batch.mini)), strict=True
         )
         reference: list[Logprobs] = [[None] * len(mini.micro) for mini in batch.mini]
         if self._reference is not None:
-            with self._weights_swapped(self._reference):  # once a batch: it copies all weights twice
+            with self.at(self._reference):  # once a batch: it copies all weights twice
                 reference = [self._logprobs(mini.micro) for mini in batch.mini]
         return Batch(tuple(_with_logprobs(*parts) for parts in zip(batch.mini, old, reference, routing, strict=True)))
 
     def _old_logprobs(self, mini: MiniBatch, *, needed: bool) -> tuple[Logprobs, Routings]:
-        nothing: Routings = [None] * len(mini.micro)
+        given: Routings = [mb.routing for mb in mini.micro]
         if self._cfg.algo.old_logprobs == "rollout":
-            return [mb.rollout_logp for mb in mini.micro], nothing
+            return [mb.rollout_logp for mb in mini.micro], given
         if not needed:
-            return list(nothing), nothing
-        if self._replay is None:
-            return self._logprobs(mini.micro), nothing
-        return self._logprobs(mini.micro, self._replay.record), self._replay.take()
+            return [None] * len(mini.micro), given
+        match self._cfg.algo.routing_replay:
+            case "R2":
+                return self.natural_logprobs(mini.micro)
+            case "R3":
+                return self.routed_logprobs(mini.micro, given), given
+        return self._logprobs(mini.micro), given
+
+    def natural_logprobs(self, micro: tuple[MicroBatch, ...]) -> tuple[Logprobs, list[torch.Tensor]]:
+        """Collective. Logprobs of each micro-batch without gradient, and the routing that they came with."""
+        assert self._replay is not None, "a Policy without routing replay records nothing"
+        return self._logprobs(micro, self._replay.record), self._replay.take()
+
+    def routed_logprobs(self, micro: tuple[MicroBatch, ...], routing: Routings) -> Logprobs:
+        """Collective. Logprobs of each micro-batch without gradient where routers choose as in `routing`."""
+        assert self._replay is not None, "a Policy without routing replay forces nothing"
+        routed = tuple(mb.with_(routing=z) for mb, z in zip(micro, routing, strict=True))
+        return self._logprobs(routed, self._replay.replay)
 
     def _logprobs(self, micro: tuple[MicroBatch, ...], routed: step.Routed = step.natively) -> Logprobs:
         return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature, routed=routed)
@@ -141,12 +161,17 @@ class Policy:
     def load(self, path: Path) -> dict[str, Any]:
         return checkpoint.load(path, self._chunks, self._optimizer, self._topo)
 
-    def _copy_weights(self) -> list[dict[str, torch.Tensor]]:
-        return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in self._chunks]
+    def copy_weights(self, device: torch.device | None = None) -> Weights:
+        """This rank's weights as they are now, on `device` (empty: where they are)."""
+        return [
+            {name: p.detach().to(device or p.device, copy=True) for name, p in chunk.named_parameters()}
+            for chunk in self._chunks
+        ]
 
     @contextmanager
-    def _weights_swapped(self, other: list[dict[str, torch.Tensor]]) -> Iterator[None]:
-        mine = self._copy_weights()
+    def at(self, other: Weights) -> Iterator[None]:
+        """Other weights inside; the optimizer does not notice."""
+        mine = self.copy_weights()
         self._set_weights(other)
         try:
             yield
@@ -154,7 +179,7 @@ class Policy:
             self._set_weights(mine)
 
     @torch.no_grad()
-    def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
+    def _set_weights(self, weights: Weights) -> None:
         for chunk, values in zip(self._chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
                 parameter.copy_(values[name])

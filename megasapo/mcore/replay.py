@@ -322,18 +322,29 @@ def cut_routing(
     as in MicroBatch. layers: which of the rows' layers to keep, [L]. Slots of padding get experts in turn. int16 where
     something is NATIVE, else `storage_dtype`. ValueError for rows of another shape and ids out of range.
     """
-    turn = np.arange(len(sequence) * len(layers) * top_k).reshape(len(sequence), len(layers), top_k) % num_experts
-    cut = turn.astype(np.int16)
+    real = np.zeros(len(sequence), dtype=bool)
+    for number, length in enumerate(slots):
+        real |= (sequence == number) & (position < length)
+    cut = blank_routing(real, len(layers), num_experts, top_k)
     for number, (row, length) in enumerate(zip(rows, slots, strict=True)):
-        (here,) = np.nonzero((sequence == number) & (position < length))
-        cut[here] = NATIVE
         if row is None:
             continue
         _check_rows(row, number, length, layers, num_experts, top_k)
-        here = here[position[here] < len(row)]
+        (here,) = np.nonzero((sequence == number) & (position < len(row)))
         cut[here] = row[position[here]][:, list(layers)]
-    fits = storage_dtype(num_experts) is torch.uint8 and not (cut < 0).any()
-    return torch.from_numpy(cut.astype(np.uint8) if fits else cut)
+    return narrowed(cut, num_experts)
+
+
+def blank_routing(real: np.ndarray, num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
+    """[Tl, L, K] int16: NATIVE where a slot is `real` [Tl], experts in turn where it is padding."""
+    turn = np.arange(len(real) * num_layers * top_k).reshape(len(real), num_layers, top_k) % num_experts
+    return np.where(real[:, None, None], NATIVE, turn).astype(np.int16)
+
+
+def narrowed(routing: np.ndarray, num_experts: int) -> Tensor:
+    """An int16 routing in `storage_dtype`, unless something in it is NATIVE."""
+    fits = storage_dtype(num_experts) is torch.uint8 and not (routing < 0).any()
+    return torch.from_numpy(routing.astype(np.uint8) if fits else routing)
 
 
 def _check_rows(row: np.ndarray, number: int, length: int, layers: Sequence[int], num_experts: int, top_k: int) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from megasapo.config import Config, from_dict
-from megasapo.types import Completion, Group, Prompt, Sample
-from tests.tiny import make_model
+from megasapo.types import Completion, Group, Prompt, Sample, TrainSequence
+from tests.tiny import MOE_SHAPE, make_model
 
 LONGEST_PROMPT, LONGEST_RESPONSE = 14, 50
 GROUP_SIZE = 3
 GROUPS = {"full": 4, "few": 1}  # "few": three sequences, fewer than some layouts have replicas
 TEMPERATURE = 0.8
+EXPERTS, TOP_K = MOE_SHAPE["num_experts"], MOE_SHAPE["num_experts_per_tok"]
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 515}  # 515 is padded for every tp above 1
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ class Case:
     """What a step computes."""
 
     objective: Literal["sapo", "gspo"]
-    routing_replay: Literal["none", "R2"]
+    routing_replay: Literal["none", "R2", "R3"]
 
     @property
     def name(self) -> str:
@@ -74,6 +75,7 @@ class Case:
 
 
 CASES = (Case("sapo", "none"), Case("sapo", "R2"), Case("gspo", "none"), Case("gspo", "R2"))
+R3 = Case("sapo", "R3")  # in the layouts below that say so: the routing of rollout servers, sent to ranks
 
 L = Layout
 ONE_MICRO_BATCH = 1024  # of this many tokens: holds the whole batch
@@ -107,6 +109,26 @@ LAYOUTS = (
     L(8, ep=8, batch="few"),
     L(8, cp=2, pp=2, vpp=2, ep=2, etp=2, tp=2, model="tied"),
 )
+
+
+WITH_R3 = (
+    L(1, packing=False, recompute="selective"),
+    L(2),
+    L(2, tp=2),
+    L(2, cp=2),
+    L(2, ep=2, batch="few", micro_batch_tokens=64),
+    L(2, pp=2, vpp=2, model="tied"),
+    L(4, tp=2, cp=2, ep=2, micro_batch_tokens=100),
+    L(4, cp=2, pp=2, ep=2, recompute="full"),
+    L(4, pp=2, vpp=2, ep=2),
+    L(8, cp=2, pp=2, vpp=2, ep=2, etp=2, tp=2, model="tied"),
+)
+assert set(WITH_R3) <= set(LAYOUTS)
+
+
+def cases_of(layout: Layout) -> tuple[Case, ...]:
+    """What is stepped on in a layout; everything in the one rank that others are compared with."""
+    return (*CASES, R3) if layout in WITH_R3 or layout == reference_of(layout) else CASES
 
 
 def reference_of(layout: Layout) -> Layout:
@@ -152,6 +174,19 @@ def groups(batch: str) -> list[Group]:
             samples.append(Sample(completion, text="", reward=float(random.normal())))
         found.append(Group(uid, Prompt(uid, prompt, text="", answer=""), tuple(samples)))
     return found
+
+
+def rollout_routing(sequence: TrainSequence, layers: int) -> np.ndarray | None:
+    """As a server might have chosen: of some sequences nothing, of some not all tokens; [at most n - 1, L, K]."""
+    random = np.random.default_rng(sequence.uid)
+    if sequence.uid % 5 == 4:
+        return None
+    rows = len(sequence.tokens) - 1 - (3 if sequence.uid % 5 == 3 else 0)
+    chosen = random.random((rows, layers, EXPERTS)).argsort(-1)[..., :TOP_K]
+    if sequence.uid % 5 == 2:
+        chosen[rows // 2] = -1
+        return chosen.astype(np.int16)
+    return chosen.astype(np.uint8)
 
 
 def make_models(directory: Path) -> None:

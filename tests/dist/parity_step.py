@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megasapo.mcore import bridge
 from megasapo.mcore.bridge.placement import place
 from megasapo.mcore.exchange import PackingRule, build_batch
 from megasapo.mcore.policy import Policy
+from megasapo.mcore.routing_exchange import RoutingLayout
 from megasapo.mcore.topology import Topology
 from megasapo.rollout.sequences import to_sequences
 from megasapo.types import Batch, Group
@@ -39,7 +41,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     directory = models / layout.model
     cfg = given.configuration(layout, case, directory)
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=given.TEMPERATURE, total_steps=10)
-    batch = _make_batch(given.groups(layout.batch), cfg, topo)
+    batch = _make_batch(given.groups(layout.batch), cfg, topo, policy.routing_layout)
     _load(policy, directory / "old", topo)
     batch = policy.with_old_logprobs(batch, first=True)
     if case.routing_replay != "none":
@@ -67,16 +69,23 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     }
 
 
-def _make_batch(groups: list[Group], cfg: Config, topo: Topology) -> Batch:
+def _make_batch(groups: list[Group], cfg: Config, topo: Topology, routing: RoutingLayout | None) -> Batch:
     """As train.py makes one; replica r's leader fetched every dp-th group."""
     algo = resolve(cfg.algo, cfg.rollout)
+    sequences = to_sequences(groups[topo.dp_rank :: topo.dp], algo) if topo.is_leader else []
+    if cfg.algo.routing_replay == "R3":
+        assert routing is not None
+        sequences = [replace(s, routing=given.rollout_routing(s, len(routing.layers))) for s in sequences]
+    else:
+        routing = None
     return build_batch(
-        to_sequences(groups[topo.dp_rank :: topo.dp], algo) if topo.is_leader else [],
+        sequences,
         topo,
         mini_batches=1,
         group_size=given.GROUP_SIZE,
         packing=PackingRule.of(cfg),
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
+        routing=routing,
     )
 
 
