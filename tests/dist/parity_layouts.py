@@ -179,14 +179,19 @@ def groups(batch: str) -> list[Group]:
 def rollout_routing(sequence: TrainSequence, layers: int) -> np.ndarray | None:
     """As a server might have chosen: of some sequences nothing, of some not all tokens; [at most n - 1, L, K]."""
     random = np.random.default_rng(sequence.uid)
-    if sequence.uid % 5 == 4:
+    rows = known_rows(sequence.uid, len(sequence.tokens))
+    if not rows:
         return None
-    rows = len(sequence.tokens) - 1 - (3 if sequence.uid % 5 == 3 else 0)
     chosen = random.random((rows, layers, EXPERTS)).argsort(-1)[..., :TOP_K]
     if sequence.uid % 5 == 2:
         chosen[rows // 2] = -1
         return chosen.astype(np.int16)
     return chosen.astype(np.uint8)
+
+
+def known_rows(uid: int, tokens: int) -> int:
+    """How many rows `rollout_routing` gives."""
+    return {3: tokens - 4, 4: 0}.get(uid % 5, tokens - 1)
 
 
 def make_models(directory: Path) -> None:

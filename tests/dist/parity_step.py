@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from megasapo.algo.settings import resolve
 from megasapo.algo.weights import token_weights
 from megasapo.config import Config
 from megasapo.data.packing import join, pieces
-from megasapo.mcore import bridge
+from megasapo.mcore import bridge, routing_exchange
 from megasapo.mcore.bridge.placement import place
 from megasapo.mcore.exchange import PackingRule, build_batch
 from megasapo.mcore.policy import Policy
@@ -41,7 +42,8 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     directory = models / layout.model
     cfg = given.configuration(layout, case, directory)
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=given.TEMPERATURE, total_steps=10)
-    batch = _make_batch(given.groups(layout.batch), cfg, topo, policy.routing_layout)
+    with _counting_routing() as received:
+        batch = _make_batch(given.groups(layout.batch), cfg, topo, policy.routing_layout)
     _load(policy, directory / "old", topo)
     batch = policy.with_old_logprobs(batch, first=True)
     if case.routing_replay != "none":
@@ -66,6 +68,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
         "gradients": recorded.gradients,
         "weights": weights,
         "copies": recorded.unlike + unlike,
+        "routing_bytes": topo.gather((sum(received), _bytes_needed(batch, policy))),
     }
 
 
@@ -87,6 +90,30 @@ def _make_batch(groups: list[Group], cfg: Config, topo: Topology, routing: Routi
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
         routing=routing,
     )
+
+
+@contextmanager
+def _counting_routing() -> Iterator[list[int]]:
+    """The bytes of routing that this rank receives inside, a number for each exchange."""
+    received: list[int] = []
+    exchange = routing_exchange.dist.all_to_all_single
+
+    def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        received.append(output.numel() * output.element_size())
+        return exchange(output, *args, **kwargs)
+
+    with mock.patch.object(routing_exchange, "dist", mock.Mock(all_to_all_single=counting)):
+        yield received
+
+
+def _bytes_needed(batch: Batch, policy: Policy) -> int:
+    """What this rank's tokens and layers take, two bytes an id (some rows are NATIVE), as far as it is known."""
+    known = 0
+    for mb in (mb for mini in batch.mini for mb in mini.micro if mb.routing is not None):
+        for number, (uid, slots) in enumerate(zip(mb.uids, mb.slots, strict=True)):
+            sent = given.known_rows(uid, slots + 1)
+            known += int(((mb.sequence == number) & (mb.position < sent)).sum()) * mb.routing[0].numel()
+    return 2 * known
 
 
 class _Recorder:

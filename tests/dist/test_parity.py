@@ -140,6 +140,19 @@ def test_the_cases_are_different_steps(model: str, models: Path) -> None:
             assert relative(first[name], second[name], float(second[name].abs().max())) > 1000 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=layout.name, marks=pytest.mark.slow if layout.world == 8 else ())
+        for layout in given.WITH_R3
+    ],
+)
+def test_a_rank_receives_the_routing_of_its_tokens_and_layers_only(layout: Layout, models: Path) -> None:
+    received = result(models, layout, R3)["routing_bytes"]
+    assert all(got == needed for got, needed in received), received
+    assert sum(got for got, _ in received) == result(models, given.reference_of(layout), R3)["routing_bytes"][0][0]
+
+
 def _add_row(rows: dict[str, dict[str, Difference]], layout: Layout, found: dict[str, Difference]) -> None:
     row = rows.setdefault(layout.name, found)
     rows[layout.name] = {c: max(row[c], found[c], key=lambda d: d.error) for c in found}
