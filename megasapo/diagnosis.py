@@ -7,6 +7,7 @@ routing/decompose.py's.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy, Weights
     from megasapo.mcore.topology import Topology
-    from megasapo.routing.decompose import Decomposition, ScoredSequence
+    from megasapo.routing.decompose import Decomposition
+    from megasapo.routing.scored import ScoredSequence
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +84,12 @@ class Diagnosis:
         if not every or step % every:
             return Figures()
         version, origins = self._choose(self._origins(groups), step)
-        batch = self._batch([s for s in sequences if s.uid in origins])
-        scored = self._score(batch, version)
-        return self._write(step, version, scored, origins)
+        if version is None:
+            return Figures({"routing/diagnosis_skipped": 1.0})
+        scored = self._score([s for s in sequences if s.uid in origins], self._weights[version])
+        _check_offset(scored)
+        whole = self._decompose(scored)
+        return self._publish(step, version, whole, scored, origins)
 
     def _origins(self, groups: Sequence[Group]) -> list[Origin]:
         """Collective. Of every sample of the batch."""
@@ -92,20 +100,56 @@ class Diagnosis:
         ]
         return sorted(origin for part in self._topo.gather(mine) for origin in part)
 
-    def _choose(self, origins: list[Origin], step: int) -> tuple[int, dict[int, Origin]]:
-        """The version that most samples have been drawn with from the first token to the last, and some of them.
+    def _choose(self, origins: list[Origin], step: int) -> tuple[int | None, dict[int, Origin]]:
+        """The version that most samples were drawn with from the first token to the last, and some of these samples.
 
-        The decomposition speaks of one set of behaviour weights; others would need their own passes.
+        A decomposition speaks of one set of behaviour weights. None where generation outlived every update.
         """
         whole = [o for o in origins if o.version_min == o.version_max and o.version_min in self._weights]
         if not whole:
-            versions = sorted({(o.version_min, o.version_max) for o in origins})
-            raise UserError(
-                f"step {step} cannot be diagnosed: its samples have weight versions {versions}, and kept are those of "
-                f"{sorted(self._weights)}; lower rollout.max_staleness, or set routing.diagnose_every=0"
-            )
+            if self._topo.rank == 0:
+                log.warning(
+                    "step %d is not diagnosed: no response was sampled with one weight version of %s from beginning to "
+                    "end; lower rollout.max_staleness",
+                    step,
+                    sorted(self._weights),
+                )
+            return None, {}
         version = Counter(o.version_min for o in whole).most_common(1)[0][0]
         candidates = [o for o in whole if o.version_min == version]
         size = min(self._cfg.routing.diagnose_sequences, len(candidates))
         chosen = np.random.default_rng([self._cfg.run.seed, step]).choice(len(candidates), size, replace=False)
         return version, {candidates[i].uid: candidates[i] for i in chosen}
+
+    def _score(self, sequences: Sequence[TrainSequence], theta_0: Weights) -> list[ScoredSequence]:
+        from megasapo.mcore.diagnose import score_routings, sweep_groups
+        from megasapo.mcore.exchange import build_batch
+
+        layout = self._policy.routing_layout
+        assert layout is not None
+        batch = build_batch(
+            sequences,
+            self._topo,
+            mini_batches=1,
+            group_size=1,
+            packing=self._packing,
+            weight_rule=_no_weights,
+            routing=layout,
+        )
+        groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
+        return score_routings(self._policy, batch.mini[0], theta_0, self._topo, groups)
+
+
+def _no_weights(loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray:
+    return np.zeros(len(loss_tokens), dtype=np.float32)
+
+
+def _check_offset(scored: Sequence[ScoredSequence]) -> None:
+    """Refuse routings that belong to the next or the previous token: right in shape, wrong in every row."""
+    shifts = Counter(offset_of(s.routing_rollout, s.routing_behaviour) for s in scored)
+    shift, count = shifts.most_common(1)[0] if shifts else (0, 0)
+    if shift and count > len(scored) / 2:
+        raise RoutingError(
+            f"the server's routing is shifted by {shift} token against the learner's in {count} of {len(scored)} "
+            "responses: its rows do not begin at the first token of the prompt"
+        )

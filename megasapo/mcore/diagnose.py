@@ -17,7 +17,7 @@ from megasapo.data.packing import Pieces, join, pieces
 from megasapo.mcore.policy import Logprobs, Policy, Weights
 from megasapo.mcore.replay import NATIVE
 from megasapo.mcore.topology import Topology
-from megasapo.routing.decompose import ScoredSequence
+from megasapo.routing.scored import ScoredSequence
 from megasapo.types import MicroBatch, MiniBatch
 
 # of each micro-batch: rollout's, behaviour's and current routing [Tl, 3, L of this rank, K] int16
@@ -61,7 +61,7 @@ def score_routings(
     )
     if parts is None:
         return []
-    return _scored_sequences(parts, num_cuts=len(cuts), num_layers=len(policy.routing_layout.layers))
+    return _scored_sequences(parts, num_groups=len(groups), num_layers=len(policy.routing_layout.layers))
 
 
 def _known(routing: Tensor | None) -> Tensor:
@@ -101,7 +101,7 @@ def _to_leader(part: dict[str, Any], topo: Topology) -> list[dict[str, Any]] | N
     return parts
 
 
-def _scored_sequences(parts: list[dict[str, Any]], *, num_cuts: int, num_layers: int) -> list[ScoredSequence]:
+def _scored_sequences(parts: list[dict[str, Any]], *, num_groups: int, num_layers: int) -> list[ScoredSequence]:
     scores = join(part["scores"] for part in parts)
     by_columns: dict[tuple[int, ...], list[Pieces]] = {}
     for part in parts:
@@ -111,13 +111,12 @@ def _scored_sequences(parts: list[dict[str, Any]], *, num_cuts: int, num_layers:
         for uid, own in join(found).items():
             whole = routing.setdefault(uid, np.empty((len(own), 3, num_layers, own.shape[-1]), dtype=np.int16))
             whole[:, :, list(columns)] = own
-    return [_scored(uid, scores[uid], routing[uid], num_cuts) for uid in sorted(scores)]
+    return [_scored(uid, scores[uid], routing[uid], num_groups) for uid in sorted(scores)]
 
 
-def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_cuts: int) -> ScoredSequence:
+def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int) -> ScoredSequence:
     targets, mask, advantage, rollout = scores[:, :4].T
-    passes = scores[:, 4:].T.astype(np.float32)  # [2 * (2 + cuts), n - 1]
-    mismatch, drift = passes[: num_cuts + 2], passes[num_cuts + 2 :]
+    mismatch, drift = np.split(scores[:, 4:].T.astype(np.float32), 2)  # [2 + cuts, n - 1] each
     return ScoredSequence(
         uid=uid,
         tokens=targets.astype(np.int32),
@@ -131,6 +130,6 @@ def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_cuts: int) ->
         routing_rollout=routing[:, 0],
         routing_behaviour=routing[:, 1],
         routing_current=routing[:, 2],
-        mismatch_sweep=mismatch,
-        drift_sweep=drift,
+        mismatch_sweep=mismatch if num_groups else None,
+        drift_sweep=drift if num_groups else None,
     )
