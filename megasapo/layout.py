@@ -27,6 +27,7 @@ def check_run(cfg: Config, world_size: int) -> Geometry:
     geometry = read_geometry(cfg.model.path)
     check_layout(cfg.parallel, world_size, geometry)
     check_tokens(cfg)
+    check_routing(cfg, geometry)
     return geometry
 
 
@@ -40,6 +41,23 @@ def check_tokens(cfg: Config) -> None:
     """Refuse a token budget too small for the longest sequence once context parallelism has padded it (ConfigError)."""
     for problem in token_problems(cfg):
         raise ConfigError(problem.message)
+
+
+def check_routing(cfg: Config, geometry: Geometry) -> None:
+    """Refuse to replay, trace or explain the routing of a model that has none (ConfigError)."""
+    asked = {
+        "algo.routing_replay": (cfg.algo.routing_replay, "none"),
+        "routing.diagnose_every": (cfg.routing.diagnose_every, 0),
+        "routing.trace_rate": (cfg.routing.trace_rate, 0),
+    }
+    wrong = {name: (value, off) for name, (value, off) in asked.items() if value != off}
+    if wrong and not any(geometry.moe_layers):
+        settings = ", ".join(f"{name}={value}" for name, (value, _) in wrong.items())
+        remedy = ", ".join(f"{name}={off}" for name, (_, off) in wrong.items())
+        raise ConfigError(
+            f"{settings}: the model in model.path={cfg.model.path} (model_type={geometry.model_type!r}) has no experts "
+            f"and so no routing; set {remedy}"
+        )
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:

@@ -54,7 +54,7 @@ class Completion:
     finish_reason: FinishReason
     version_min: int  # smallest and largest weight version that any of the tokens was sampled with
     version_max: int
-    # [tokens, layers, K] int32 as the server sent it, unchecked (routing.validate): None when not asked for
+    # [rows, layers, K] int32 as the server sent it, unchecked (routing.validate): None when not asked for
     routed_experts: np.ndarray | None = None
 
 

@@ -22,10 +22,10 @@ from megasapo.rollout.protocol import (
     Refused,
     Retryable,
     RolloutError,
-    RoutedShape,
     generate_request,
     read_completions,
 )
+from megasapo.routing.validate import RoutingRule
 from megasapo.types import Completion, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -108,9 +108,12 @@ class ServerClient:
         input_ids: Sequence[Sequence[int]],
         sampling: Sequence[SamplingParams],
         *,
-        routed: RoutedShape | None = None,
+        routed: RoutingRule | None = None,
     ) -> list[Completion]:
-        """One list request, one completion for each prompt. An aborted or malformed answer is a BadAnswer."""
+        """One list request, one completion for each prompt. An aborted or malformed answer is a BadAnswer.
+
+        `routed`: ask for the experts too, of a model with this routing.
+        """
         body = generate_request(input_ids, sampling, return_routed_experts=routed is not None)
         answer = await self._json("POST", "/generate", body, timeout_s=self._request_timeout_s)
         try:

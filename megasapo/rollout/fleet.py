@@ -19,7 +19,7 @@ from megasapo.metrics import Metric, Sum
 from megasapo.rollout.client import ServerClient, read_key, retrying
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
-from megasapo.rollout.spawn import free_port
+from megasapo.rollout.spawn import free_port, with_routing
 from megasapo.rollout.watch import Server, Watch
 from megasapo.types import Completion, SamplingParams
 
@@ -45,12 +45,22 @@ class Fleet:
         self._slots: asyncio.Semaphore | None = None
 
     @classmethod
-    def start(cls, cfg: RolloutConfig, model_path: str | Path, run_dir: str | Path, *, leader_index: int = 0) -> Fleet:
+    def start(
+        cls,
+        cfg: RolloutConfig,
+        model_path: str | Path,
+        run_dir: str | Path,
+        *,
+        leader_index: int = 0,
+        routing: bool = False,
+    ) -> Fleet:
         """Spawn `rollout.spawn` servers, or connect to `rollout.servers`, and wait until all answer.
 
+        `routing`: those that are spawned can return the experts they chose; running ones must have been started so.
         Raises RolloutError with the log's tail when one does not in rollout.start_timeout_s. One process of a run
         calls it.
         """
+        cfg = with_routing(cfg) if routing else cfg
         urls = cfg.servers or tuple(f"http://127.0.0.1:{free_port()}" for _ in range(cfg.spawn))
         limits = ModelLimits.read(model_path)
         if not cfg.servers:
@@ -134,7 +144,7 @@ class Fleet:
         self, input_ids: list[tuple[int, ...]], sampling: list[SamplingParams], routed: bool
     ) -> list[Completion]:
         cost = sum(len(ids) + s.max_new_tokens for ids, s in zip(input_ids, sampling, strict=True))
-        shape = self._limits.routed_shape() if routed else None
+        rule = self._limits.routing_rule() if routed else None
         # What is asked for now is trained on at most max_staleness versions from now; an older sample would be too old.
         oldest = self.version
 
@@ -143,7 +153,7 @@ class Fleet:
             server = self._pick()
             server.outstanding_tokens += cost
             try:
-                completions = await self._clients[server.index].generate(input_ids, sampling, routed=shape)
+                completions = await self._clients[server.index].generate(input_ids, sampling, routed=rule)
                 self._check_versions(completions, oldest, server)
             except Retryable:
                 server.failed_at = time.monotonic()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasapo.rollout.protocol import RolloutError, RoutedShape
+from megasapo.rollout.protocol import RolloutError
+from megasapo.routing.validate import RoutingRule
 from megasapo.types import SamplingParams
 
 
@@ -49,10 +50,12 @@ class ModelLimits:
             dense_layers=_dense_layers(config),
         )
 
-    def routed_shape(self) -> RoutedShape:
+    def routing_rule(self) -> RoutingRule:
+        """What servers of this model send when they are asked for routing; RolloutError for a dense model."""
         if not self.num_experts or not self.topk:
             raise RolloutError("return_routed_experts was asked of a model whose config.json has no experts")
-        return RoutedShape(self.num_layers, self.topk, self.num_experts, self.dense_layers)
+        moe_layers = tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+        return RoutingRule(self.num_layers, moe_layers, self.num_experts, self.topk)
 
     def check_engine(self, engine: str) -> None:
         """Refuse a model that an engine would run wrongly without saying so."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megasapo.errors import UserError
+from megasapo.routing.validate import RoutingRule
 from megasapo.types import Completion, SamplingParams
 
 UNSTAMPED = -1  # version of a server that no learner has published to ("default"), or whose update was cut short
@@ -43,16 +43,6 @@ class Refused(RolloutError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedShape:
-    """What one token's row in `routed_experts` must look like."""
-
-    num_layers: int
-    topk: int
-    num_experts: int
-    dense_layers: tuple[int, ...] = ()  # rows the server fills with anything: they are set to 0
 
 
 def generate_request(
@@ -89,7 +79,7 @@ def _sampling(s: SamplingParams) -> dict[str, Any]:
 
 
 def read_completions(
-    body: Any, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], routed: RoutedShape | None = None
+    body: Any, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], routed: RoutingRule | None = None
 ) -> list[Completion]:
     """The completions in a `/generate` answer, in the order of the prompts; `routed`: routing was asked for."""
     answers = [body] if isinstance(body, dict) else body
@@ -102,7 +92,7 @@ def read_completions(
     ]
 
 
-def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: RoutedShape | None) -> Completion:
+def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: RoutingRule | None) -> Completion:
     try:
         meta = answer["meta_info"]
         output_ids = answer["output_ids"]
@@ -127,7 +117,7 @@ def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: 
         finish_reason=reason,
         version_min=min(versions),
         version_max=max(versions),
-        routed_experts=_routed(meta, num_prompt + len(output_ids) - 1, routed) if routed else None,
+        routed_experts=_routed(meta, num_prompt + len(output_ids), routed) if routed else None,
     )
 
 
@@ -156,26 +146,25 @@ def parse_version(stamp: Any) -> int:
     return int(text) if text.isascii() and text.isdigit() else UNSTAMPED
 
 
-def _routed(meta: dict[str, Any], num_rows: int, shape: RoutedShape) -> np.ndarray:
-    """[P + R - 1, L, K] int32: the last token was never run through the model."""
+def _routed(meta: dict[str, Any], tokens: int, rule: RoutingRule) -> np.ndarray:
+    """[rows, layers, K] int32 as the server sent it; what it says is for routing.validate to judge."""
     encoded = meta.get("routed_experts")
     if encoded is None:
-        raise RolloutError("the server sent no routed_experts: start it with --enable-return-routed-experts")
+        raise RolloutError(
+            "the server sent no routed_experts: start it with --enable-return-routed-experts, and name it in "
+            "rollout.servers itself, for sglang-router does not pass the question on"
+        )
     try:
         flat = np.frombuffer(base64.b64decode(encoded, validate=True), dtype=np.int32)
     except (binascii.Error, ValueError, TypeError) as e:
         raise BadAnswer(f"routed_experts cannot be decoded: {e}") from e
-    want = (num_rows, shape.num_layers, shape.topk)
-    if flat.size != num_rows * shape.num_layers * shape.topk:
+    layers = rule.layers_sent(flat.size, tokens)
+    if layers is None:
         raise RolloutError(
-            f"routed_experts has {flat.size} ids, not {'*'.join(map(str, want))}: the server's model has other layers "
-            "or another top-k than the learner's config.json"
+            f"routed_experts has {flat.size} ids, no multiple of {rule.num_layers} layers * top-k {rule.top_k}: the "
+            "server's model has other layers or another top-k than the learner's config.json"
         )
-    routed = flat.reshape(want).copy()
-    routed[:, list(shape.dense_layers)] = 0
-    if routed.min() < 0 or routed.max() >= shape.num_experts:
-        raise BadAnswer(f"expert ids {routed.min()}..{routed.max()} for {shape.num_experts} experts")
-    return routed
+    return flat.reshape(-1, layers, rule.top_k)
 
 
 def check_versions(completions: Sequence[Completion], lowest: int | None, highest: int | None) -> None:

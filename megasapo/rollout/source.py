@@ -24,6 +24,7 @@ from megasapo.metrics import Metrics
 from megasapo.rewards.model import RewardModel
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
+from megasapo.routing.trace import is_traced
 from megasapo.types import Group, Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ class RolloutSource:
         """
         ahead = min(self._cfg.rollout.max_staleness, self._cfg.train.steps - version - 1)
         while len(self._pending) < 1 + ahead:
-            self._submit(self._cfg.rollout.prompts_per_step)
+            self._submit(self._cfg.rollout.prompts_per_step, step=version + 1 + len(self._pending))
         groups = self.wait(self._pending.popleft().future, version)
         if not self._cfg.rollout.drop_zero_variance:
             return groups, 0
@@ -120,11 +121,12 @@ class RolloutSource:
         """Graders' errors, retries by cause and restarts of servers since the last call."""
         return self._scorer.take_metrics() | (self._fleet.take_metrics() if self._fleet is not None else {})
 
-    def _submit(self, prompts: int) -> None:
+    def _submit(self, prompts: int, step: int) -> None:
+        """Have new prompts sampled for a step; steps count from 1."""
         before = self._stream.state()
         drawn = [self._stream.next() for _ in range(prompts)]
         mine = [d for d in drawn if d[0] % self._ranks.dp == self._ranks.dp_rank] if self._ranks.is_leader else []
-        self._pending.append(_Pending(before, self._loop.submit(self._sample(mine))))
+        self._pending.append(_Pending(before, self._loop.submit(self._sample(mine, step))))
 
     def _refill(self, groups: list[Group], version: int) -> tuple[list[Group], int]:
         """Draw new prompts in place of groups that teach nothing until the batch is full (DAPO, arXiv 2503.14476).
@@ -146,21 +148,22 @@ class RolloutSource:
                 )
             expected = -(-(wanted - len(uids)) * drawn // max(len(uids), 1))  # at the rate seen so far
             more = min(expected, 2 * wanted, MAX_DRAWN * wanted - drawn)
-            self._submit(more)
+            self._submit(more, step=version + 1)
             groups = groups + self.wait(self._pending.pop().future, version)
             drawn += more
 
-    async def _sample(self, drawn: list[tuple[int, Prompt]]) -> list[Group]:
+    async def _sample(self, drawn: list[tuple[int, Prompt]], step: int) -> list[Group]:
         parts = [drawn] if self._together else [[d] for d in drawn]
-        done = await asyncio.gather(*(self._sample_together(part) for part in parts if part))
+        done = await asyncio.gather(*(self._sample_together(part, step) for part in parts if part))
         return [group for groups in done for group in groups]
 
-    async def _sample_together(self, drawn: list[tuple[int, Prompt]]) -> list[Group]:
+    async def _sample_together(self, drawn: list[tuple[int, Prompt]], step: int) -> list[Group]:
         size = self._cfg.rollout.group_size
         inputs = [prompt.input_ids for _, prompt in drawn for _ in range(size)]
         sampling = [self._sampling(uid, i) for uid, _ in drawn for i in range(size)]
         assert self._fleet is not None
-        completions = await self._fleet.generate(inputs, sampling)
+        routed = self._wants_routing(step, [uid * size + i for uid, _ in drawn for i in range(size)])
+        completions = await self._fleet.generate(inputs, sampling, return_routed_experts=routed)
         texts = [self._decode(c.output_ids) for c in completions]
 
         async def finish(at: int, uid: int, prompt: Prompt) -> Group:
@@ -173,6 +176,13 @@ class RolloutSource:
             return Group(uid, prompt, samples)
 
         return list(await asyncio.gather(*(finish(i, uid, prompt) for i, (uid, prompt) in enumerate(drawn))))
+
+    def _wants_routing(self, step: int, uids: list[int]) -> bool:
+        """Whether the samples `uids` of a step are replayed, explained, or one of them traced."""
+        r = self._cfg.routing
+        if self._cfg.algo.routing_replay == "R3" or (r.diagnose_every > 0 and step % r.diagnose_every == 0):
+            return True
+        return any(is_traced(uid, r.trace_rate, self._cfg.run.seed) for uid in uids)
 
     def _sampling(self, uid: int, index: int) -> SamplingParams:
         r = self._cfg.rollout

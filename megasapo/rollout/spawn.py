@@ -21,6 +21,7 @@ from pathlib import Path
 from megasapo.config import RolloutConfig
 
 TERM_GRACE_S = 10.0
+ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
 _RANK_VARIABLES |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -48,6 +49,13 @@ def server_command(cfg: RolloutConfig, model: str | Path, port: int) -> list[str
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port)]
     return [*command, *cfg.server_args]
+
+
+def with_routing(cfg: RolloutConfig) -> RolloutConfig:
+    """The same settings for servers that can return the experts they chose."""
+    if ROUTING_FLAG in (*cfg.spawn_command, *cfg.server_args):
+        return cfg
+    return cfg.model_copy(update={"server_args": (*cfg.server_args, ROUTING_FLAG)})
 
 
 class ServerProcess:

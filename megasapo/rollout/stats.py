@@ -1,11 +1,17 @@
-"""What is worth logging about a batch of groups: rewards, lengths, staleness. Pure; merged over ranks by the caller."""
+"""What is worth logging about a batch of groups: rewards, lengths, staleness, routing that servers did not return.
+
+Pure; merged over ranks by the caller.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from megasapo.metrics import Hist, Max, Mean, Metric, Metrics, Sum, merge
-from megasapo.types import Group, Sample
+from megasapo.routing.validate import unknown_rows
+from megasapo.types import Group, Sample, TrainSequence
 
 REWARD_EDGES = tuple(float(x) for x in np.linspace(-2, 2, 41))
 LENGTH_EDGES = (0.0, *(float(x) for x in np.unique(np.round(np.geomspace(1, 131072, 52)))))
@@ -27,6 +33,19 @@ def group_stats(groups: list[Group], version: int, dropped: int) -> Metrics:
         parts.append(per_group)
         parts += [_sample_stats(sample, len(group.prompt.input_ids), version) for sample in group.samples]
     return merge(parts)
+
+
+def routing_stats(sequences: Sequence[TrainSequence]) -> Metrics:
+    """routing/native_frac: of the tokens whose routing was asked for, the share that the server did not say.
+
+    Counted in rows (a token in a MoE layer), so that a token unknown in half of them counts half.
+    """
+    stats: list[Metrics] = []
+    for s in sequences:
+        if s.routing is not None:
+            slots, layers = len(s.tokens) - 1, s.routing.shape[1]
+            stats.append({"routing/native_frac": Mean(unknown_rows(s.routing, len(s.tokens)) / layers, float(slots))})
+    return merge(stats)
 
 
 def _sample_stats(sample: Sample, prompt_tokens: int, version: int) -> Metrics:

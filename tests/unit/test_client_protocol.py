@@ -15,14 +15,14 @@ from megasapo.rollout.protocol import (
     UNSTAMPED,
     BadAnswer,
     RolloutError,
-    RoutedShape,
     generate_request,
     parse_version,
     read_completions,
 )
+from megasapo.routing.validate import RoutingRule
 from megasapo.types import SamplingParams
 
-SHAPE = RoutedShape(num_layers=2, topk=2, num_experts=4)
+RULE = RoutingRule(num_layers=2, moe_layers=(0, 1), num_experts=4, top_k=2)
 ROUTING = np.arange(3 * 2 * 2, dtype=np.int32).reshape(3, 2, 2) % 4  # 2 prompt tokens, 2 output tokens: 3 rows
 
 
@@ -36,7 +36,7 @@ def answer(**meta: Any) -> dict[str, Any]:
     return {"text": "", "output_ids": [7, 8], "meta_info": fields | meta}
 
 
-def read(body: Any, routed: RoutedShape | None = None) -> Any:
+def read(body: Any, routed: RoutingRule | None = None) -> Any:
     return read_completions(body, [(1, 2)], [SamplingParams(max_new_tokens=2)], routed)[0]
 
 
@@ -64,30 +64,38 @@ def test_only_plain_numbers_are_versions(stamp: Any, version: int) -> None:
 
 
 def test_routed_experts_have_a_row_for_every_token_but_the_last() -> None:
-    np.testing.assert_array_equal(read([answer()], SHAPE).routed_experts, ROUTING)
+    np.testing.assert_array_equal(read([answer()], RULE).routed_experts, ROUTING)
 
 
 def test_absent_routing_says_which_flag_is_missing() -> None:
     with pytest.raises(RolloutError, match="--enable-return-routed-experts") as caught:
-        read(answer(routed_experts=None), SHAPE)
+        read(answer(routed_experts=None), RULE)
     assert not isinstance(caught.value, BadAnswer)
 
 
 def test_routing_of_another_model_is_not_retried() -> None:
-    with pytest.raises(RolloutError, match=r"12 ids, not 3\*3\*2") as caught:
-        read(answer(), RoutedShape(num_layers=3, topk=2, num_experts=4))
+    with pytest.raises(RolloutError, match=r"12 ids, no multiple of 5 layers \* top-k 2") as caught:
+        read(answer(), RoutingRule(num_layers=5, moe_layers=tuple(range(5)), num_experts=4, top_k=2))
     assert not isinstance(caught.value, BadAnswer)
 
 
 @pytest.mark.parametrize("encoded", ["AAA", "!!!!", 5])
 def test_broken_routing_is_a_bad_answer(encoded: Any) -> None:
     with pytest.raises(BadAnswer, match="routed_experts"):
-        read(answer(routed_experts=encoded), SHAPE)
+        read(answer(routed_experts=encoded), RULE)
 
 
-def test_expert_ids_beyond_the_model_are_a_bad_answer() -> None:
-    with pytest.raises(BadAnswer, match=r"expert ids 0\.\.3 for 3 experts"):
-        read(answer(), RoutedShape(num_layers=2, topk=2, num_experts=3))
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (RoutingRule(3, (1, 2), num_experts=4, top_k=2), (3, 2, 2)),  # 3 rows of the MoE layers
+        (RoutingRule(6, (0, 1, 2), num_experts=4, top_k=2), (1, 6, 2)),  # fewer rows of all layers
+        (RoutingRule(2, (1,), num_experts=4, top_k=2), (3, 2, 2)),
+        (RoutingRule(3, (0, 1, 2), num_experts=4, top_k=1), (4, 3, 1)),  # a row for the last token too
+    ],
+)
+def test_rows_follow_from_the_number_of_ids(rule: RoutingRule, shape: tuple[int, ...]) -> None:
+    assert read(answer(), rule).routed_experts.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -113,16 +121,6 @@ def test_logprobs_must_be_finite_numbers(value: Any) -> None:
         read(answer(output_token_logprobs=[[-0.25, 7, None], [value, 8, None]]))
 
 
-def test_dense_layers_have_rows_of_zeros() -> None:
-    """SGLang fills them with whatever its buffer holds."""
-    spoilt = ROUTING.copy()
-    spoilt[:, 0] = 99
-    body = answer(routed_experts=base64.b64encode(spoilt.tobytes()).decode())
-    read_routing = read(body, RoutedShape(num_layers=2, topk=2, num_experts=4, dense_layers=(0,))).routed_experts
-    np.testing.assert_array_equal(read_routing[:, 0], 0)
-    np.testing.assert_array_equal(read_routing[:, 1], ROUTING[:, 1])
-
-
 def test_prompts_and_sampling_must_match() -> None:
     with pytest.raises(ValueError, match="2 prompts but 1"):
         generate_request([(1,), (2,)], [SamplingParams(max_new_tokens=1)], return_routed_experts=False)
@@ -132,7 +130,7 @@ def test_limits_come_from_config_json(tmp_path: Path) -> None:
     config = {"vocab_size": 50, "max_position_embeddings": 9, "num_hidden_layers": 3, "num_local_experts": 6}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 2}))
     limits = ModelLimits.read(tmp_path)
-    assert limits.routed_shape() == RoutedShape(num_layers=3, topk=2, num_experts=6)
+    assert limits.routing_rule() == RoutingRule(num_layers=3, moe_layers=(0, 1, 2), num_experts=6, top_k=2)
     limits.check([(1,) * 5], [SamplingParams(max_new_tokens=4)])
     with pytest.raises(ValueError, match="max_position_embeddings=9"):
         limits.check([(1,) * 5], [SamplingParams(max_new_tokens=5)])
@@ -142,7 +140,7 @@ def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
     config = {"vocab_size": 50, "max_position_embeddings": 9, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RolloutError, match="no experts"):
-        ModelLimits.read(tmp_path).routed_shape()
+        ModelLimits.read(tmp_path).routing_rule()
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])

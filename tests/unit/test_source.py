@@ -14,6 +14,7 @@ from megasapo import config
 from megasapo.rewards.model import Scored
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.source import LoopThread, RolloutSource
+from megasapo.routing.trace import is_traced
 from megasapo.types import Completion, Prompt, SamplingParams
 
 
@@ -39,12 +40,16 @@ class Fleet:
 
     def __init__(self) -> None:
         self.requests: list[list[SamplingParams]] = []
+        self.routed: list[bool] = []
         self.fail = False
 
-    async def generate(self, inputs: list[tuple[int, ...]], sampling: list[SamplingParams]) -> list[Completion]:
+    async def generate(
+        self, inputs: list[tuple[int, ...]], sampling: list[SamplingParams], *, return_routed_experts: bool
+    ) -> list[Completion]:
         if self.fail:
             raise RolloutError("no server")
         self.requests.append(sampling)
+        self.routed.append(return_routed_experts)
         return [Completion((7,), np.zeros(1, np.float32), "stop", 0, 0) for _ in inputs]
 
     def stale(self) -> bool:
@@ -82,9 +87,11 @@ def thread() -> Iterator[LoopThread]:
     loop.close()
 
 
-def make(thread: LoopThread, *, rare: int = 1, **rollout: Any) -> tuple[RolloutSource, Stream, Fleet]:
+def make(
+    thread: LoopThread, *, rare: int = 1, over: tuple[str, ...] = (), **rollout: Any
+) -> tuple[RolloutSource, Stream, Fleet]:
     settings = {"prompts_per_step": 8, "group_size": 2, "max_new_tokens": 4} | rollout
-    cfg = config.from_dict({"model": {"path": "m"}, "rollout": settings, "train": {"steps": 10}})
+    cfg = config.from_dict({"model": {"path": "m"}, "rollout": settings, "train": {"steps": 10}}, over)
     ranks = SimpleNamespace(dp=1, dp_rank=0, is_leader=True, world_group_cpu=dist.group.WORLD)
     stream, fleet = Stream(), Fleet()
     parts: list[Any] = [cfg, fleet, stream, Scorer(rare), lambda ids: "x", ranks, thread]
@@ -135,6 +142,34 @@ def test_batches_in_flight_are_drawn_again_after_a_resume(world: None, thread: L
     other.restore(source.state())
     assert restored.drawn == 8
     assert [g.uid for g in other.next(version=1)[0]] == list(range(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("over", "asked"),
+    [
+        ((), [False] * 6),
+        (("algo.routing_replay=R2",), [False] * 6),
+        (("algo.routing_replay=R3",), [True] * 6),
+        (("routing.diagnose_every=3",), [False, False, True, False, False, True]),  # steps 1 to 6
+        (("routing.trace_rate=1.0",), [True] * 6),
+    ],
+)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_routing_is_asked_for_where_a_step_uses_it(
+    world: None, thread: LoopThread, over: tuple[str, ...], asked: list[bool], staleness: int
+) -> None:
+    source, _, fleet = make(thread, over=(*over, "train.steps=6"), max_staleness=staleness, prompts_per_step=1)
+    for version in range(6):
+        source.next(version)
+    assert fleet.routed == asked
+
+
+def test_only_groups_of_the_trace_are_asked_for(world: None, thread: LoopThread) -> None:
+    source, _, fleet = make(thread, over=("routing.trace_rate=0.2", "run.seed=3"), deterministic=False)
+    source.next(version=0)
+    expected = [any(is_traced(2 * group + i, 0.2, seed=3) for i in range(2)) for group in range(8)]
+    assert fleet.routed == expected
+    assert 0 < sum(expected) < 8
 
 
 def test_nothing_is_drawn_beyond_the_last_step(world: None, thread: LoopThread) -> None:
