@@ -12,15 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megasapo.config import Config
-from megasapo.metrics import Hist
-from megasapo.routing.validate import RoutingError, offset_of
+from megasapo.metrics import Hist, Metrics
+from megasapo.routing.decompose import decompose
+from megasapo.routing.trace import TraceRow, TraceWriter
+from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
 from megasapo.types import Group, TrainSequence
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class Origin(NamedTuple):
 
 
 class Diagnosis:
-    """Decomposes the log-ratios of every `routing.diagnose_every`-th batch."""
+    """Decomposes the log-ratios of every `routing.diagnose_every`-th batch, and feeds the trace."""
 
     def __init__(
         self,
@@ -63,23 +66,27 @@ class Diagnosis:
         packing: PackingRule,
         run_dir: Path,
         decode: Callable[[tuple[int, ...]], str],
+        trace: TraceWriter | None,
     ):
+        """`decode`: token ids to text; `trace`: on leaders, where there is one."""
         self._cfg, self._topo, self._policy, self._packing = cfg, topo, policy, packing
-        self._run_dir, self._decode = run_dir, decode
+        self._run_dir, self._decode, self._trace = run_dir, decode, trace
         self._weights: dict[int, Weights] = {}  # by version
 
     def keep(self, version: int) -> None:
-        """Called when the weights of `version` have been published: copies them if a diagnosis will want them."""
+        """Called once the weights of `version` are published: copies them if a diagnosis will want them."""
         every, staleness = self._cfg.routing.diagnose_every, self._cfg.rollout.max_staleness
         if not every:
             return
-        due = -(-(version + 1) // every) * every  # the next diagnosed step that they may have sampled for
-        self._weights = {v: w for v, w in self._weights.items() if due - 1 - staleness <= v}
-        if due - 1 - staleness <= version:
+        due = -(-(version + 1) // every) * every  # the next step to be diagnosed; trains on what these weights sampled?
+        self._weights = {v: w for v, w in self._weights.items() if v >= due - 1 - staleness}
+        if version >= due - 1 - staleness:
             self._weights[version] = self._policy.copy_weights(torch.device("cpu"))
 
     def __call__(self, step: int, groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> Figures:
         """Collective, after the update of `step` on this leader's `groups` and the `sequences` made of them."""
+        if self._trace is not None:
+            self._trace.add(step=step, sequences=_rollout_rows(groups, sequences))
         every = self._cfg.routing.diagnose_every
         if not every or step % every:
             return Figures()
@@ -88,8 +95,17 @@ class Diagnosis:
             return Figures({"routing/diagnosis_skipped": 1.0})
         scored = self._score([s for s in sequences if s.uid in origins], self._weights[version])
         _check_offset(scored)
-        whole = self._decompose(scored)
-        return self._publish(step, version, whole, scored, origins)
+        if self._trace is not None:
+            self._trace.add(step=step, sequences=_learner_rows(scored, before=version, after=step))
+        return self._write(step, version, scored, origins)
+
+    def flush(self) -> None:
+        """What was traced so far is on disk afterwards: called before a checkpoint."""
+        if self._trace is not None:
+            self._trace.flush()
+
+    def take_metrics(self) -> Metrics:
+        return self._trace.take_metrics() if self._trace is not None else {}
 
     def _origins(self, groups: Sequence[Group]) -> list[Origin]:
         """Collective. Of every sample of the batch."""
@@ -138,6 +154,80 @@ class Diagnosis:
         )
         groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
         return score_routings(self._policy, batch.mini[0], theta_0, self._topo, groups)
+
+    def _write(
+        self, step: int, version: int, scored: Sequence[ScoredSequence], origins: dict[int, Origin]
+    ) -> Figures:
+        """Collective. Merge the leaders' sums on rank 0, which writes them."""
+        from megasapo.mcore.diagnose import sweep_groups
+
+        layout, algo = self._policy.routing_layout, self._cfg.algo
+        assert layout is not None
+        groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
+        shown = sorted(origins)[: self._cfg.routing.diagnose_samples]
+        part = decompose(
+            scored,
+            layers=layout.layers,
+            num_experts=layout.num_experts,
+            sweep_groups=tuple(tuple(layout.layers[i] for i in group) for group in groups) or None,
+            tau_pos=algo.tau_pos,
+            tau_neg=algo.tau_neg,
+        )
+        tokens = [
+            token_rows(one, reward=origins[one.uid].reward, decode=self._decode, tau_pos=algo.tau_pos, tau_neg=algo.tau_neg)
+            for one in scored
+            if one.uid in shown
+        ]
+        parts = self._to_first((part, tokens))
+        if parts is None:
+            return Figures()
+        whole = reduce(Decomposition.merge, (part for part, _ in parts))
+        rows = [row for _, part in parts for row in part]
+        write_diagnosis(self._run_dir, step, whole, rows, behaviour_version=version, current_version=step)
+        return Figures(whole.scalars(), whole.histograms(), {"routing/flips": flip_map(read_diagnosis(self._run_dir))})
+
+    def _to_first(self, part: Any) -> list[Any] | None:
+        """Collective. Every leader's part on rank 0, None elsewhere."""
+        if self._topo.leaders_group is None:
+            return None
+        parts: list[Any] | None = [None] * self._topo.dp if self._topo.rank == 0 else None
+        dist.gather_object(part, parts, dst=0, group=self._topo.leaders_group)
+        return parts
+
+
+def make_trace(cfg: Config, topo: Topology, rule: RoutingRule | None, run_dir: Path, resume_step: int | None) -> TraceWriter | None:
+    """The writer of this leader's share of RUN/routing/trace; None without one and on other ranks."""
+    if rule is None or not cfg.routing.trace_rate or not topo.is_leader:
+        return None
+    return TraceWriter(
+        run_dir / "routing" / "trace",
+        rate=cfg.routing.trace_rate,
+        budget_bytes=int(cfg.routing.trace_budget_mb * 2**20),
+        layers=rule.moe_layers,
+        num_experts=rule.num_experts,
+        top_k=rule.top_k,
+        part=(topo.dp_rank, topo.dp),
+        seed=cfg.run.seed,
+        resume_step=resume_step,
+    )
+
+
+def _rollout_rows(groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> list[TraceRow]:
+    completions = [(s.completion, len(group.prompt.input_ids)) for group in groups for s in group.samples]
+    return [
+        TraceRow(s.uid, "rollout", c.version_min, c.version_max, prompt, s.routing)
+        for s, (c, prompt) in zip(sequences, completions, strict=True)
+        if s.routing is not None
+    ]
+
+
+def _learner_rows(scored: Sequence[ScoredSequence], *, before: int, after: int) -> list[TraceRow]:
+    rows = []
+    for s in scored:
+        prompt = int(s.loss_mask.argmax()) + 1  # slot t predicts token t + 1
+        rows.append(TraceRow(s.uid, "learner", before, before, prompt, s.routing_behaviour))
+        rows.append(TraceRow(s.uid, "learner", after, after, prompt, s.routing_current))
+    return rows
 
 
 def _no_weights(loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from megasapo import launch, run
 from megasapo.config import Config, ConfigError
-from megasapo.types import Batch, Group
+from megasapo.types import Batch, Group, TrainSequence
 
 if TYPE_CHECKING:
     from megasapo.data.prompts import PromptStream
+    from megasapo.diagnosis import Diagnosis, Figures
     from megasapo.evaluate import Problem
     from megasapo.log.sinks import Log
     from megasapo.mcore.exchange import PackingRule
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
     from megasapo.rollout.source import RolloutSource
+    from megasapo.routing.validate import RoutingRule
 
 
 def main(argv: list[str]) -> int:
@@ -54,8 +56,10 @@ class Parts:
     topo: Topology
     policy: Policy
     packing: PackingRule
+    routing: RoutingRule | None  # that servers' routing must fit, where they are asked for it
     source: RolloutSource
     publish: Publisher
+    diagnosis: Diagnosis
     evaluate: Callable[[int], dict[str, float]]
     log: Log
     directory: run.RunDir
@@ -65,30 +69,37 @@ class Parts:
 def loop(p: Parts, step: int) -> int:
     """From `step` to train.steps, or until asked to stop; returns the step reached. Collective."""
     from megasapo import metrics
-    from megasapo.rollout.stats import group_stats
+    from megasapo.rollout.stats import group_stats, routing_stats
 
     phases = run.Phases()
     p.publish(step)
+    p.diagnosis.keep(step)
     while step < p.cfg.train.steps:
         with phases("rollout"):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
-            batch = make_batch(groups, p)
+            sequences = make_sequences(groups, p)
+            batch = make_batch(sequences, p)
         with phases("old_logprobs"):
             batch = p.policy.with_old_logprobs(batch)
         with phases("update"):
             learned = p.policy.update(batch)
-        sampled = group_stats(groups, step, dropped)
+        sampled = metrics.merge([group_stats(groups, step, dropped), routing_stats(sequences)])
         step += 1
         with phases("publish"):
             p.publish(step)
+        with phases("diagnose"):
+            figures = p.diagnosis(step, groups, sequences)
+            p.diagnosis.keep(step)
         with phases("evaluate"):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
-        stats = metrics.merge(p.topo.gather(metrics.merge([sampled, learned, p.source.take_metrics()])))
-        write_step(p, step, stats, groups, held_out, phases)
+        own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics()]
+        stats = metrics.merge(p.topo.gather(metrics.merge(own)))
+        write_step(p, step, stats, groups, figures, held_out, phases)
         ending = p.topo.any(p.stop() or p.directory.stop_requested())
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
+                p.diagnosis.flush()
                 p.policy.save(p.directory.path, step, {"command": "train", "step": step, "source": p.source.state()})
         if _every(p.cfg.train.export_every, step):
             p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
@@ -101,16 +112,23 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def make_batch(groups: list[Group], p: Parts) -> Batch:
-    """Advantages, token weights, mini-batches balanced over ranks, packed. Collective."""
+def make_sequences(groups: list[Group], p: Parts) -> list[TrainSequence]:
+    """This leader's samples as sequences with advantages, in the order of groups and samples."""
+    from megasapo.algo.settings import resolve
+    from megasapo.rollout.sequences import to_sequences
+
+    return to_sequences(groups, resolve(p.cfg.algo, p.cfg.rollout), p.routing)
+
+
+def make_batch(sequences: list[TrainSequence], p: Parts) -> Batch:
+    """Token weights, mini-batches balanced over ranks, packed. Collective."""
     from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
     from megasapo.mcore.exchange import build_batch
-    from megasapo.rollout.sequences import to_sequences
 
     algo = resolve(p.cfg.algo, p.cfg.rollout)
     return build_batch(
-        to_sequences(groups, algo),
+        sequences,
         p.topo,
         mini_batches=p.cfg.algo.mini_batches,
         group_size=p.cfg.rollout.group_size,
@@ -121,7 +139,13 @@ def make_batch(groups: list[Group], p: Parts) -> Batch:
 
 
 def write_step(
-    p: Parts, step: int, stats: Metrics, groups: list[Group], held_out: dict[str, float], phases: run.Phases
+    p: Parts,
+    step: int,
+    stats: Metrics,
+    groups: list[Group],
+    figures: Figures,
+    held_out: dict[str, float],
+    phases: run.Phases,
 ) -> None:
     """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
     from megasapo.log.rollouts import sample_texts, write_rollouts
@@ -130,10 +154,10 @@ def write_step(
     if p.cfg.log.keep_rollouts and p.topo.is_leader:
         write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
     times, seconds = phases.take()
-    numbers = scalars(stats) | held_out | times
+    numbers = scalars(stats) | figures.scalars | held_out | times
     numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
-    histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)}
-    p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step))
+    histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | figures.histograms
+    p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step), figures.images)
 
 
 def train(cfg: Config) -> None:
@@ -168,11 +192,14 @@ def _make_parts(
     from megasapo.algo.settings import resolve
     from megasapo.data.prompts import PromptDataset, PromptStream
     from megasapo.data.tokenizer import load_tokenizer
+    from megasapo.diagnosis import Diagnosis, make_trace
+    from megasapo.geometry import read_geometry
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
     from megasapo.publish import Publisher
+    from megasapo.routing.validate import RoutingRule
 
     tokenizer = load_tokenizer(cfg.model.path)
     dataset = PromptDataset(cfg.data.train or "", tokenizer, cfg.data)
@@ -186,6 +213,8 @@ def _make_parts(
         temperature=cfg.rollout.temperature,
         total_steps=cfg.train.steps * cfg.algo.mini_batches,
     )
+    packing = PackingRule.of(cfg)
+    rule = RoutingRule.of(read_geometry(cfg.model.path), check=cfg.routing.validation) if cfg.asks_for_routing else None
     fleet = _connect_fleet(cfg, topo, directory, cleanup)
     publisher = Publisher(
         lambda: policy.export(int(cfg.rollout.publish_bucket_mb * 2**20)),
@@ -200,22 +229,29 @@ def _make_parts(
     )
     cleanup.callback(publisher.close)
     source, evaluate = _make_source(cfg, topo, tokenizer, stream, fleet, publisher, cleanup)
+    resume_step = checkpoint.step_of(last) if last else None
     log = make_log(
         cfg.log,
         directory.path,
         topo.rank == 0,
-        resume_step=checkpoint.step_of(last) if last else None,
+        resume_step=resume_step,
         total_steps=cfg.train.steps,
     )
     cleanup.callback(log.close)
-    return Parts(cfg, topo, policy, PackingRule.of(cfg), source, publisher, evaluate, log, directory, stop)
+    trace = make_trace(cfg, topo, rule, directory.path, resume_step)
+    if trace is not None:
+        cleanup.callback(trace.close)
+    diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, trace)
+    return Parts(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate, log, directory, stop)
 
 
 def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:
     """Rank 0 starts the servers, the other leaders connect to them, the rest has no use for them. Collective."""
     from megasapo.rollout.fleet import Fleet
 
-    fleet = Fleet.start(cfg.rollout, cfg.model.path, directory.path) if topo.rank == 0 else None
+    fleet = None
+    if topo.rank == 0:
+        fleet = Fleet.start(cfg.rollout, cfg.model.path, directory.path, routing=cfg.asks_for_routing)
     urls = topo.first(fleet.urls if fleet else None)
     if fleet is None and topo.is_leader:
         fleet = Fleet.connect(cfg.rollout, urls, cfg.model.path, leader_index=topo.dp_rank)
@@ -246,9 +282,7 @@ def _make_source(
         cleanup.callback(lambda: thread.run(scorer.close()))
         cleanup.callback(lambda: thread.run(fleet.close()))
 
-    def decode(ids: tuple[int, ...]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
     source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, republish=publisher)
     held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"algo", "launch"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
-    {"publish", "run", "stability"},
+    {"publish", "run", "stability", "diagnosis"},
     {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug"},
     {"cli"},
 ]
