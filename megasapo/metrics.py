@@ -123,6 +123,23 @@ class Hist:
         counts = torch.zeros(len(edges) - 1, dtype=torch.int64, device=values.device)
         return Hist(edges, counts.index_add_(0, bins, counted))
 
+    def quantile(self, q: float) -> float:
+        """The value below which a share q of the counted ones lies, as if they were spread evenly inside each bin.
+
+        NaN when nothing was seen. Never outside the edges, whatever was counted there.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile {q} is not between 0 and 1")
+        counts = np.asarray(self.counts, dtype=np.float64)
+        if not counts.any():
+            return float("nan")
+        ends = np.cumsum(counts)
+        target = q * ends[-1]
+        seen = np.flatnonzero(counts)
+        i = seen[np.searchsorted(ends[seen], target)]
+        inside = (target - (ends[i] - counts[i])) / counts[i]
+        return float(self.edges[i] + max(inside, 0.0) * (self.edges[i + 1] - self.edges[i]))
+
     def merge(self, other: Hist) -> Hist:
         if self.edges != other.edges:
             raise ValueError(f"histograms with different bins: {self.edges[:3]}... and {other.edges[:3]}...")
