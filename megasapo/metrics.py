@@ -167,6 +167,16 @@ def scalars(metrics: Metrics) -> dict[str, float]:
     return {name: m.value() for name, m in metrics.items() if not isinstance(m, Hist)}
 
 
+def quantiles(
+    metrics: Metrics, hist: str, name: str, levels: Iterable[float] = (0.01, 0.05, 0.5, 0.95, 0.99)
+) -> dict[str, float]:
+    """{name}_q01 and so on: quantiles of the histogram called `hist`, on the host."""
+    found = metrics[hist]
+    if not isinstance(found, Hist):
+        raise TypeError(f"metric {hist} is a {type(found).__name__}, not a histogram")
+    return {f"{name}_q{round(100 * q):02d}": found.quantile(q) for q in levels}
+
+
 def to_host(metrics: Metrics) -> dict[str, Metric]:
     """The same metrics with every tensor turned into Python floats or numpy counts, in one copy from the device.
 
