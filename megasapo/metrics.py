@@ -123,6 +123,23 @@ class Hist:
         counts = torch.zeros(len(edges) - 1, dtype=torch.int64, device=values.device)
         return Hist(edges, counts.index_add_(0, bins, counted))
 
+    def quantile(self, q: float) -> float:
+        """The value below which a share q of the counted ones lies, as if they were spread evenly inside each bin.
+
+        NaN when nothing was seen. Never outside the edges, whatever was counted there.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile {q} is not between 0 and 1")
+        counts = np.asarray(self.counts, dtype=np.float64)
+        if not counts.any():
+            return float("nan")
+        ends = np.cumsum(counts)
+        target = q * ends[-1]
+        seen = np.flatnonzero(counts)
+        i = seen[np.searchsorted(ends[seen], target)]
+        inside = (target - (ends[i] - counts[i])) / counts[i]
+        return float(self.edges[i] + max(inside, 0.0) * (self.edges[i + 1] - self.edges[i]))
+
     def merge(self, other: Hist) -> Hist:
         if self.edges != other.edges:
             raise ValueError(f"histograms with different bins: {self.edges[:3]}... and {other.edges[:3]}...")
@@ -148,6 +165,16 @@ def merge(parts: Iterable[Metrics]) -> dict[str, Metric]:
 def scalars(metrics: Metrics) -> dict[str, float]:
     """Name to number, histograms left out. NaN means that nothing was seen (or that a NaN was)."""
     return {name: m.value() for name, m in metrics.items() if not isinstance(m, Hist)}
+
+
+def quantiles(
+    metrics: Metrics, hist: str, name: str, levels: Iterable[float] = (0.01, 0.05, 0.5, 0.95, 0.99)
+) -> dict[str, float]:
+    """{name}_q01 and so on: quantiles of the histogram called `hist`, on the host."""
+    found = metrics[hist]
+    if not isinstance(found, Hist):
+        raise TypeError(f"metric {hist} is a {type(found).__name__}, not a histogram")
+    return {f"{name}_q{round(100 * q):02d}": found.quantile(q) for q in levels}
 
 
 def to_host(metrics: Metrics) -> dict[str, Metric]:

@@ -149,12 +149,13 @@ def write_step(
 ) -> None:
     """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
     from megasapo.log.rollouts import sample_texts, write_rollouts
-    from megasapo.metrics import Hist, scalars
+    from megasapo.metrics import Hist, quantiles, scalars
 
     if p.cfg.log.keep_rollouts and p.topo.is_leader:
         write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
     times, seconds = phases.take()
     numbers = scalars(stats) | figures.scalars | held_out | times
+    numbers |= quantiles(stats, "ratio/log_hist", "ratio/log")
     numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
     histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | figures.histograms
     p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step), figures.images)

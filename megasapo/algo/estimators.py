@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megasapo.algo.numerics import LARGEST, MAX_LOG_RATIO, bounded_exp, log_ratio, with_slope
+from megasapo.algo.numerics import LARGEST, bounded_exp, log_ratio, with_slope
 from megasapo.algo.passk import pass_at_k as pass_at_k
+from megasapo.algo.scales import MAX_LOG_RATIO
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

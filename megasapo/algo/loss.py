@@ -11,14 +11,11 @@ from torch import Tensor
 
 from megasapo.algo import objectives
 from megasapo.algo.estimators import k3, masked_importance, mismatch_kl, truncated_importance
-from megasapo.algo.numerics import MAX_LOG_RATIO, log_ratio
+from megasapo.algo.numerics import log_ratio
 from megasapo.algo.objectives import SequenceMean, Stats
+from megasapo.algo.scales import GATE_EDGES, LOG_RATIO_EDGES, MAX_LOG_RATIO
 from megasapo.algo.settings import ResolvedAlgo
 from megasapo.metrics import EffectiveSampleSize, Hist, Max, Mean, Metric, Variance
-
-_MAGNITUDES = [10.0 ** (e / 5) for e in range(-20, 6)]  # 1e-4 .. 10, five bins a decade
-LOG_RATIO_EDGES = (*(-m for m in reversed(_MAGNITUDES)), *_MAGNITUDES)  # the middle bin is |d| < 1e-4
-GATE_EDGES = tuple(i / 50 for i in range(51))
 
 
 def policy_loss(

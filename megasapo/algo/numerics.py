@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# exp(80) = 5.5e34 still fits fp32 with room for an advantage; exp(89) does not.
-MAX_LOG_RATIO = 80.0
+from megasapo.algo.scales import MAX_LOG_RATIO
+
 # Stands for an infinite log-probability: 1e8 of them still sum to a finite fp32 number.
 LARGEST = 1e30
 

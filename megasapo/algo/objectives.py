@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megasapo.algo.numerics import (
-    MAX_LOG_RATIO,
     at_least_fp32,
     bounded_exp,
     finite,
@@ -25,6 +24,7 @@ from megasapo.algo.numerics import (
     same_width,
     with_slope,
 )
+from megasapo.algo.scales import MAX_LOG_RATIO
 
 Stats = dict[str, Tensor]
 SequenceMean = Callable[[Tensor], Tensor]

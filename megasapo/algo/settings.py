@@ -53,6 +53,14 @@ _DEFAULTS: dict[ObjectiveName, _Defaults] = {
 }
 
 
+def default_clip(objective: ObjectiveName) -> tuple[float, float]:
+    """How far below and above 1 an objective lets the ratio go. ValueError when it is not bounded on both sides."""
+    default = _DEFAULTS[objective]
+    if default.clip_low is None or default.clip_high is None:
+        raise ValueError(f"objective {objective} does not clip on both sides: {default.clip_low}, {default.clip_high}")
+    return default.clip_low, default.clip_high
+
+
 def resolve(algo: AlgoConfig, rollout: RolloutConfig) -> ResolvedAlgo:
     """Decide every `auto` and empty setting. ValueError when a clip range is given to an objective that has none."""
     default = _DEFAULTS[algo.objective]

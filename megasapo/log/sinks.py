@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from megasapo.config import LogConfig
@@ -32,10 +33,15 @@ CONSOLE = (  # label, metric, format: what the console shows, where a step has i
 
 
 class Sink(Protocol):
-    """Takes the numbers, histograms and texts of one step; `close` makes them safe on disk."""
+    """Takes the numbers, histograms, texts and images of one step; `close` makes them safe on disk."""
 
     def log(
-        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Hist],
+        texts: Mapping[str, str],
+        images: Mapping[str, np.ndarray],  # [H, W, 3] uint8
     ) -> None: ...
 
     def close(self) -> None: ...
@@ -53,9 +59,10 @@ class Log:
         scalars: Mapping[str, float],
         histograms: Mapping[str, Hist] | None = None,
         texts: Mapping[str, str] | None = None,
+        images: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         for sink in self._sinks:
-            sink.log(step, scalars, histograms or {}, texts or {})
+            sink.log(step, scalars, histograms or {}, texts or {}, images or {})
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -105,7 +112,12 @@ class ConsoleSink:
             self._bar = tqdm(total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
 
     def log(
-        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Hist],
+        texts: Mapping[str, str],
+        images: Mapping[str, np.ndarray],
     ) -> None:
         now = {label: format(scalars[name], spec) for label, name, spec in CONSOLE if name in scalars}
         if self._bar is not None:
@@ -146,7 +158,12 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def log(
-        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Hist],
+        texts: Mapping[str, str],
+        images: Mapping[str, np.ndarray],
     ) -> None:
         row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in scalars.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -167,7 +184,12 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(directory), purge_step=purge_from)
 
     def log(
-        self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Hist], texts: Mapping[str, str]
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Hist],
+        texts: Mapping[str, str],
+        images: Mapping[str, np.ndarray],
     ) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
@@ -175,6 +197,8 @@ class TensorBoardSink:
             self._add_histogram(name, hist, step)
         for name, text in texts.items():
             self._writer.add_text(name, text, step)
+        for name, pixels in images.items():
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megasapo.config import LogConfig
 from megasapo.log.rollouts import sample_texts, write_rollouts
@@ -73,8 +74,8 @@ def test_console_line_without_a_terminal() -> None:
         "sapo/gate_mean_neg": 0.99012,
         "perf/tokens_per_s": 1834.2,
     }
-    sink.log(10, {**shown, "grad/norm": 3.0}, {}, {})
-    sink.log(11, {}, {}, {})
+    sink.log(10, {**shown, "grad/norm": 3.0}, {}, {}, {})
+    sink.log(11, {}, {}, {}, {})
     sink.close()
     first, second = stream.getvalue().splitlines()
     assert first == (
@@ -87,7 +88,7 @@ def test_console_thins_out_quick_steps_but_shows_evaluations_and_the_end() -> No
     stream = io.StringIO()
     sink = ConsoleSink(total_steps=40, start=0, stream=stream, line_every_s=3600.0)
     for step in range(1, 41):
-        sink.log(step, {"eval/pass@1": 0.5} if step == 20 else {}, {}, {})
+        sink.log(step, {"eval/pass@1": 0.5} if step == 20 else {}, {}, {}, {})
     assert [line.split("step ")[1] for line in stream.getvalue().splitlines()] == [
         " 1/40",
         "20/40  pass@1 0.500",
@@ -102,8 +103,8 @@ def test_console_bar_on_a_terminal() -> None:
 
     stream = Terminal()
     sink = ConsoleSink(total_steps=4, start=2, stream=stream)
-    sink.log(3, {"reward/mean": 0.25, "eval/pass@1": 0.5}, {}, {})
-    sink.log(4, {"reward/mean": 0.75}, {}, {})
+    sink.log(3, {"reward/mean": 0.25, "eval/pass@1": 0.5}, {}, {}, {})
+    sink.log(4, {"reward/mean": 0.75}, {}, {}, {})
     sink.close()
     last = stream.getvalue().split("\r")[-1]
     assert "4/4" in last
@@ -116,9 +117,10 @@ def test_tensorboard_reads_back_and_a_resume_hides_what_it_repeats(tmp_path: Pat
 
     cfg = LogConfig(sinks=("tensorboard",))
     hist = Hist.of(np.asarray([-9.0, 0.1, 0.2, 0.9]), (-1.0, 0.0, 0.5, 1.0, 1.5))
+    pixels = np.full((4, 6, 3), (0, 128, 255), dtype=np.uint8)
     with make_log(cfg, tmp_path, True) as log:
         for step in (1, 2, 3):
-            log(step, {"reward/mean": 0.5}, {"ratio/log": hist}, {"rollouts/0": "7 + 8"})
+            log(step, {"reward/mean": 0.5}, {"ratio/log": hist}, {"rollouts/0": "7 + 8"}, {"routing/flips": pixels})
     with make_log(cfg, tmp_path, True, resume_step=2) as log:
         log(3, {"reward/mean": 0.75})
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
@@ -128,6 +130,10 @@ def test_tensorboard_reads_back_and_a_resume_hides_what_it_repeats(tmp_path: Pat
     # TensorBoard drops empty outer buckets, so look up the counts by their right edge.
     counts = {limit: count for limit, count in zip(value.bucket_limit, value.bucket) if count}
     assert counts == {0.0: 1, 0.5: 2, 1.0: 1}
+    picture = events.Images("routing/flips")[0]
+    assert (picture.step, picture.height, picture.width) == (1, 4, 6)
+    shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert shown.tolist() == pixels.tolist()
     assert events.Tensors("rollouts/0/text_summary")[0].tensor_proto.string_val == [b"7 + 8"]
 
 

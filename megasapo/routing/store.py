@@ -1,0 +1,121 @@
+"""Files of diagnosed steps below RUN/routing/diagnosis: the figures as JSON, some responses token by token as parquet.
+
+Written by train, read by report and whoever wants to (docs/routing.md). Both files of a step are complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megasapo.errors import UserError
+from megasapo.routing.decompose import Decomposition, gate
+from megasapo.routing.flips import flips
+from megasapo.routing.scored import TERMS, ScoredSequence
+
+Columns = Mapping[str, np.ndarray]
+
+
+def token_rows(
+    sequence: ScoredSequence,
+    *,
+    reward: float,
+    decode: Callable[[tuple[int, ...]], str],
+    tau_pos: float,
+    tau_neg: float,
+) -> dict[str, np.ndarray]:
+    """Columns with one value a loss token, broken ones included; `decode` gives the text of token ids.
+
+    uid, position (in the response), token_id, token, advantage, reward, rollout_logp, the four terms, log_ratio (their
+    sum), gate (SAPO's w at it), flips_mismatch and flips_drift (MoE layers whose set of experts changed).
+    """
+    loss = sequence.loss_mask
+    n = int(np.count_nonzero(loss))
+    ids, terms = sequence.tokens[loss], sequence.terms()[loss]
+    log_ratio = terms.sum(axis=1)
+    before, held, now = (
+        routing[loss] for routing in (sequence.routing_rollout, sequence.routing_behaviour, sequence.routing_current)
+    )
+    return {
+        "uid": np.full(n, sequence.uid, dtype=np.int64),
+        "position": sequence.positions()[loss].astype(np.int32),
+        "token_id": ids.astype(np.int32),
+        "token": np.asarray([decode((int(i),)) for i in ids], dtype=object),
+        "advantage": np.full(n, sequence.advantage, dtype=np.float32),
+        "reward": np.full(n, reward, dtype=np.float32),
+        "rollout_logp": sequence.rollout_logp[loss].astype(np.float32),
+        **{name: terms[:, i].astype(np.float32) for i, name in enumerate(TERMS)},
+        "log_ratio": log_ratio.astype(np.float32),
+        "gate": gate(log_ratio, sequence.advantage, tau_pos=tau_pos, tau_neg=tau_neg).astype(np.float32),
+        "flips_mismatch": flips(before, held).layers_changed.astype(np.int32),
+        "flips_drift": flips(held, now).layers_changed.astype(np.int32),
+    }
+
+
+def write_diagnosis(
+    run_dir: Path, step: int, decomposition: Decomposition, rows: Sequence[Columns], meta: Mapping[str, Any]
+) -> Path:
+    """Both files of a step; `rows` are `token_rows` of some sequences, `meta` goes into the JSON. The path of that.
+
+    The JSON is put in its place last: where it is, the other one is too.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    document = {"step": step, **meta, **decomposition.to_json()}
+    with _placed(_tokens_path(run_dir, step)) as unfinished:
+        table = pa.concat_tables([pa.table(dict(columns)) for columns in rows]) if rows else pa.table({})
+        parquet.write_table(table, unfinished, compression="zstd")
+    path = _folder(run_dir) / f"step_{step:08d}.json"
+    with _placed(path) as unfinished:
+        unfinished.write_text(json.dumps(document, allow_nan=False))
+    return path
+
+
+def read_diagnosis(run_dir: Path) -> list[dict[str, Any]]:
+    """What `write_diagnosis` wrote, by step; empty without any. UserError naming a file that cannot be read."""
+    found = []
+    for path in sorted(_folder(run_dir).glob("step_*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except ValueError as e:
+            raise UserError(f"{path} is not a diagnosis: {e}; restore or remove it") from e
+    return sorted(found, key=lambda document: document["step"])
+
+
+def read_tokens(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """The columns of `token_rows` of a diagnosed step, one sequence after the other. UserError: there is none."""
+    from pyarrow import parquet
+
+    path = _tokens_path(run_dir, step)
+    if not path.exists():
+        steps = [int(other.name[5:13]) for other in sorted(_folder(run_dir).glob("step_*.tokens.parquet"))]
+        raise UserError(f"{path} does not exist; steps with tokens: {steps or 'none'}")
+    table = parquet.read_table(path)
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir / "routing" / "diagnosis"
+
+
+def _tokens_path(run_dir: Path, step: int) -> Path:
+    return _folder(run_dir) / f"step_{step:08d}.tokens.parquet"
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once the block has ended without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
