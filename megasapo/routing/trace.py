@@ -302,8 +302,10 @@ def _row(table: pa.Table, number: int) -> tuple[int, TraceRow]:
     ids = table["experts"][number].values.to_numpy()
     values = {name: table[name][number].as_py() for name in table.column_names if name != "experts"}
     unknown = ids == np.iinfo(ids.dtype).max
-    if unknown.any() or ids.dtype != np.uint8:
+    if unknown.any() or json.loads(table.schema.metadata[b"megasapo"])["num_experts"] > 256:
         ids = np.where(unknown, UNKNOWN, ids.astype(np.int16))
+    else:
+        ids = ids.astype(np.uint8)
     routing = ids.reshape(values["tokens"], values["num_layers"], values["top_k"])
     chosen = {name: values[name] for name in ("uid", "source", "version_min", "version_max", "prompt_tokens")}
     return values["step"], TraceRow(**chosen, routing=routing)

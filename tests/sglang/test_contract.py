@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from megasapo.config import RolloutConfig
+from megasapo.geometry import read_geometry
 from megasapo.publish import Bucket, Publisher
+from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.conftest import Contract
 
@@ -74,10 +76,15 @@ def routing_of(directory: Path, prompt: tuple[int, ...], output: tuple[int, ...]
     return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
 
 
-def generate(c: Contract, sampling: SamplingParams = GREEDY, routed: bool = False) -> list[Completion]:
+def generate(
+    c: Contract,
+    sampling: SamplingParams = GREEDY,
+    routed: bool = False,
+    prompts: list[tuple[int, ...]] = PROMPTS,
+) -> list[Completion]:
     async def run() -> list[Completion]:
         try:
-            return await c.fleet.generate(PROMPTS, [sampling] * len(PROMPTS), return_routed_experts=routed)
+            return await c.fleet.generate(prompts, [sampling] * len(prompts), return_routed_experts=routed)
         finally:
             await c.fleet.close()
 
@@ -130,6 +137,26 @@ def test_routed_experts_are_transformers(contract: Contract) -> None:
         assert completion.routed_experts is not None
         expected = routing_of(contract.old, prompt, completion.output_ids)
         np.testing.assert_array_equal(completion.routed_experts, expected)
+
+
+def test_routing_from_the_prefix_cache_is_the_same_and_passes_validation(contract: Contract) -> None:
+    """SGLang does not run the tokens of the second request's prompt again, and still has their rows."""
+    rule = RoutingRule.of(read_geometry(contract.old))
+    prompt = tuple(range(3, 43))
+
+    body = {"input_ids": list(prompt), "sampling_params": GREEDY_FIELDS}
+    assert contract.http.post("/flush_cache").status_code == 200
+    for _ in range(2):
+        (completion,) = generate(contract, routed=True, prompts=[prompt])
+        assert completion.routed_experts is not None
+        tokens = len(prompt) + len(completion.output_ids)
+        found = validate(completion.routed_experts, tokens=tokens, rule=rule, where=contract.engine)
+        assert unknown_rows(found, tokens) == 0
+        expected = routing_of(contract.old, prompt, completion.output_ids)
+        np.testing.assert_array_equal(found, expected)
+        assert offset_of(found, expected) == 0
+        if contract.engine == "sglang":  # what the next request finds
+            assert post(contract, body)["meta_info"]["cached_tokens"] > len(prompt) // 2
 
 
 def test_sampled_logprobs_are_at_the_sampling_temperature(contract: Contract) -> None:
