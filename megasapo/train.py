@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
     from megasapo.rollout.source import RolloutSource
+    from megasapo.stability import Event, Guard
 
 
 def main(argv: list[str]) -> int:
@@ -58,6 +59,7 @@ class Parts:
     publish: Publisher
     evaluate: Callable[[int], dict[str, float]]
     log: Log
+    guard: Guard
     directory: run.RunDir
     stop: Callable[[], bool]
 
@@ -77,7 +79,7 @@ def loop(p: Parts, step: int) -> int:
         with phases("old_logprobs"):
             batch = p.policy.with_old_logprobs(batch)
         with phases("update"):
-            learned = p.policy.update(batch)
+            learned = p.policy.update(batch, p.guard.allow)
         sampled = group_stats(groups, step, dropped)
         step += 1
         with phases("publish"):
@@ -85,15 +87,52 @@ def loop(p: Parts, step: int) -> int:
         with phases("evaluate"):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
         stats = metrics.merge(p.topo.gather(metrics.merge([sampled, learned, p.source.take_metrics()])))
-        write_step(p, step, stats, groups, held_out, phases)
+        figures = metrics.observed(stats) | held_out
+        events = p.guard.observe(step, figures)
+        write_step(p, step, stats, groups, held_out, phases, events)
+        if p.guard.act(step, events, groups, figures):
+            step = roll_back(p, events)
+            continue
         ending = p.topo.any(p.stop() or p.directory.stop_requested())
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
-                p.policy.save(p.directory.path, step, {"command": "train", "step": step, "source": p.source.state()})
+                save(p, step)
         if _every(p.cfg.train.export_every, step):
             p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
         if ending:
             break
+    return step
+
+
+def save(p: Parts, step: int) -> None:
+    """A checkpoint of `step`. Collective."""
+    p.policy.save(p.directory.path, step, trainer_state(p, step))
+
+
+def trainer_state(p: Parts, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps beside the learner's own state, equal on every rank."""
+    return {"command": "train", "step": step, "source": p.source.state(), "stability": p.guard.state()}
+
+
+def roll_back(p: Parts, events: list[Event]) -> int:
+    """Weights, optimizer and schedule as in the last checkpoint, for learner and servers; returns its step. Collective.
+
+    The data go on from where they are: the batches since that checkpoint are left out. The checkpoint is told so, that
+    a resumed run goes the same way.
+    """
+    from megasapo.mcore import checkpoint
+
+    last = p.topo.first(checkpoint.latest(p.directory.path) if p.topo.rank == 0 else None)
+    assert last is not None, "`train` saves step 0 where a rule may roll back"
+    state = p.policy.load(last)
+    step = int(state["step"])
+    p.source.discard_pending()
+    p.guard.rolled_back(step, state.get("stability"))
+    why = "; ".join(f"{event.why} at step {event.step}" for event in events if event.action == "rollback")
+    p.log.rewind(step, p.guard.rollbacks, why)
+    if p.topo.rank == 0:
+        checkpoint.set_trainer_state(last, trainer_state(p, step))
+    p.publish(step)
     return step
 
 
@@ -121,7 +160,13 @@ def make_batch(groups: list[Group], p: Parts) -> Batch:
 
 
 def write_step(
-    p: Parts, step: int, stats: Metrics, groups: list[Group], held_out: dict[str, float], phases: run.Phases
+    p: Parts,
+    step: int,
+    stats: Metrics,
+    groups: list[Group],
+    held_out: dict[str, float],
+    phases: run.Phases,
+    events: list[Event],
 ) -> None:
     """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
     from megasapo.log.rollouts import sample_texts, write_rollouts
@@ -132,8 +177,12 @@ def write_step(
     times, seconds = phases.take()
     numbers = scalars(stats) | held_out | times
     numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
+    numbers["stability/events"] = float(len(events))
     histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)}
-    p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step))
+    texts = sample_texts(groups, p.cfg.log.samples_per_step)
+    if events:
+        texts["stability/events"] = "\n\n".join(f"{event.why}: {event.action}" for event in events)
+    p.log(step, numbers, histograms, texts)
 
 
 def train(cfg: Config) -> None:
@@ -148,11 +197,7 @@ def train(cfg: Config) -> None:
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
         last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         parts = _make_parts(cfg, topo, directory, stop, last, cleanup)
-        step = 0
-        if last is not None:
-            state = parts.policy.load(last)
-            step = state["step"]
-            parts.source.restore(state["source"])
+        step = resume(parts, last)
         step = loop(parts, step)
         finished = step >= cfg.train.steps
         if finished:
@@ -160,6 +205,17 @@ def train(cfg: Config) -> None:
             directory.finish("train", step)
     if topo.rank == 0:
         _report_end(cfg, directory, step, finished)
+
+
+def resume(p: Parts, last: Path | None) -> int:
+    """Restore everything from checkpoint `last`, if there is one; the step to go on from. Collective."""
+    state: dict[str, Any] = p.policy.load(last) if last is not None else {"step": 0}
+    if last is not None:
+        p.source.restore(state["source"])
+    p.guard.begin(state["step"], state.get("stability"))
+    if last is None and p.guard.may_roll_back:
+        save(p, 0)  # the first steps may be the unstable ones
+    return int(state["step"])
 
 
 def _make_parts(
@@ -173,6 +229,7 @@ def _make_parts(
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
     from megasapo.publish import Publisher
+    from megasapo.stability import Guard
 
     tokenizer = load_tokenizer(cfg.model.path)
     dataset = PromptDataset(cfg.data.train or "", tokenizer, cfg.data)
@@ -208,7 +265,8 @@ def _make_parts(
         total_steps=cfg.train.steps,
     )
     cleanup.callback(log.close)
-    return Parts(cfg, topo, policy, PackingRule.of(cfg), source, publisher, evaluate, log, directory, stop)
+    guard = Guard(cfg.stability, topo, directory.path)
+    return Parts(cfg, topo, policy, PackingRule.of(cfg), source, publisher, evaluate, log, guard, directory, stop)
 
 
 def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:
