@@ -280,32 +280,43 @@ Action = Literal["warn", "dump", "skip", "rollback", "stop"]
 
 
 class StabilityRule(Section):
-    """What counts as unstable, and what is done about it. Of `above`, `below` and `z` any one suffices."""
+    """What counts as unstable, and what is done about it. Of `above`, `below` and `z` any one suffices; a value that
+    is not finite always does."""
 
-    metric: str
+    metric: Path_
     """Name in metrics.jsonl, such as ratio/log_var."""
     above: Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = None
     below: Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = None
     z: PositiveFloat | None = None
-    """Robust z-score (median and MAD of the last `stability.window` steps) above which a value is out of line."""
+    """Robust z-score (by median and MAD of the last `stability.window` steps) above which a value is out of line."""
     side: Literal["high", "low", "both"] = "high"
     """Which deviations `z` is about."""
     patience: PositiveInt = 1
-    """Steps in a row before it acts."""
+    """Steps in a row that break the rule before it acts."""
     action: Action = "warn"
+    """warn; dump: and keep the step's batch in RUN/dumps; skip: leave the optimizer step out; rollback: and go back to
+    the last checkpoint, leaving out the batches since; stop: and end the run."""
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> StabilityRule:
+        if self.above is None and self.below is None and self.z is None:
+            raise ValueError(f"the rule on {self.metric} has no limit: give it above, below or z")
+        return self
 
 
 class StabilityConfig(Section):
-    """The instability watch (docs/routing.md)."""
+    """The instability watch (docs/stability.md)."""
 
     mode: Literal["off", "warn", "act"] = "warn"
     """warn: rules only warn, whatever their action; act: they act."""
     window: PositiveInt = 50
-    """Steps that a z-score compares with."""
+    """Steps that a z-score compares with: the last ones that broke no rule on the metric."""
     warmup: PositiveInt = 20
-    """Steps before z-scores count."""
+    """Steps with the metric before its z-scores count."""
     max_rollbacks: NonNegativeInt = 3
     """More than this many roll-backs stop the run."""
+    max_skips_in_a_row: NonNegativeInt = 10
+    """More optimizer steps left out one after another than this stop the run."""
     rules: Annotated[tuple[StabilityRule, ...], Field(strict=False)] | None = None
     """Empty: megasapo.stability.DEFAULT_RULES."""
 

@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from megasapo.config import Config
 
 
+# what is known of a mini-batch before the optimizer moves the weights
+BEFORE_STEP = ("ratio/", "sapo/", "mismatch/", "loss/", "entropy/mean", "grad/norm")
+NOT_SHARED = ("time/", "perf/", "gpu/")  # differ between ranks, which must all come to the same decision
+
+
 def refuse(cfg: Config) -> None:
     """Raise ValueError for the first contradiction."""
-    for check in (_check_mini_batches, _check_lengths, _check_algo, _check_rollout, _check_eval):
+    for check in (_check_mini_batches, _check_lengths, _check_algo, _check_rollout, _check_eval, _check_stability):
         check(cfg)
 
 
@@ -83,3 +88,20 @@ def _check_eval(cfg: Config) -> None:
     too_many = [k for k in cfg.eval.k if not 1 <= k <= cfg.eval.samples]
     if too_many:
         raise ValueError(f"eval.k={too_many} needs at least that many eval.samples (now {cfg.eval.samples})")
+
+
+def _check_stability(cfg: Config) -> None:
+    s = cfg.stability
+    if s.warmup > s.window:
+        raise ValueError(
+            f"stability.warmup={s.warmup} is more than stability.window={s.window}, so no z-score would ever count: "
+            "lower the first or raise the second"
+        )
+    for rule in s.rules or ():
+        if rule.metric.startswith(NOT_SHARED):
+            raise ValueError(f"stability.rules: {rule.metric} is not the same on every rank: it cannot be watched")
+        if rule.action == "skip" and not rule.metric.startswith(BEFORE_STEP):
+            raise ValueError(
+                f"stability.rules: {rule.metric} is not known before the optimizer step, so its rule cannot skip it; "
+                f"known are: {', '.join(name + '*' * name.endswith('/') for name in BEFORE_STEP)}"
+            )

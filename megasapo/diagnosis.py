@@ -11,8 +11,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from megasapo.config import Config
 from megasapo.metrics import Hist, Metrics
-from megasapo.routing.decompose import decompose
+from megasapo.routing.decompose import Decomposition, decompose
+from megasapo.routing.pictures import flip_picture
+from megasapo.routing.store import read_diagnosis, token_rows, write_diagnosis
 from megasapo.routing.trace import TraceRow, TraceWriter
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
 from megasapo.types import Group, TrainSequence
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy, Weights
     from megasapo.mcore.topology import Topology
-    from megasapo.routing.decompose import Decomposition
     from megasapo.routing.scored import ScoredSequence
 
 
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a step's diagnosis adds to its log; all empty on other ranks than the first and in other steps."""
+    """What a step's diagnosis adds to its log: scalars on every rank, the rest on the first; nothing in other steps."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, Hist] = field(default_factory=dict)
@@ -66,11 +67,13 @@ class Diagnosis:
         packing: PackingRule,
         run_dir: Path,
         decode: Callable[[tuple[int, ...]], str],
-        trace: TraceWriter | None,
+        open_trace: Callable[[int | None], TraceWriter | None],
+        resume_step: int | None,
     ):
-        """`decode`: token ids to text; `trace`: on leaders, where there is one."""
+        """`decode`: token ids to text; `open_trace(last step to keep)`: this rank's share of the trace, if any."""
         self._cfg, self._topo, self._policy, self._packing = cfg, topo, policy, packing
-        self._run_dir, self._decode, self._trace = run_dir, decode, trace
+        self._run_dir, self._decode, self._open_trace = run_dir, decode, open_trace
+        self._trace = open_trace(resume_step)
         self._weights: dict[int, Weights] = {}  # by version
 
     def keep(self, version: int) -> None:
@@ -98,6 +101,16 @@ class Diagnosis:
         if self._trace is not None:
             self._trace.add(step=step, sequences=_learner_rows(scored, before=version, after=step))
         return self._write(step, version, scored, origins)
+
+    def rolled_back(self, step: int) -> None:
+        """The run went back to `step`: later versions of weights, and what they routed, are of no run."""
+        self._weights.clear()
+        self.close()
+        self._trace = self._open_trace(step)
+
+    def close(self) -> None:
+        if self._trace is not None:
+            self._trace.close()
 
     def flush(self) -> None:
         """What was traced so far is on disk afterwards: called before a checkpoint."""
@@ -155,9 +168,7 @@ class Diagnosis:
         groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
         return score_routings(self._policy, batch.mini[0], theta_0, self._topo, groups)
 
-    def _write(
-        self, step: int, version: int, scored: Sequence[ScoredSequence], origins: dict[int, Origin]
-    ) -> Figures:
+    def _write(self, step: int, version: int, scored: Sequence[ScoredSequence], origins: dict[int, Origin]) -> Figures:
         """Collective. Merge the leaders' sums on rank 0, which writes them."""
         from megasapo.mcore.diagnose import sweep_groups
 
@@ -173,21 +184,29 @@ class Diagnosis:
             tau_pos=algo.tau_pos,
             tau_neg=algo.tau_neg,
         )
-        tokens = [
-            token_rows(one, reward=origins[one.uid].reward, decode=self._decode, tau_pos=algo.tau_pos, tau_neg=algo.tau_neg)
+        rows = [
+            token_rows(
+                one,
+                reward=origins[one.uid].reward,
+                decode=self._decode,
+                tau_pos=algo.tau_pos,
+                tau_neg=algo.tau_neg,
+            )
             for one in scored
             if one.uid in shown
         ]
-        parts = self._to_first((part, tokens))
+        parts = self._to_first((part, rows))
         if parts is None:
-            return Figures()
-        whole = reduce(Decomposition.merge, (part for part, _ in parts))
-        rows = [row for _, part in parts for row in part]
-        write_diagnosis(self._run_dir, step, whole, rows, behaviour_version=version, current_version=step)
-        return Figures(whole.scalars(), whole.histograms(), {"routing/flips": flip_map(read_diagnosis(self._run_dir))})
+            return Figures(self._topo.first(None))
+        whole = reduce(Decomposition.merge, (own for own, _ in parts))
+        everyones = [row for _, own in parts for row in own]
+        versions = {"behaviour_version": version, "current_version": step}
+        write_diagnosis(self._run_dir, step, whole, everyones, versions)
+        images = {"routing/flips": flip_picture(read_diagnosis(self._run_dir))}
+        return Figures(self._topo.first(whole.scalars()), whole.histograms(), images)
 
     def _to_first(self, part: Any) -> list[Any] | None:
-        """Collective. Every leader's part on rank 0, None elsewhere."""
+        """Every leader's part on rank 0, None elsewhere. Collective over the leaders."""
         if self._topo.leaders_group is None:
             return None
         parts: list[Any] | None = [None] * self._topo.dp if self._topo.rank == 0 else None
@@ -195,7 +214,9 @@ class Diagnosis:
         return parts
 
 
-def make_trace(cfg: Config, topo: Topology, rule: RoutingRule | None, run_dir: Path, resume_step: int | None) -> TraceWriter | None:
+def open_trace(
+    cfg: Config, topo: Topology, rule: RoutingRule | None, run_dir: Path, resume_step: int | None
+) -> TraceWriter | None:
     """The writer of this leader's share of RUN/routing/trace; None without one and on other ranks."""
     if rule is None or not cfg.routing.trace_rate or not topo.is_leader:
         return None

@@ -177,6 +177,11 @@ def quantiles(
     return {f"{name}_q{round(100 * q):02d}": found.quantile(q) for q in levels}
 
 
+def observed(metrics: Metrics) -> dict[str, float]:
+    """As `scalars`, without those that saw nothing: a NaN here was one."""
+    return {name: m.value() for name, m in metrics.items() if not isinstance(m, Hist) and _saw_something(m)}
+
+
 def to_host(metrics: Metrics) -> dict[str, Metric]:
     """The same metrics with every tensor turned into Python floats or numpy counts, in one copy from the device.
 
@@ -197,6 +202,17 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
         start += value.numel()
         changes.setdefault(name, {})[field] = float(part[0]) if value.dim() == 0 else part.astype(np.int64)
     return {name: replace(m, **changes.get(name, {})) for name, m in metrics.items()}
+
+
+def _saw_something(metric: Mean | Sum | Max | Variance | EffectiveSampleSize) -> bool:
+    match metric:
+        case Mean():
+            return float(metric.weight) != 0
+        case Max():
+            return float(metric.top) != float("-inf")
+        case Variance() | EffectiveSampleSize():
+            return float(metric.count) != 0
+    return True
 
 
 def _is_tensor(value: object) -> bool:

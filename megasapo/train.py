@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megasapo.rollout.fleet import Fleet
     from megasapo.rollout.source import RolloutSource
     from megasapo.routing.validate import RoutingRule
+    from megasapo.stability import Event, Guard
 
 
 def main(argv: list[str]) -> int:
@@ -62,6 +63,7 @@ class Parts:
     diagnosis: Diagnosis
     evaluate: Callable[[int], dict[str, float]]
     log: Log
+    guard: Guard
     directory: run.RunDir
     stop: Callable[[], bool]
 
@@ -83,28 +85,67 @@ def loop(p: Parts, step: int) -> int:
         with phases("old_logprobs"):
             batch = p.policy.with_old_logprobs(batch)
         with phases("update"):
-            learned = p.policy.update(batch)
+            learned = p.policy.update(batch, p.guard.allow)
         sampled = metrics.merge([group_stats(groups, step, dropped), routing_stats(sequences)])
         step += 1
         with phases("publish"):
             p.publish(step)
         with phases("diagnose"):
-            figures = p.diagnosis(step, groups, sequences)
+            diagnosed = p.diagnosis(step, groups, sequences)
             p.diagnosis.keep(step)
         with phases("evaluate"):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
         own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics()]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
-        write_step(p, step, stats, groups, figures, held_out, phases)
+        figures = metrics.observed(stats) | diagnosed.scalars | held_out
+        events = p.guard.observe(step, figures)
+        write_step(p, step, stats, groups, diagnosed, held_out, phases, events)
+        if p.guard.act(step, events, groups, figures):
+            step = roll_back(p, events)
+            continue
         ending = p.topo.any(p.stop() or p.directory.stop_requested())
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
-                p.diagnosis.flush()
-                p.policy.save(p.directory.path, step, {"command": "train", "step": step, "source": p.source.state()})
+                save(p, step)
         if _every(p.cfg.train.export_every, step):
             p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
         if ending:
             break
+    return step
+
+
+def save(p: Parts, step: int) -> None:
+    """A checkpoint of `step`. Collective."""
+    p.diagnosis.flush()
+    p.policy.save(p.directory.path, step, trainer_state(p, step))
+
+
+def trainer_state(p: Parts, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps beside the learner's own state, equal on every rank."""
+    return {"command": "train", "step": step, "source": p.source.state(), "stability": p.guard.state()}
+
+
+def roll_back(p: Parts, events: list[Event]) -> int:
+    """Weights, optimizer and schedule as in the last checkpoint, for learner and servers; returns its step. Collective.
+
+    The data go on from where they are: the batches since that checkpoint are left out. The checkpoint is told so, that
+    a resumed run goes the same way.
+    """
+    from megasapo.mcore import checkpoint
+
+    last = p.topo.first(checkpoint.latest(p.directory.path) if p.topo.rank == 0 else None)
+    assert last is not None, "`train` saves step 0 where a rule may roll back"
+    state = p.policy.load(last)
+    step = int(state["step"])
+    p.source.discard_pending()
+    p.diagnosis.rolled_back(step)
+    p.guard.rolled_back(step, state.get("stability"))
+    why = "; ".join(f"{event.why} at step {event.step}" for event in events if event.action == "rollback")
+    p.log.rewind(step, p.guard.rollbacks, why)
+    if p.topo.rank == 0:
+        checkpoint.set_trainer_state(last, trainer_state(p, step))
+    p.publish(step)
+    p.diagnosis.keep(step)
     return step
 
 
@@ -143,9 +184,10 @@ def write_step(
     step: int,
     stats: Metrics,
     groups: list[Group],
-    figures: Figures,
+    diagnosed: Figures,
     held_out: dict[str, float],
     phases: run.Phases,
+    events: list[Event],
 ) -> None:
     """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
     from megasapo.log.rollouts import sample_texts, write_rollouts
@@ -154,11 +196,15 @@ def write_step(
     if p.cfg.log.keep_rollouts and p.topo.is_leader:
         write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
     times, seconds = phases.take()
-    numbers = scalars(stats) | figures.scalars | held_out | times
+    numbers = scalars(stats) | diagnosed.scalars | held_out | times
     numbers |= quantiles(stats, "ratio/log_hist", "ratio/log")
     numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
-    histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | figures.histograms
-    p.log(step, numbers, histograms, sample_texts(groups, p.cfg.log.samples_per_step), figures.images)
+    numbers["stability/events"] = float(len(events))
+    histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | diagnosed.histograms
+    texts = sample_texts(groups, p.cfg.log.samples_per_step)
+    if events:
+        texts["stability/events"] = "\n\n".join(f"{event.why}: {event.action}" for event in events)
+    p.log(step, numbers, histograms, texts, diagnosed.images)
 
 
 def train(cfg: Config) -> None:
@@ -173,11 +219,7 @@ def train(cfg: Config) -> None:
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
         last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         parts = _make_parts(cfg, topo, directory, stop, last, cleanup)
-        step = 0
-        if last is not None:
-            state = parts.policy.load(last)
-            step = state["step"]
-            parts.source.restore(state["source"])
+        step = resume(parts, last)
         step = loop(parts, step)
         finished = step >= cfg.train.steps
         if finished:
@@ -187,13 +229,24 @@ def train(cfg: Config) -> None:
         _report_end(cfg, directory, step, finished)
 
 
+def resume(p: Parts, last: Path | None) -> int:
+    """Restore everything from checkpoint `last`, if there is one; the step to go on from. Collective."""
+    state: dict[str, Any] = p.policy.load(last) if last is not None else {"step": 0}
+    if last is not None:
+        p.source.restore(state["source"])
+    p.guard.begin(state["step"], state.get("stability"))
+    if last is None and p.guard.may_roll_back:
+        save(p, 0)  # the first steps may be the unstable ones
+    return int(state["step"])
+
+
 def _make_parts(
     cfg: Config, topo: Topology, directory: run.RunDir, stop: Callable[[], bool], last: Path | None, cleanup: ExitStack
 ) -> Parts:
     from megasapo.algo.settings import resolve
     from megasapo.data.prompts import PromptDataset, PromptStream
     from megasapo.data.tokenizer import load_tokenizer
-    from megasapo.diagnosis import Diagnosis, make_trace
+    from megasapo.diagnosis import Diagnosis, open_trace
     from megasapo.geometry import read_geometry
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
@@ -201,6 +254,7 @@ def _make_parts(
     from megasapo.mcore.policy import Policy
     from megasapo.publish import Publisher
     from megasapo.routing.validate import RoutingRule
+    from megasapo.stability import Guard
 
     tokenizer = load_tokenizer(cfg.model.path)
     dataset = PromptDataset(cfg.data.train or "", tokenizer, cfg.data)
@@ -239,11 +293,11 @@ def _make_parts(
         total_steps=cfg.train.steps,
     )
     cleanup.callback(log.close)
-    trace = make_trace(cfg, topo, rule, directory.path, resume_step)
-    if trace is not None:
-        cleanup.callback(trace.close)
-    diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, trace)
-    return Parts(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate, log, directory, stop)
+    traces = partial(open_trace, cfg, topo, rule, directory.path)
+    diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, traces, resume_step)
+    cleanup.callback(diagnosis.close)
+    guard = Guard(cfg.stability, topo, directory.path)
+    return Parts(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate, log, guard, directory, stop)
 
 
 def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -21,6 +21,7 @@ from megasapo.config import LogConfig
 from megasapo.metrics import Hist
 
 BAR_WIDTH = 20
+ROLLED_BACK = "metrics.rolled_back.jsonl"
 CONSOLE = (  # label, metric, format: what the console shows, where a step has it
     ("reward", "reward/mean", ".3f"),
     ("loss", "loss/sft", ".3f"),
@@ -33,7 +34,10 @@ CONSOLE = (  # label, metric, format: what the console shows, where a step has i
 
 
 class Sink(Protocol):
-    """Takes the numbers, histograms, texts and images of one step; `close` makes them safe on disk."""
+    """Takes the numbers, histograms, texts and images of one step; `close` makes them safe on disk.
+
+    `rewind`: the run went back to `last_step`, for the `rollback`-th time and for a reason `why`.
+    """
 
     def log(
         self,
@@ -43,6 +47,8 @@ class Sink(Protocol):
         texts: Mapping[str, str],
         images: Mapping[str, np.ndarray],  # [H, W, 3] uint8
     ) -> None: ...
+
+    def rewind(self, last_step: int, rollback: int, why: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -63,6 +69,11 @@ class Log:
     ) -> None:
         for sink in self._sinks:
             sink.log(step, scalars, histograms or {}, texts or {}, images or {})
+
+    def rewind(self, last_step: int, rollback: int, why: str) -> None:
+        """Every sink goes back to `last_step`; see Sink."""
+        for sink in self._sinks:
+            sink.rewind(last_step, rollback, why)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -134,6 +145,12 @@ class ConsoleSink:
         self._stream.write(f"{self._progress(step)}  {values}".rstrip() + "\n")
         self._stream.flush()
 
+    def rewind(self, last_step: int, rollback: int, why: str) -> None:
+        if self._bar is not None:
+            self._bar.update(last_step - self._bar.n)
+        self._stream.write(f"\nrolled back to step {last_step}: {why}\n")
+        self._stream.flush()
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -149,10 +166,11 @@ class JsonlSink:
     """metrics.jsonl: one object a step, on disk when `log` returns. Not-a-number and infinities are written as null.
 
     Opening it cuts what lies behind `resume_step`, a torn last line included, so that a resumed run's file is the
-    uninterrupted one's.
+    uninterrupted one's. Lines that a roll-back undoes move to metrics.rolled_back.jsonl, with its number.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
+        self._path = path
         if path.exists():
             cut_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -170,6 +188,14 @@ class JsonlSink:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def rewind(self, last_step: int, rollback: int, why: str) -> None:
+        self._file.close()
+        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        undone = [{"rollback": rollback} | row for row in rows if row["step"] > last_step]
+        append_lines(self._path.with_name(ROLLED_BACK), undone)
+        cut_after(self._path, last_step)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
 
@@ -181,7 +207,8 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         purge_from = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(directory), purge_step=purge_from)
+        self._open = lambda purge_step: SummaryWriter(str(directory), purge_step=purge_step)
+        self._writer = self._open(purge_from)
 
     def log(
         self,
@@ -200,6 +227,11 @@ class TensorBoardSink:
         for name, pixels in images.items():
             self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
+
+    def rewind(self, last_step: int, rollback: int, why: str) -> None:
+        self._writer.close()
+        self._writer = self._open(last_step + 1)
+        self._writer.add_text("stability/rolled_back", why, last_step)
 
     def close(self) -> None:
         self._writer.close()
@@ -221,6 +253,24 @@ class TensorBoardSink:
             bucket_counts=counts,
             global_step=step,
         )
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add JSON objects, one a line; on disk when it returns."""
+    with path.open("a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of `append_lines` with the lines that are wanted; a torn last line goes. No file: nothing."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line for line in whole if wanted(json.loads(line))), encoding="utf-8")
+    temporary.replace(path)
 
 
 def cut_after(path: Path, last_step: int | None) -> None:

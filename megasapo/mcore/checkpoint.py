@@ -88,6 +88,12 @@ def save(
     return final
 
 
+def set_trainer_state(path: Path, trainer_state: dict[str, Any]) -> None:
+    """Replace the trainer state of a complete checkpoint, at once or not at all. Called by one rank."""
+    record = json.loads((path / "megasapo.json").read_text())
+    _write_durably(path / "megasapo.json", json.dumps(record | {"trainer": trainer_state}, indent=1))
+
+
 def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology) -> dict[str, Any]:
     """Collective. Restore model, optimizer and random state in place; returns the trainer state."""
     record = json.loads((path / "megasapo.json").read_text())

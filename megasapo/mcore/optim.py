@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,6 +26,7 @@ class StepOutcome:
     grad_norm: float
     taken: bool
     lr: float
+    vetoed: bool = False  # not taken, because the caller did not allow it
 
 
 def wrap_ddp(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
@@ -79,19 +81,21 @@ class Optimizer:
     def zero_grad(self) -> None:
         self._inner.zero_grad()
 
-    def step(self) -> StepOutcome:
-        """Clip and step, or skip when the global gradient norm is NaN or infinite.
+    def step(self, allow: Callable[[float], bool] | None = None) -> StepOutcome:
+        """Clip and step, or skip when the global gradient norm is NaN or infinite, or `allow(norm)` is false.
 
-        Raises FloatingPointError once more than `optim.max_skipped_steps` steps were skipped.
+        A skipped step leaves weights and optimizer state as they are; the learning rate goes on. `allow` must answer
+        the same on every rank. Raises FloatingPointError once more than `optim.max_skipped_steps` steps were skipped.
         """
         lr = self.lr
         self._inner.prepare_grads()
         norm = float(self._inner.get_grad_norm() or 0.0)
-        taken = _everywhere_finite(norm)
+        finite = _everywhere_finite(norm)
+        vetoed = finite and allow is not None and not allow(norm)
+        taken = finite and not vetoed
         if taken:
             self._inner.step()
-        else:
-            self.skipped += 1
+        self.skipped += not finite
         self._schedule.step(1)
         if self.skipped > self._cfg.max_skipped_steps:
             raise FloatingPointError(
@@ -99,7 +103,7 @@ class Optimizer:
                 f"optim.max_skipped_steps={self._cfg.max_skipped_steps}: lower optim.lr, or look at ratio/max and "
                 "mismatch/kl in TensorBoard before this step"
             )
-        return StepOutcome(norm, taken, lr)
+        return StepOutcome(norm, taken, lr, vetoed)
 
     @property
     def lr(self) -> float:
@@ -111,17 +115,19 @@ class Optimizer:
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
         }
-        if is_loading:
-            self._allocate_state()
+        self._allocate_state(is_loading)
         return self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
-    def _allocate_state(self) -> None:
-        """Give a fresh torch AdamW the state that a checkpoint is read into; fused Adams' is made by megatron-core.
+    def _allocate_state(self, is_loading: bool) -> None:
+        """Give an optimizer that has not stepped yet the zeros that it would begin with, to save or to load into.
 
-        Needed with 0.16.1 to 0.19.2, whose distributed optimizer asks every state for its step before it is loaded.
+        Needed with 0.16.1 to 0.19.2, whose distributed optimizer asks every state for its step before it is loaded or
+        saved. What fused Adams are loaded into is made by megatron-core.
         """
         for part in getattr(self._inner, "chained_optimizers", [self._inner]):
             if not isinstance(part.optimizer, torch.optim.AdamW):
+                if not is_loading:
+                    part.init_state_fn(part.optimizer, part.config)
                 continue
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:

@@ -5,8 +5,9 @@ Called by train.py and sft.py. The rest of the program sees tensors of token ids
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ Logprobs = list[torch.Tensor | None]
 Routings = Sequence[torch.Tensor | None]
 # of each model chunk, by parameter name
 Weights = list[dict[str, torch.Tensor]]
+# (which mini-batch, its statistics merged over ranks) -> whether its optimizer step may be taken
+Allow = Callable[[int, Mapping[str, float]], bool]
 
 
 class Policy:
@@ -94,15 +97,28 @@ class Policy:
     def _logprobs(self, micro: tuple[MicroBatch, ...], routed: step.Routed = step.natively) -> Logprobs:
         return step.logprobs(self._ddp, micro, self._topo, temperature=self._temperature, routed=routed)
 
-    def update(self, batch: Batch) -> Metrics:
-        """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks."""
-        return metrics.merge([self._step(mini, self._policy_loss, with_entropy=True) for mini in batch.mini])
+    def update(self, batch: Batch, allow: Allow | None = None) -> Metrics:
+        """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks.
+
+        `allow` is asked before each step and must answer the same on every rank; without it nothing is gathered.
+        """
+        may = [None if allow is None else partial(allow, i) for i in range(len(batch.mini))]
+        return metrics.merge(
+            [self._step(m, self._policy_loss, with_entropy=True, allow=a) for m, a in zip(batch.mini, may, strict=True)]
+        )
 
     def update_supervised(self, mini: MiniBatch) -> Metrics:
         """One optimizer step on the weighted negative log-likelihood of the loss tokens."""
         return self._step(mini, _supervised_loss, with_entropy=False)
 
-    def _step(self, mini: MiniBatch, loss_function: step.LossFunction, *, with_entropy: bool) -> Metrics:
+    def _step(
+        self,
+        mini: MiniBatch,
+        loss_function: step.LossFunction,
+        *,
+        with_entropy: bool,
+        allow: Callable[[Mapping[str, float]], bool] | None = None,
+    ) -> Metrics:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -119,13 +135,21 @@ class Policy:
                 with_entropy=with_entropy,
                 routed=routed,
             )
-        outcome = self._optimizer.step()
         counted = metrics.to_host(metrics.merge(parts))
+        outcome = self._optimizer.step(None if allow is None else partial(self._allowed, allow, counted))
         if self._topo.rank == 0:  # equal on all ranks
-            counted["grad/norm"] = Mean(outcome.grad_norm, 1.0) if outcome.taken else Mean(0.0, 0.0)
-            counted["grad/skipped_steps"] = Sum(0.0 if outcome.taken else 1.0)
+            finite = outcome.taken or outcome.vetoed
+            counted["grad/norm"] = Mean(outcome.grad_norm, 1.0) if finite else Mean(0.0, 0.0)
+            counted["grad/skipped_steps"] = Sum(0.0 if finite else 1.0)
             counted["optim/lr"] = Max(outcome.lr)
+            if allow is not None:
+                counted["stability/skipped_steps"] = Sum(float(outcome.vetoed))
         return counted
+
+    def _allowed(self, allow: Callable[[Mapping[str, float]], bool], mine: Metrics, norm: float) -> bool:
+        """Collective: what `allow` says to the statistics of all ranks."""
+        own = {**mine, "grad/norm": Mean(norm, 1.0)} if self._topo.rank == 0 else mine
+        return allow(metrics.observed(metrics.merge(self._topo.gather(own))))
 
     def _policy_loss(self, scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
         return policy_loss(

@@ -117,6 +117,14 @@ class RolloutSource:
     def restore(self, state: dict[str, Any]) -> None:
         self._stream.restore(state)
 
+    def discard_pending(self) -> None:
+        """Give up what is in flight, for the weights that sample it are no more; its prompts are drawn again."""
+        state = self.state()
+        for pending in self._pending:
+            pending.future.cancel()
+        self._pending.clear()
+        self._stream.restore(state)
+
     def take_metrics(self) -> Metrics:
         """Graders' errors, retries by cause and restarts of servers since the last call."""
         return self._scorer.take_metrics() | (self._fleet.take_metrics() if self._fleet is not None else {})

@@ -132,10 +132,10 @@ class _Recorder:
             self.logp.append((mb, scores.logp.detach()))
             return value, stats
 
-        def listening_step() -> Any:
+        def listening_step(allow: Any) -> Any:
             with _reduced_gradients_in_place_of_weights(policy):
                 self.gradients, self.unlike = _exported(policy, topo)
-            return step()
+            return step(allow)
 
         policy._policy_loss = listening_loss  # type: ignore[method-assign]
         policy._optimizer.step = listening_step  # type: ignore[method-assign]
