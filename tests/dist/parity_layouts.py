@@ -111,6 +111,8 @@ LAYOUTS = (
 )
 
 
+SWEEP_GROUPS = 3  # of layers, when the batch of an R3 step is diagnosed
+
 WITH_R3 = (
     L(1, packing=False, recompute="selective"),
     L(2),

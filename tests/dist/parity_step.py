@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,8 +25,9 @@ from megasapo.config import Config
 from megasapo.data.packing import join, pieces
 from megasapo.mcore import bridge, routing_exchange
 from megasapo.mcore.bridge.placement import place
+from megasapo.mcore.diagnose import score_routings, sweep_groups
 from megasapo.mcore.exchange import PackingRule, build_batch
-from megasapo.mcore.policy import Policy
+from megasapo.mcore.policy import Policy, Weights
 from megasapo.mcore.routing_exchange import RoutingLayout
 from megasapo.mcore.topology import Topology
 from megasapo.rollout.sequences import to_sequences
@@ -48,7 +50,9 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     batch = policy.with_old_logprobs(batch, first=True)
     if case.routing_replay != "none":
         assert all(mb.routing is not None for mini in batch.mini for mb in mini.micro), "no routing was recorded"
+    old_weights = policy.copy_weights()
     _load(policy, directory / "now", topo)
+    scored = _diagnosed(policy, batch, old_weights, topo) if case.routing_replay == "R3" else None
     if fault is not None:
         batch = fault(policy, topo, batch)
     recorded = _Recorder(policy, topo)
@@ -68,6 +72,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
         "gradients": recorded.gradients,
         "weights": weights,
         "copies": recorded.unlike + unlike,
+        "scored": scored,
         "routing_bytes": topo.gather((sum(received), _bytes_needed(batch, policy))),
     }
 
@@ -90,6 +95,22 @@ def _make_batch(groups: list[Group], cfg: Config, topo: Topology, routing: Routi
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
         routing=routing,
     )
+
+
+def _diagnosed(policy: Policy, batch: Batch, old_weights: Weights, topo: Topology) -> dict[str, Any]:
+    """The scores of the whole batch as a diagnosis takes them, and the forward passes that it took."""
+    (mini,) = batch.mini
+    assert policy.routing_layout is not None
+    groups = sweep_groups(len(policy.routing_layout.layers), given.SWEEP_GROUPS)
+    passes = mock.Mock(wraps=policy._logprobs)
+    with mock.patch.object(policy, "_logprobs", passes):
+        own = score_routings(policy, mini, old_weights, topo, groups)
+    everyones = [one for part in topo.gather(own) for one in part]
+    return {"passes": passes.call_count, "sequences": {s.uid: _tensors(asdict(s)) for s in everyones}}
+
+
+def _tensors(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
 
 @contextmanager

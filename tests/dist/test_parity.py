@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -140,17 +141,55 @@ def test_the_cases_are_different_steps(model: str, models: Path) -> None:
             assert relative(first[name], second[name], float(second[name].abs().max())) > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize(
+IN_R3_LAYOUTS = pytest.mark.parametrize(
     "layout",
     [
         pytest.param(layout, id=layout.name, marks=pytest.mark.slow if layout.world == 8 else ())
         for layout in given.WITH_R3
     ],
 )
+
+
+@IN_R3_LAYOUTS
 def test_a_rank_receives_the_routing_of_its_tokens_and_layers_only(layout: Layout, models: Path) -> None:
     received = result(models, layout, R3)["routing_bytes"]
     assert all(got == needed for got, needed in received), received
     assert sum(got for got, _ in received) == result(models, given.reference_of(layout), R3)["routing_bytes"][0][0]
+
+
+@IN_R3_LAYOUTS
+def test_a_diagnosis_says_the_same_in_every_layout(layout: Layout, models: Path) -> None:
+    got, one = (result(models, x, R3)["scored"] for x in (layout, given.reference_of(layout)))
+    # four passes, and for each cut between two groups of layers one at the old and one at the new weights
+    assert got["passes"] == one["passes"] == 4 + 2 * (given.SWEEP_GROUPS - 1)
+    assert got["sequences"].keys() == one["sequences"].keys()
+    for uid, wanted in one["sequences"].items():
+        for name, value in wanted.items():
+            found = got["sequences"][uid][name]
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                worst = relative(found, value, float(value.abs().max()))
+                assert worst < TOLERANCE, f"{name} of sequence {uid} is off by {worst:.1e}"
+            else:
+                np.testing.assert_array_equal(found, value, err_msg=f"{name} of sequence {uid}")
+
+
+@pytest.mark.parametrize("model", given.MODELS)
+def test_the_parts_of_a_diagnosis_are_scored_as_they_should_be(model: str, models: Path) -> None:
+    """Held to the old logprobs that the step itself computed, and to what each pass must not change."""
+    out = result(models, given.reference_of(Layout(1, model=model)), R3)
+    for uid, tensors in out["scored"]["sequences"].items():
+        s = {name: np.asarray(value) for name, value in tensors.items()}
+        mask = s["loss_mask"]
+        # R3's old logprobs are those of the old weights under the rollout's routing
+        np.testing.assert_allclose(s["behaviour_replayed"][mask], out["logp"]["old"][uid].numpy()[mask], atol=2e-6)
+        np.testing.assert_allclose(s["mismatch_sweep"][[0, -1]], [s["behaviour"], s["behaviour_replayed"]])
+        np.testing.assert_allclose(s["drift_sweep"][[0, -1]], [s["current"], s["current_replayed"]])
+        known = (s["routing_rollout"] >= 0).all((1, 2))
+        if known.sum() > 3:  # a routing drawn by chance: everything differs
+            assert np.abs(s["behaviour"] - s["behaviour_replayed"])[mask & known].max() > 1e-2
+        if not known.any():  # nothing is held, so nothing differs
+            np.testing.assert_array_equal(s["behaviour"], s["behaviour_replayed"])
+            np.testing.assert_array_equal(s["mismatch_sweep"], np.broadcast_to(s["behaviour"], s["mismatch_sweep"].shape))
 
 
 def _add_row(rows: dict[str, dict[str, Difference]], layout: Layout, found: dict[str, Difference]) -> None:
