@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -53,6 +51,9 @@ def make_model(
 
     Matrices are scaled up from transformers' initialisation so that logits, and so greedy tokens, are well apart.
     """
+    # here, because ranks import this module for its constants, and these imports take longer than most tests
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory)
@@ -74,6 +75,9 @@ def make_model(
 
 def write_tokenizer(directory: Path) -> None:
     """A byte-level BPE tokenizer: any text round-trips, at most 508 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,162 @@
+"""What recording and replaying the routing adds to a learner step: R2 and R3 beside no replay, on one batch.
+
+A step is what train.py does with a batch: packing and placing it, old logprobs, an update of two optimizer steps with
+all statistics. R2 records the routing while the second mini-batch's old logprobs are computed and replays it in its
+update; R3 replays in every pass what a rollout server would have sent, here the experts that the starting weights
+choose, so that all three send the same tokens to the same experts. The three take turns in one process, each with a
+policy of its own; the ratio is the median over rounds. The target is 1.05.
+
+    python -m benchmarks.routing_replay [--quick] [--runs 9] [--layers 4] [--vocab 4096] [--mean-response 96]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.learner_work import GROUP, MINI_BATCHES, Work, add_model_options, make_work, model_shape
+from benchmarks.measure import Seconds
+from megasapo.algo.settings import resolve
+from megasapo.algo.weights import token_weights
+from megasapo.config import from_dict
+from megasapo.data.packing import join, pieces
+from megasapo.mcore.exchange import PackingRule, build_batch
+from megasapo.mcore.policy import Policy
+from megasapo.mcore.topology import Topology
+from megasapo.types import Batch, TrainSequence
+from tests.tiny import make_model
+
+MODES = ("none", "R2", "R3")
+# experts, how many of them a token goes to, and the width that keeps the work of a token's experts the same
+ROUTERS = {"2 of 8": (8, 2, 384), "8 of 128": (128, 8, 96)}
+HEADER = ("router", "replay", "tokens", "seconds", "min", "max", "CPU s", "by none: clock", "CPU")
+
+
+class Learner:
+    """One policy and the step that it takes."""
+
+    def __init__(self, mode: str, work: Work, topo: Topology) -> None:
+        prompt, response = work.longest
+        cfg = from_dict({
+            "model": {"path": work.model, "dtype": work.dtype},
+            "data": {"max_prompt_tokens": prompt},
+            "rollout": {"max_new_tokens": response, "group_size": GROUP},
+            "algo": {"mini_batches": MINI_BATCHES, "routing_replay": mode},
+            "optim": {"lr": 1e-6},
+            "train": {"micro_batch_tokens": work.micro_batch_tokens},
+        })  # fmt: skip
+        self._topo, self._micro_batch_tokens = topo, work.micro_batch_tokens
+        self._rule = partial(token_weights, normalisation="sequence", constant_length=response)
+        self._policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
+
+    def batch(self, rows: list[TrainSequence]) -> Batch:
+        return build_batch(
+            rows,
+            self._topo,
+            mini_batches=MINI_BATCHES,
+            group_size=1,
+            packing=PackingRule(self._micro_batch_tokens),
+            weight_rule=self._rule,
+        )
+
+    def step(self, rows: list[TrainSequence]) -> None:
+        self._policy.update(self._policy.with_old_logprobs(self.batch(rows)))
+
+    def routing(self, rows: list[TrainSequence]) -> dict[int, np.ndarray]:
+        """[n - 1, L, K] of each sequence, as the routers choose now."""
+        batch = self._policy.with_old_logprobs(self.batch(rows), first=True)
+        micro = [mb for mini in batch.mini for mb in mini.micro]
+        return join(pieces(mb, mb.routing) for mb in micro if mb.routing is not None)
+
+
+def sequences(work: Work) -> list[TrainSequence]:
+    rows = []
+    for uid, (prompt, response, advantage) in enumerate(
+        zip(work.prompts, work.responses, work.advantages(), strict=True)
+    ):
+        tokens = np.array(prompt + response, dtype=np.int32)
+        logp = np.zeros(len(tokens), np.float32)
+        rows.append(TrainSequence(uid, tokens, np.arange(len(tokens)) >= len(prompt), logp, float(advantage)))
+    return rows
+
+
+def compare(work: Work, runs: int, topo: Topology) -> dict[str, list[Seconds]]:
+    """Seconds of each mode's steps, in the order of the rounds."""
+    rows = sequences(work)
+    learners = {mode: Learner(mode, work, topo) for mode in MODES}
+    routing = learners["R2"].routing(rows)
+    routed = [dataclasses.replace(row, routing=routing[row.uid]) for row in rows]
+
+    def run(learner: Learner, given: list[TrainSequence]) -> Callable[[], Seconds]:
+        return lambda: measure.timed(lambda: learner.step(given))
+
+    steps = {mode: run(learner, routed if mode == "R3" else rows) for mode, learner in learners.items()}
+    return measure.alternate(steps, runs, warm_up=2)
+
+
+def table_rows(router: str, work: Work, seen: dict[str, list[Seconds]]) -> list[tuple[str, ...]]:
+    rows = []
+    for mode, runs in seen.items():
+        middle, by_none = measure.median(runs), measure.ratio(runs, seen["none"])
+        clock = [s.clock for s in runs]
+        rows.append((
+            router, mode, str(work.tokens), f"{middle.clock:.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}",
+            f"{middle.cpu:.2f}", f"{by_none.clock:.3f}", f"{by_none.cpu:.3f}",
+        ))  # fmt: skip
+    return rows
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(p, vocab=4096)
+    defaults = {
+        "sequences": 16,
+        "prompt": 32,
+        "mean-response": 96,
+        "micro-batch-tokens": 4096,
+        "threads": 1,
+        "runs": 9,
+    }
+    for name, default in defaults.items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--quick", action="store_true", help="3 runs, responses of 48 tokens in the mean")
+    args = p.parse_args()
+    args.trl_micro_batch = None
+    if args.quick:
+        args.runs, args.mean_response = 3, 48
+    return args
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(args.threads)
+    topo = Topology.init(from_dict({"model": {"path": "unused"}}).parallel)
+    rows: list[tuple[str, ...]] = []
+    shape: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for router, (experts, chosen, width) in ROUTERS.items():
+            args.experts, args.moe_intermediate = experts, width
+            shape = model_shape(args) | {"num_experts_per_tok": chosen}
+            work = make_work("long tail", make_model(Path(directory) / str(experts), **shape), args)
+            rows += table_rows(router, work, compare(work, args.runs, topo))
+    topo.destroy()
+    print(measure.machine("megatron-core"))
+    print(
+        f"Qwen3-MoE, {args.layers} layers, hidden {args.hidden}, vocabulary {args.vocab}, {args.dtype}; "
+        f"{args.sequences} sequences, prompts of {args.prompt} tokens, responses of {args.mean_response} in the mean, "
+        f"{MINI_BATCHES} optimizer steps; medians of {args.runs} alternating runs\n"
+    )
+    print(measure.table(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
