@@ -17,7 +17,16 @@ COMMANDS = {
     "sft": ("megasapo.sft", RANKS, "supervised cold start with the same learner"),
     "serve": ("megasapo.rollout.local", "--model HF_DIR --port P [...]", "embedded rollout server, SGLang's HTTP API"),
     "evaluate": ("megasapo.evaluate", "CONFIG.yaml [a.b=c ...] [--url URL]", "pass@k on held-out problems"),
-    "score": ("megasapo.score", "--model DIR --data IN --out OUT [a.b=c ...] [--nproc N]", "teacher-forced logprobs"),
+    "score": (
+        "megasapo.score",
+        "--model DIR --data IN --out OUT [--routing] [a.b=c ...] [--nproc N]",
+        "teacher-forced logprobs",
+    ),
+    "debug": (
+        "megasapo.debug",
+        "RUN_DIR --step N [--sample K] [--against a.b=c] [--nproc N]",
+        "where the learner and the rollout server part: logprobs, experts, tokens, layers",
+    ),
     "plan": (
         "megasapo.plan",
         "CONFIG.yaml [a.b=c ...] --gpus N --gpu h100|h200|b200",

@@ -1,7 +1,9 @@
 """`megasapo score`: teacher-forced logprobs of given token sequences, computed by the learner in any parallel layout.
 
 Reads lines {"input_ids": [n ids]}, writes lines {"logprobs": [n - 1 floats]} in the same order: that of each token
-after the first, given those before it. Defaults to fp32; `model.dtype=bfloat16` scores as training computes.
+after the first, given those before it. A line's "routing" is forced on the model's routers: [at most n - 1][MoE
+layers][K] expert ids, row t those of input token t, -1 in all K places for what the router is to choose. With --routing
+the experts that were used are written alike. Defaults to fp32; `model.dtype=bfloat16` scores as training computes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,19 @@ import numpy as np
 from megasapo import config, run
 from megasapo.config import Config, ConfigError
 from megasapo.data.files import DataError, read_records
-from megasapo.geometry import read_geometry
+from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout
 
 if TYPE_CHECKING:
     from megasapo.mcore.topology import Topology
-    from megasapo.types import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the input."""
+
+    ids: np.ndarray  # [n] int32
+    routing: np.ndarray | None = None  # [at most n - 1, L, K] int32; None: routers choose
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, metavar="HF_DIR")
     parser.add_argument("--data", required=True, type=Path, metavar="IN.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--routing", action="store_true", help="write the experts that were used, too")
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine (default: as few as the layout needs)"
     )
@@ -42,94 +53,106 @@ def main(argv: list[str]) -> int:
     nproc = run.world_size(cfg.parallel, args.nproc)
     geometry = read_geometry(args.model)
     check_layout(cfg.parallel, nproc, geometry)
+    if args.routing and not geometry.experts:
+        raise ConfigError(f"--routing: model_type={geometry.model_type!r} has no experts")
     try:
-        sequences = read_sequences(args.data, geometry.vocab)
+        lines = read_lines(args.data, geometry)
     except DataError as e:
         raise ConfigError(str(e)) from e
     code = run.on_ranks("score", argv, nproc)
     if code is None:
-        _score_on_rank(cfg, sequences, args.out)
+        _score_on_rank(cfg, lines, args.out, args.routing)
     return code or 0
 
 
-def read_sequences(path: Path, vocab_size: int) -> list[np.ndarray]:
-    """The `input_ids` of each line, [n] int32. Raises DataError naming the line of anything else."""
-    sequences = []
-    for line, record in read_records(path):
+def read_lines(path: Path, geometry: Geometry) -> list[Line]:
+    """The lines of the input for a model of these sizes. Raises DataError naming the line of anything else."""
+    lines = []
+    for number, record in read_records(path):
+        where = f"{path}:{number}"
         ids = record.get("input_ids")
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise DataError(f"{path}:{line}: input_ids must be a list of at least one integer, found {str(ids)[:60]}")
-        wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+            raise DataError(f"{where}: input_ids must be a list of at least one integer, found {str(ids)[:60]}")
+        wrong = next((i for i in ids if not 0 <= i < geometry.vocab), None)
         if wrong is not None:
-            raise DataError(f"{path}:{line}: token id {wrong} is outside the model's vocabulary of {vocab_size}")
-        sequences.append(np.asarray(ids, dtype=np.int32))
-    return sequences
+            raise DataError(f"{where}: token id {wrong} is outside the model's vocabulary of {geometry.vocab}")
+        routing = record.get("routing")
+        if routing is not None:
+            routing = _read_routing(routing, where, len(ids) - 1, geometry)
+        lines.append(Line(np.asarray(ids, dtype=np.int32), routing))
+    return lines
 
 
-def _score_on_rank(cfg: Config, sequences: Sequence[np.ndarray], out: Path) -> None:
+def _read_routing(value: Any, where: str, slots: int, geometry: Geometry) -> np.ndarray | None:
+    num_layers, k = sum(geometry.moe_layers), geometry.top_k
+    expected = f"[at most {slots} tokens][{num_layers} MoE layers][{k} experts]"
+    if not num_layers:
+        raise DataError(f"{where}: routing of a model without experts ({geometry.model_type})")
+    if value == []:
+        return None
+    try:
+        routing = np.asarray(value)
+    except ValueError as e:  # lists of different lengths
+        raise DataError(f"{where}: routing must be {expected}, found lists of different lengths") from e
+    if routing.dtype.kind != "i" or routing.shape[1:] != (num_layers, k) or len(routing) > slots:
+        raise DataError(f"{where}: routing must be integers {expected}, found {routing.dtype} {list(routing.shape)}")
+    ordered = np.sort(routing, axis=-1)
+    bad = (ordered[..., 0] < 0) | (ordered[..., -1] >= geometry.experts) | (np.diff(ordered) == 0).any(-1)
+    bad &= (routing != -1).any(-1)
+    if bad.any():
+        token, column = (int(i) for i in np.argwhere(bad)[0])
+        layer = [i for i, sparse in enumerate(geometry.moe_layers) if sparse][column]
+        raise DataError(
+            f"{where}: routing of token {token} in layer {layer} is {routing[token, column].tolist()}: expected {k} "
+            f"different experts from 0 to {geometry.experts - 1}, or -1 in all places"
+        )
+    return routing.astype(np.int32)
+
+
+def _score_on_rank(cfg: Config, lines: Sequence[Line], out: Path, with_routing: bool) -> None:
     from megasapo.mcore.topology import Topology
 
     topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
     try:
-        scored = score(cfg, sequences, topo)
+        records = score(cfg, lines, topo, with_routing=with_routing)
         if topo.rank == 0:
-            _write(out, scored)
+            _write(out, records)
         topo.barrier()
     finally:
         topo.destroy()
 
 
-def score(cfg: Config, sequences: Sequence[np.ndarray], topo: Topology) -> list[np.ndarray]:
-    """Collective. [n - 1] float32 logprobs of each sequence of n ids, on every rank.
+def score(cfg: Config, lines: Sequence[Line], topo: Topology, *, with_routing: bool = False) -> list[dict[str, Any]]:
+    """Collective. The record of each line that goes into the output, on every rank."""
+    from megasapo.mcore.scorer import Scorer
 
-    Logits are divided by `rollout.temperature`, as servers report logprobs.
-    """
-    from megasapo.data.packing import Pieces, join, pieces
-    from megasapo.mcore import bridge, model, step
-
-    chunks = model.build_model(cfg.model, model.read_hf_config(cfg.model.path), topo)
-    bridge.load_hf(chunks, cfg.model.path, topo)
-    micro = _micro_batches(sequences, cfg.train.micro_batch_tokens, topo)
-    logps = step.logprobs(chunks, micro, topo, temperature=cfg.rollout.temperature)
-    mine: Pieces = {}
-    if topo.is_last_stage:
-        for mb, logp in zip(micro, logps, strict=True):
-            assert logp is not None, "the last stage has logprobs"
-            mine |= pieces(mb, logp)
-    found = join(topo.gather(mine))
-    nothing = np.zeros(0, dtype=np.float32)  # a single token has nothing before it
-    return [found[i] if len(ids) > 1 else nothing for i, ids in enumerate(sequences)]
-
-
-def _micro_batches(sequences: Sequence[np.ndarray], max_tokens: int, topo: Topology) -> list[MicroBatch]:
-    """This data-parallel rank's share, as many on every rank, at least one; a longer sequence is packed by itself."""
-    from megasapo.data.packing import pack
-
-    rows = [_row(i, ids) for i, ids in enumerate(sequences) if len(ids) > 1]
-    packs: list[list[Any]] = [[]]
-    used = 0
-    for row in rows:
-        slots = topo.shard.slots_for(len(row.tokens))
-        if packs[-1] and used + slots > max_tokens:
-            packs.append([])
-            used = 0
-        packs[-1].append(row)
-        used += slots
-    packs += [[] for _ in range(-len(packs) % (topo.dp * topo.micro_batch_multiple))]
-    mine = packs[topo.dp_rank :: topo.dp]
-    return [pack(part, np.zeros(len(part), dtype=np.float32), shard=topo.shard).to(topo.device) for part in mine]
+    scorer = Scorer(cfg, topo)
+    scorer.load(Path(cfg.model.path))
+    forced = [line.routing for line in lines]
+    scored = scorer.score(
+        [line.ids for line in lines],
+        forced if any(routing is not None for routing in forced) else None,
+        with_routing=with_routing,
+    )
+    records: list[dict[str, Any]] = []
+    for one, routing in zip(scored, forced, strict=True):
+        record: dict[str, Any] = {"logprobs": one.logp.tolist()}
+        if with_routing:
+            record["routing"] = [] if one.choices is None else used(one.choices, routing).tolist()
+        records.append(record)
+    return records
 
 
-def _row(index: int, ids: np.ndarray) -> Any:
-    from megasapo.types import TrainSequence
+def used(choices: np.ndarray, forced: np.ndarray | None) -> np.ndarray:
+    """[n - 1, L, K] the experts that did the work: the forced ones, and the router's choice where none were."""
+    experts = choices.astype(np.int32)
+    if forced is not None:
+        experts[: len(forced)] = np.where(forced < 0, experts[: len(forced)], forced)
+    return experts
 
-    scored = np.arange(len(ids)) > 0
-    return TrainSequence(index, ids, scored, np.zeros(len(ids), dtype=np.float32), advantage=0.0)
 
-
-def _write(out: Path, scored: Sequence[np.ndarray]) -> None:
+def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
     temporary = out.with_name(out.name + ".new")
     with temporary.open("w") as f:
-        for logprobs in scored:
-            f.write(json.dumps({"logprobs": logprobs.tolist()}) + "\n")
+        f.writelines(json.dumps(record) + "\n" for record in records)
     os.replace(temporary, out)

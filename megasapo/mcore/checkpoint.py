@@ -36,7 +36,7 @@ def latest(run_dir: Path) -> Path | None:
     if not pointer.exists():
         return None
     path = pointer.parent / pointer.read_text().strip()
-    if not (path / "megasapo.json").is_file():
+    if not is_checkpoint(path):
         raise CheckpointError(
             f"{pointer} names {path.name}, which is missing or incomplete: write the name of a complete one into it, "
             "or remove it to start over"
@@ -47,6 +47,11 @@ def latest(run_dir: Path) -> Path | None:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step_"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a complete training checkpoint."""
+    return (path / "megasapo.json").is_file()
 
 
 def save(
@@ -96,9 +101,7 @@ def set_trainer_state(path: Path, trainer_state: dict[str, Any]) -> None:
 
 def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology) -> dict[str, Any]:
     """Collective. Restore model, optimizer and random state in place; returns the trainer state."""
-    record = json.loads((path / "megasapo.json").read_text())
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}")
+    record = _read_record(path)
     if record["world_size"] != topo.world_size:
         raise CheckpointError(
             f"{path} was written by {record['world_size']} ranks and this run has {topo.world_size}: resume with "
@@ -112,6 +115,22 @@ def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: T
     optimizer.load_schedule_state(state["schedule"])
     _set_random_state(state["random"])
     return record["trainer"]
+
+
+def load_weights(path: Path, model: list[torch.nn.Module]) -> None:
+    """Collective. The model's weights alone, into any layout and dtype, whatever wrote them."""
+    _read_record(path)
+    template: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
+    state = dist_checkpointing.load(template, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    for name, chunk in _named(model):
+        chunk.load_state_dict(state[name], strict=True)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((path / "megasapo.json").read_text())
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}")
+    return record
 
 
 def _state_dict(model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology, is_loading: bool) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class RoutingReplay:
         self.num_experts, self.top_k = int(config.num_moe_experts), int(config.moe_router_topk)
         self._layers = {model: _install(model) for model in models}
         self._recorded: dict[nn.Module, list[Tensor]] = {model: [] for model in models}
+        self._given_up: dict[nn.Module, list[Tensor]] = {model: [] for model in models}
         self._validate = validate
         self._between = _Mode.NATIVE  # what routers do outside record() and replay()
 
@@ -58,6 +59,28 @@ class RoutingReplay:
         layers = self._layers[model]
         with _forward(layers, _Mode.RECORD, afterwards=self._between):
             yield
+        self._recorded[model].append(self._choices(layers, mb))
+
+    @contextmanager
+    def compare(self, chunk: nn.Module, mb: MicroBatch) -> Iterator[None]:
+        """As `replay`, without gradients, and keep what each router would have chosen at the inputs it was given.
+
+        `take` hands out those choices: every layer before the router was forced, so where they differ from
+        `mb.routing` that very layer decided otherwise. `take_given_up` says by how much.
+        """
+        assert not torch.is_grad_enabled(), "compare is for scoring: what would have been chosen has no gradient"
+        model = self._known(chunk)
+        layers = self._layers[model]
+        for layer, target in zip(layers, self._targets(model, mb), strict=True):
+            layer.target, layer.expects_backward = target, False
+        with _forward(layers, _Mode.COMPARE, afterwards=self._between):
+            yield
+        self._recorded[model].append(self._choices(layers, mb))
+        given_up = [layer.given_up for layer in layers] or [torch.empty(mb.loss_mask.numel(), 0)]
+        self._given_up[model].append(torch.stack(given_up, 1) if layers else given_up[0])
+
+    def _choices(self, layers: list[_Layer], mb: MicroBatch) -> Tensor:
+        """[Tl, L of the chunk, K] what its routers chose in the forward that just ended."""
         rows = mb.loss_mask.numel()
         routing = torch.empty((rows, len(layers), self.top_k), dtype=storage_dtype(self.num_experts))
         routing = routing.to(mb.loss_mask.device)
@@ -69,15 +92,21 @@ class RoutingReplay:
                     f"tokens of the micro-batch and top-k {self.top_k}"
                 )
             routing[:, column] = chosen
-        self._recorded[model].append(routing)
+        return routing
 
     def take(self) -> list[Tensor]:
         """The routing [Tl, L, K] of each micro-batch recorded since the last call, in the order they ran."""
-        recorded = list(self._recorded.values())
-        self._recorded = {model: [] for model in self._recorded}
-        counts = {len(routings) for routings in recorded}
-        assert len(counts) == 1, f"the chunks recorded different numbers of micro-batches: {counts}"
-        return [torch.cat(parts, dim=1) for parts in zip(*recorded, strict=True)]
+        recorded, self._recorded = self._recorded, {model: [] for model in self._recorded}
+        return _over_chunks(recorded)
+
+    def take_given_up(self) -> list[Tensor]:
+        """[Tl, L] float32 of each micro-batch that ran inside `compare` since the last call, in the order they ran.
+
+        The scores of the K experts that the router would have chosen less those of the K that it was forced to, as its
+        top-k compares them: 0 where the two are the same.
+        """
+        given_up, self._given_up = self._given_up, {model: [] for model in self._given_up}
+        return _over_chunks(given_up)
 
     @contextmanager
     def replay(self, chunk: nn.Module, mb: MicroBatch) -> Iterator[None]:
@@ -146,10 +175,18 @@ class RoutingReplay:
         return list(columns.unbind(1))
 
 
+def _over_chunks(parts: dict[nn.Module, list[Tensor]]) -> list[Tensor]:
+    """Of each micro-batch, the columns of all chunks."""
+    counts = {len(values) for values in parts.values()}
+    assert len(counts) == 1, f"the chunks recorded different numbers of micro-batches: {counts}"
+    return [torch.cat(columns, dim=1) for columns in zip(*parts.values(), strict=True)]
+
+
 class _Mode(Enum):
     NATIVE = "the router chooses"
     RECORD = "the router chooses, and it is kept"
     REPLAY = "the target is forced"
+    COMPARE = "the target is forced, and what the router would have chosen is kept"
     RECOMPUTE = "between forward passes: only backward asks, for what its forward was forced to"
 
 
@@ -169,6 +206,7 @@ class _Layer:
         self.expects_backward = False
         self.pending: deque[Tensor] = deque()  # targets of micro-batches whose backward will ask again, in order
         self._chosen: Tensor | None = None
+        self.given_up = torch.empty(0)  # [Tl] in the last forward inside compare()
 
     def get_replay_topk(
         self,
@@ -184,23 +222,28 @@ class _Layer:
         if self.mode is _Mode.NATIVE:
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         target = self._forced()
-        if target is None or target.dtype is not torch.uint8:  # int16 may hold NATIVE
-            best, ids = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-            order = best.detach().argsort(dim=1, descending=True, stable=True)
-            ids = ids.gather(1, order)
-            if target is not None:
-                ids = torch.where(target < 0, ids, target.long())
+        own: Tensor | None = None
+        if target is None or target.dtype is not torch.uint8 or self.mode is _Mode.COMPARE:  # int16 may hold NATIVE
+            best, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            own = own.gather(1, best.detach().argsort(dim=1, descending=True, stable=True))
+        if target is None or own is None:
+            ids = own if target is None else target.long()
         else:
-            ids = target.long()
-        if self.mode is _Mode.RECORD:
-            self._chosen = ids
-        return scores.gather(1, ids), ids
+            ids = torch.where(target < 0, own, target.long())
+        assert ids is not None
+        if self.mode in (_Mode.RECORD, _Mode.COMPARE):
+            self._chosen = own
+        chosen = scores.gather(1, ids)
+        if self.mode is _Mode.COMPARE:
+            assert own is not None
+            self.given_up = (scores.gather(1, own).sum(1) - chosen.sum(1)).float()
+        return chosen, ids
 
     def _forced(self) -> Tensor | None:
         """[Tl, K] what to choose now, None while recording."""
         if self.mode is _Mode.RECORD:
             return None
-        if self.mode is _Mode.REPLAY:
+        if self.mode in (_Mode.REPLAY, _Mode.COMPARE):
             assert self.target is not None
             # Activation checkpointing runs the forward of a training pass without gradients, and this layer again in
             # backward. A forward with gradients is the only one.

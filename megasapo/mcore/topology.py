@@ -56,7 +56,7 @@ class Topology:
 
     @staticmethod
     def init(parallel: ParallelConfig, *, seed: int = 1) -> Topology:
-        """Join the process group that RANK, WORLD_SIZE and MASTER_* describe (one process without them).
+        """Join the process group that RANK, WORLD_SIZE and MASTER_* describe (one process without them), unless joined.
 
         `seed` feeds megatron-core's random number tracker. Raises ConfigError on an impossible layout, before any
         group is made.
@@ -107,9 +107,13 @@ class Topology:
         dist.all_gather_object(values, value, group=self.world_group_cpu)
         return values
 
+    def leave(self) -> None:
+        """Give the layout up and stay in the process group: the same ranks may `init` another layout."""
+        parallel_state.destroy_model_parallel()
+
     def destroy(self) -> None:
         """Leave the process group; gloo aborts at interpreter exit otherwise."""
-        parallel_state.destroy_model_parallel()
+        self.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -123,6 +127,8 @@ def _init_process_group(world_size: int) -> torch.device:
         backend = "cpu:gloo,cuda:nccl"
     elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # every rank would take all cores of the machine
+    if dist.is_initialized():
+        return device
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from megasapo.data.files import DataError
-from megasapo.score import read_sequences
+from megasapo.geometry import read_geometry
+from megasapo.score import read_lines
 from tests.dist.launcher import ROOT
 from tests.tiny import make_model
 
@@ -72,6 +74,35 @@ def test_score_agrees_with_transformers(layout: list[str], model: Path, data: Pa
     check(out, model, data)
 
 
+def test_a_given_routing_is_forced(model: Path, data: Path, tmp_path: Path) -> None:
+    """Its own routing changes nothing; another one changes what comes after it, and nothing before."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    files = ["--model", str(model), "--routing"]
+    done = run_score(*files, "--data", str(data), "--out", str(first))
+    assert done.returncode == 0, done.stderr[-4000:]
+    natural = [json.loads(line) for line in first.read_text().splitlines()]
+    assert [np.shape(row["routing"]) for row in natural if row["routing"]] == [(n - 1, 4, 2) for n in LENGTHS if n > 1]
+    changed, layer, at = 3, 2, 10  # line, layer and token whose experts become others
+    forced = [row["routing"] for row in natural]
+    forced[changed][at][layer] = [(expert + 4) % 8 for expert in forced[changed][at][layer]]
+    forced[5] = forced[5][:20]  # the rest is left to the routers
+    forced[6] = [[[-1, -1]] * 4] * (LENGTHS[6] - 1)
+    again = tmp_path / "again.jsonl"
+    rows = zip(data.read_text().splitlines(), forced, strict=True)
+    again.write_text("".join(json.dumps(json.loads(line) | {"routing": z}) + "\n" for line, z in rows))
+    done = run_score(*files, "--data", str(again), "--out", str(second))
+    assert done.returncode == 0, done.stderr[-4000:]
+    scored = [json.loads(line) for line in second.read_text().splitlines()]
+    for i, (before, after) in enumerate(zip(natural, scored, strict=True)):
+        difference = np.abs(np.subtract(before["logprobs"], after["logprobs"]))
+        if i == changed:
+            assert difference[:at].max() < 1e-5 < 1e-3 < difference[at]
+            assert after["routing"][at][layer] == forced[changed][at][layer]
+        else:
+            assert difference.max(initial=0) < 1e-5
+            assert after["routing"] == before["routing"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -81,13 +112,26 @@ def test_score_agrees_with_transformers(layout: list[str], model: Path, data: Pa
         ('{"input_ids": [1, true]}', "in.jsonl:2: input_ids must be a list"),
         ('{"input_ids": [1, 512]}', "in.jsonl:2: token id 512 is outside the model's vocabulary of 512"),
         ('{"input_ids": [-1, 5]}', "in.jsonl:2: token id -1 is outside"),
+        (
+            '{"input_ids": [1, 2], "routing": [[[0, 1]]]}',
+            "[at most 1 tokens][4 MoE layers][2 experts], found int64 [1, 1,",
+        ),
+        ('{"input_ids": [1, 2], "routing": [[[0, 1], [2]]]}', "in.jsonl:2: routing must be [at most 1 tokens]"),
+        (
+            '{"input_ids": [1, 2, 3], "routing": [[[0, 1], [0, 1], [2, 3], [3, 8]]]}',
+            "in.jsonl:2: routing of token 0 in layer 3 is [3, 8]: expected 2 different experts from 0 to 7",
+        ),
+        (
+            '{"input_ids": [1, 2], "routing": [[[-1, -1], [4, 4], [2, 3], [3, 7]]]}',
+            "in.jsonl:2: routing of token 0 in layer 1 is [4, 4]: expected 2 different",
+        ),
     ],
 )
-def test_malformed_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
+def test_malformed_lines_are_named(line: str, message: str, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"input_ids": [1, 2]}\n' + line + "\n")
-    with pytest.raises(DataError, match=message.replace("[", r"\[")):
-        read_sequences(path, 512)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_lines(path, read_geometry(model))
 
 
 def test_mistakes_are_one_line_and_leave_no_file(model: Path, data: Path, tmp_path: Path) -> None:

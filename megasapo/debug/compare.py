@@ -1,0 +1,180 @@
+"""Where the passes over a sample part from what the server said, as plain records that are printed or written as JSON.
+
+Called by the debugger; numpy only. A slot t holds input token t, routes it, and predicts token t + 1. The prompt's
+slots count for routing, since the response attends to them, and not for logprobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, Passes, Variant
+from megasapo.debug.samples import Dumped
+from megasapo.routing.validate import offset_of
+from megasapo.score import used
+
+if TYPE_CHECKING:
+    from megasapo.mcore.scorer import Scored
+
+Record = dict[str, Any]
+MOST = 80.0  # of a log-ratio in exp: more would overflow in single precision elsewhere
+
+
+def rerouted(reference: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """[n - 1, L] bool: where two routings [n - 1, L, K] are not the same set; False where `reference` is unknown."""
+    differs = (np.sort(reference, -1).astype(np.int32) != np.sort(experts, -1).astype(np.int32)).any(-1)
+    return differs & (reference.astype(np.int32) >= 0).all(-1)
+
+
+def expected_experts(sample: Dumped, passes: Passes) -> np.ndarray | None:
+    """[n - 1, L, K] what a sample's routing is compared with: the server's, or without a trace the native pass's."""
+    return passes[NATIVE][sample.number].choices if sample.routing is None else sample.routing
+
+
+def row(variant: Variant, samples: Sequence[Dumped], passes: Passes, tolerance: float) -> Record:
+    """One line of the table: a variant over some samples, by their response tokens."""
+    there = [s for s in samples if s.number in passes[variant]]
+    difference = np.concatenate([_difference(s, passes[variant][s.number]) for s in there])
+    known = difference[np.isfinite(difference)].astype(np.float64)
+    record: Record = {
+        "variant": str(variant),
+        "tokens": len(known),
+        "not_comparable": len(difference) - len(known),
+        "mean": float(np.abs(known).mean()) if len(known) else None,
+        "max": float(np.abs(known).max()) if len(known) else None,
+        "kl": float((np.exp(np.minimum(known, MOST)) - 1 - known).mean()) if len(known) else None,
+        "beyond_tolerance": int((np.abs(known) > tolerance).sum()),
+    }
+    if (flips := _flips(variant, there, passes)) is not None:
+        record |= {"rerouted_tokens": int(flips.any(-1).sum()), "rerouted_choices": int(flips.sum())}
+        record |= {"slots": len(flips), "choices": flips.size}
+    return record
+
+
+def _difference(sample: Dumped, scored: Scored) -> np.ndarray:
+    """[response tokens] learner's logprob less the server's."""
+    return scored.logp[sample.response] - sample.rollout_logp[sample.response]
+
+
+def _flips(variant: Variant, samples: Sequence[Dumped], passes: Passes) -> np.ndarray | None:
+    """[all slots, L] where the experts that a variant used are not the expected ones."""
+    found = []
+    for sample in samples:
+        scored, expected = passes[variant][sample.number], expected_experts(sample, passes)
+        if scored.choices is None or expected is None:
+            return None
+        found.append(rerouted(expected, used(scored.choices, _forced(variant, sample, passes))))
+    return np.concatenate(found)
+
+
+def _forced(variant: Variant, sample: Dumped, passes: Passes) -> np.ndarray | None:
+    if variant.routing == "R2":
+        return passes[NATIVE][sample.number].choices
+    return sample.routing if variant.routing == "R3" else None
+
+
+def by_layer(native: Variant, samples: Sequence[Dumped], passes: Passes, layers: Sequence[int]) -> Record | None:
+    """Rerouted tokens of each layer, naturally, and by the layer alone (everything before it held to the expected)."""
+    flips = _flips(native, samples, passes)
+    if flips is None:
+        return None
+    record: Record = {"layers": list(layers), "natural": flips.sum(0).tolist()}
+    own = []
+    for sample in samples:
+        held, expected = _held(native, sample, passes), expected_experts(sample, passes)
+        if held is not None and held.choices is not None and expected is not None:
+            own.append(rerouted(expected, held.choices))
+    return record | {"by_itself": np.concatenate(own).sum(0).tolist() if own else None}
+
+
+def _held(native: Variant, sample: Dumped, passes: Passes) -> Scored | None:
+    """The pass like `native` in which every router was held to the expected experts."""
+    routing = "R2" if sample.routing is None else "R3"
+    return passes.get(Variant(native.against, native.weights, routing), {}).get(sample.number)
+
+
+def first_rerouted(native: Variant, sample: Dumped, passes: Passes, layers: Sequence[int]) -> Record | None:
+    """The first slot, and in it the first layer, whose experts are not the expected ones: what is before it agrees."""
+    flips = _flips(native, [sample], passes)
+    if flips is None or not flips.any():
+        return None
+    slot, column = (int(i) for i in np.argwhere(flips)[0])
+    expected, choices = expected_experts(sample, passes), passes[native][sample.number].choices
+    assert expected is not None
+    assert choices is not None
+    held = _held(native, sample, passes)
+    gap = None if held is None or held.given_up is None else float(held.given_up[slot, column])
+    return _token(sample, slot) | {
+        "layer": layers[column],
+        "expected": sorted(expected[slot, column].tolist()),
+        "chosen": sorted(choices[slot, column].tolist()),
+        "score_gap": gap,  # the router's scores of its own choice less those of the expected experts
+    }
+
+
+def first_beyond(variant: Variant, sample: Dumped, passes: Passes, tolerance: float) -> Record | None:
+    """The first response token whose logprob is further than `tolerance` from the server's."""
+    scored = passes[variant].get(sample.number)
+    if scored is None:
+        return None
+    beyond = np.abs(scored.logp - sample.rollout_logp) > tolerance  # False where NaN
+    if not beyond.any():
+        return None
+    slot = int(np.argmax(beyond))
+    return _token(sample, slot + 1) | {
+        "variant": str(variant),
+        "logprob": float(scored.logp[slot]),
+        "rollout_logprob": float(sample.rollout_logp[slot]),
+    }
+
+
+def _token(sample: Dumped, index: int) -> Record:
+    """`position` in the response, from 0; negative: in the prompt, counted from its end."""
+    return {"token": index, "position": index - sample.prompt_tokens, "token_id": int(sample.tokens[index])}
+
+
+def shift(sample: Dumped, passes: Passes) -> int:
+    """By how many rows the server's routing is off, 0 when it is not (or not traced)."""
+    choices = passes[NATIVE][sample.number].choices
+    return 0 if sample.routing is None or choices is None else offset_of(sample.routing, choices)
+
+
+def terms(samples: Sequence[Dumped], passes: Passes) -> Record | None:
+    """Mean, variance and share of the variance of the log-ratio's terms; they add up to it, token by token.
+
+    engine and mismatch are one term without a traced routing, update and drift are there with two sets of weights.
+    """
+    later = CURRENT in passes
+    parts: dict[str, list[np.ndarray]] = {}
+    traced = all(s.number in passes.get(REPLAYED, {}) for s in samples)
+    for sample in samples:
+        at = sample.response
+        chain = [("", sample.rollout_logp[at])]
+        if traced:
+            chain += [("engine", passes[REPLAYED][sample.number].logp[at])]
+        chain += [("mismatch" if traced else "engine and mismatch", passes[NATIVE][sample.number].logp[at])]
+        if later and CURRENT_HELD in passes:
+            chain += [("update", passes[CURRENT_HELD][sample.number].logp[at])]
+        if later:
+            name = "drift" if CURRENT_HELD in passes else "update"
+            chain += [(name, passes[CURRENT][sample.number].logp[at])]
+        for (_, before), (name, after) in itertools.pairwise(chain):
+            parts.setdefault(name, []).append(after.astype(np.float64) - before)
+    values = {name: np.concatenate(found) for name, found in parts.items()}
+    whole = np.sum(list(values.values()), axis=0)
+    good = np.isfinite(whole)
+    if good.sum() < 2:
+        return None
+    whole = whole[good]
+    variance = float(whole.var())
+    record: Record = {"tokens": len(whole), "mean": float(whole.mean()), "variance": variance, "terms": {}}
+    for name, value in values.items():
+        term = value[good]
+        shared = float(((term - term.mean()) * (whole - whole.mean())).mean())
+        figures = {"mean": float(term.mean()), "variance": float(term.var())}
+        record["terms"][name] = figures | {"share": shared / variance if variance > 0 else None}
+    return record

@@ -1,0 +1,147 @@
+"""A learner's model that only scores: teacher-forced logprobs and routing of whole sequences, in any parallel layout.
+
+Called by score.py and debug/, which bring token ids and routings of whole sequences and get arrays of whole sequences
+back, whatever the layout. It makes no optimizer, and knows nothing of files other than weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megasapo.config import Config, ConfigError
+from megasapo.data.packing import Pieces, join, pack, pieces
+from megasapo.geometry import read_geometry
+from megasapo.mcore import bridge, checkpoint, model, step
+from megasapo.mcore.replay import RoutingReplay, cut_routing
+from megasapo.mcore.topology import Topology
+from megasapo.types import MicroBatch, TrainSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one pass says of a sequence of n tokens; routing only of a model with experts, and when it was asked for."""
+
+    logp: np.ndarray  # [n - 1] float32, of each token after the first
+    # [n - 1, L, K] uint8 or int16, best first: what each router chose, or under a forced routing would have chosen
+    choices: np.ndarray | None = None
+    # [n - 1, L] float32 under a forced routing: scores of its choices less those of the forced experts
+    given_up: np.ndarray | None = None
+
+
+class Scorer:
+    """The model of `cfg` on this rank. Collective, as are its methods."""
+
+    def __init__(self, cfg: Config, topo: Topology) -> None:
+        self._cfg, self._topo = cfg, topo
+        hf_config = model.read_hf_config(cfg.model.path)
+        self._chunks: list[torch.nn.Module] = [*model.build_model(cfg.model, hf_config, topo)]
+        has_experts = any(read_geometry(cfg.model.path).moe_layers)
+        self._replay = RoutingReplay(self._chunks) if has_experts else None
+        own = self._replay.layers if self._replay else ()
+        self.layers: list[int] = sorted({layer for part in topo.gather(own) for layer in part})  # of the MoE layers
+
+    def load(self, weights: Path) -> None:
+        """The weights of an HF directory or of a training checkpoint, which may come from another layout."""
+        if checkpoint.is_checkpoint(weights):
+            checkpoint.load_weights(weights, self._chunks)
+        else:
+            bridge.load_hf(self._chunks, weights, self._topo)
+
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        routing: Sequence[np.ndarray | None] | None = None,
+        *,
+        with_routing: bool = False,
+    ) -> list[Scored]:
+        """Of each sequence of n token ids its logprobs, on every rank; with the routers' choices if asked for.
+
+        routing: of each sequence [at most n - 1, L, K] expert ids that are forced, -1 and None where routers choose;
+        ValueError for ids that the model cannot be given. Logits are divided by `rollout.temperature`, as servers
+        report logprobs.
+        """
+        micro = self._micro_batches(sequences)
+        routed: step.Routed = step.natively
+        if self._replay is None and (routing is not None or with_routing):
+            raise ConfigError(f"model.path={self._cfg.model.path} has no experts: there is no routing to force or show")
+        if self._replay is not None and routing is not None:
+            micro = [mb.with_(routing=self._cut(mb, routing)) for mb in micro]
+            routed = self._replay.compare if with_routing else self._replay.replay
+        elif self._replay is not None and with_routing:
+            routed = self._replay.record
+        logps = step.logprobs(self._chunks, micro, self._topo, temperature=self._cfg.rollout.temperature, routed=routed)
+        logp = self._whole(micro, logps if self._topo.is_last_stage else None)
+        found = [Scored(logp[i]) if i in logp else NOTHING for i in range(len(sequences))]
+        if not with_routing or self._replay is None:
+            return found
+        choices = self._over_stages(micro, self._replay.take())
+        given_up = {}
+        if routing is not None:
+            given_up = self._over_stages(micro, self._replay.take_given_up())
+        return [Scored(s.logp, choices.get(i), given_up.get(i)) for i, s in enumerate(found)]
+
+    def _whole(self, micro: list[MicroBatch], values: Sequence[torch.Tensor | None] | None) -> dict[int, np.ndarray]:
+        """Per-token values of whole sequences, from every rank that has some."""
+        mine: Pieces = {}
+        for mb, value in zip(micro, values or [], strict=values is not None):
+            assert value is not None, "a stage has the values of all its micro-batches or of none"
+            mine |= pieces(mb, value)
+        return join(self._topo.gather(mine))
+
+    def _over_stages(self, micro: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, np.ndarray]:
+        """[n - 1, L, ...] of whole sequences from [Tl, L of this stage, ...]."""
+        assert self._replay is not None
+        stages = []
+        columns: list[int] = []
+        for stage in range(self._topo.pp):
+            here = stage == self._topo.pp_rank
+            stages.append(self._whole(micro, values if here else None))
+            columns += next(own for own in self._topo.gather(self._replay.layers if here else None) if own is not None)
+        order = np.argsort(columns)
+        return {uid: np.concatenate([stage[uid] for stage in stages], axis=1)[:, order] for uid in stages[0]}
+
+    def _cut(self, mb: MicroBatch, routing: Sequence[np.ndarray | None]) -> torch.Tensor:
+        assert self._replay is not None
+        cut = cut_routing(
+            [routing[uid] for uid in mb.uids],
+            mb.slots,
+            mb.sequence.cpu().numpy(),
+            mb.position.cpu().numpy(),
+            layers=[self.layers.index(layer) for layer in self._replay.layers],
+            num_experts=self._replay.num_experts,
+            top_k=self._replay.top_k,
+        )
+        return cut.to(self._topo.device)
+
+    def _micro_batches(self, sequences: Sequence[np.ndarray]) -> list[MicroBatch]:
+        """This data-parallel rank's share, as many on every rank, at least one; a longer sequence is packed by itself.
+
+        A sequence of one token has nothing to score and is left out.
+        """
+        topo, limit = self._topo, self._cfg.train.micro_batch_tokens
+        packs: list[list[TrainSequence]] = [[]]
+        used = 0
+        for i, ids in enumerate(sequences):
+            if len(ids) < 2:
+                continue
+            slots = topo.shard.slots_for(len(ids))
+            if packs[-1] and used + slots > limit:
+                packs.append([])
+                used = 0
+            scored = np.arange(len(ids)) > 0
+            packs[-1].append(TrainSequence(i, ids, scored, np.zeros(len(ids), dtype=np.float32), advantage=0.0))
+            used += slots
+        # with a single round interleaved stages wait for one another forever (exchange.py)
+        fewest = 2 * topo.pp if topo.vpp > 1 else 1
+        each = max(fewest, -(-len(packs) // (topo.dp * topo.micro_batch_multiple)) * topo.micro_batch_multiple)
+        packs += [[] for _ in range(each * topo.dp - len(packs))]
+        mine = packs[topo.dp_rank :: topo.dp]
+        return [pack(part, np.zeros(len(part), dtype=np.float32), shard=topo.shard).to(topo.device) for part in mine]
+
+
+NOTHING = Scored(np.zeros(0, dtype=np.float32))  # a single token has nothing before it
