@@ -37,7 +37,7 @@ from megasapo.routing.validate import UNKNOWN
 log = logging.getLogger(__name__)
 FILE_BYTES = 32 << 20  # ids in one file at most, unless one sequence has more
 FILE_STEPS = 16  # a file that spans this many steps is finished: a crash loses no more of a small run
-QUEUED_ROWS = 64
+QUEUED_BYTES = 512 << 20  # ids that wait to be written at most; whoever adds more waits too
 _NAME = re.compile(r"steps_(\d+)-(\d+)\.part-(\d+)\.(\d+)\.parquet")
 
 
@@ -100,7 +100,8 @@ class TraceWriter:
         self._chunk: list[tuple[int, TraceRow]] = []
         self._chunk_bytes = 0
         self._error: BaseException | None = None
-        self._queue: queue.Queue[tuple[int, TraceRow] | threading.Event | None] = queue.Queue(QUEUED_ROWS)
+        self._queue: queue.Queue[tuple[int, TraceRow] | threading.Event | None] = queue.Queue()
+        self._queued_bytes, self._room = 0, threading.Condition()
         self._thread = threading.Thread(target=self._run, name="routing-trace", daemon=True)
         self._thread.start()
 
@@ -143,6 +144,10 @@ class TraceWriter:
     def _put(self, item: tuple[int, TraceRow] | threading.Event) -> None:
         if not self._thread.is_alive():
             raise RuntimeError(f"the routing trace in {self._directory} is closed")
+        size = _size(item)
+        with self._room:
+            self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES)
+            self._queued_bytes += size
         self._queue.put(item)
 
     def _raise(self) -> None:
@@ -161,6 +166,9 @@ class TraceWriter:
                     self._take(item)
                 except BaseException as e:
                     self._error = e
+            with self._room:
+                self._queued_bytes -= _size(item)
+                self._room.notify()
             if isinstance(item, threading.Event):
                 item.set()
             elif item is None:
@@ -207,6 +215,10 @@ class TraceWriter:
     def _drop(self, rows: int) -> None:
         with self._dropped_lock:
             self._dropped += rows
+
+
+def _size(item: tuple[int, TraceRow] | threading.Event | None) -> int:
+    return item[1].routing.nbytes if isinstance(item, tuple) else 0
 
 
 def read_trace(directory: Path, step: int | None = None, uid: int | None = None) -> list[tuple[int, TraceRow]]:

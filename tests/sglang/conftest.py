@@ -38,7 +38,7 @@ def sglang_python() -> Path:
 @pytest.fixture(scope="module", params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
 def contract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
     engine, root = request.param, tmp_path_factory.mktemp(request.param)
-    flags = ["--dtype", "float32", "--enable-return-routed-experts"]
+    flags = ["--dtype", "float32"]
     if engine == "sglang" and not sglang_python().exists():
         pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh, or pytest -m 'not sglang'")
     cfg = RolloutConfig(
@@ -53,6 +53,6 @@ def contract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         request_timeout_s=120.0,
     )
     old, new = make_model(root / "old", seed=1), make_model(root / "new", seed=2)
-    with Fleet.start(cfg, old, root / "run") as fleet:
+    with Fleet.start(cfg, old, root / "run", routing=True) as fleet:
         with httpx.Client(base_url=fleet.urls[0], timeout=120.0, trust_env=False) as http:
             yield Contract(engine, fleet, http, old, new, root / "run")

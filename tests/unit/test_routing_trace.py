@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_an_error_of_the_thread_reaches_the_next_call_once(tmp_path: Path, monke
         raise OSError("no space left")
 
     monkeypatch.setattr(trace, "_write", full)
-    monkeypatch.setattr(trace, "QUEUED_ROWS", 2)
+    monkeypatch.setattr(trace, "QUEUED_BYTES", 60)
     w = writer(tmp_path)
     w.add(step=1, sequences=[row(uid) for uid in range(20)])
     with pytest.raises(RuntimeError, match=r"the routing trace in .* cannot be written: no space left"):
@@ -248,14 +249,27 @@ def test_an_error_of_the_thread_reaches_the_next_call_once(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_slow_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "QUEUED_ROWS", 1)
+@pytest.mark.parametrize("queued_bytes", [1, 100])
+def test_a_slow_disk_loses_nothing_and_holds_whoever_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queued_bytes: int
+) -> None:
+    monkeypatch.setattr(trace, "QUEUED_BYTES", queued_bytes)
     monkeypatch.setattr(trace, "FILE_BYTES", 1)
+    most, write = 0, trace._write
+
+    def slow(table: Any, path: Path) -> int:
+        nonlocal most
+        time.sleep(0.01)
+        most = max(most, w._queued_bytes)
+        return write(table, path)
+
+    monkeypatch.setattr(trace, "_write", slow)
     w = writer(tmp_path)
-    w.add(step=1, sequences=[row(uid) for uid in range(30)])
+    w.add(step=1, sequences=[row(uid) for uid in range(30)])  # 30 bytes each
     w.close()
     assert [uid for _, uid, _ in steps_and_uids(tmp_path)] == list(range(30))
     assert dropped(w) == 0
+    assert most <= max(queued_bytes, 30)
 
 
 def test_routing_of_another_shape_is_refused(tmp_path: Path) -> None:
