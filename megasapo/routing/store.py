@@ -59,16 +59,23 @@ def token_rows(
 
 
 def write_diagnosis(
-    run_dir: Path, step: int, decomposition: Decomposition, rows: Sequence[Columns], meta: Mapping[str, Any]
+    run_dir: Path,
+    step: int,
+    decomposition: Decomposition,
+    rows: Sequence[Columns],
+    *,
+    behaviour_version: int,
+    current_version: int,
 ) -> Path:
-    """Both files of a step; `rows` are `token_rows` of some sequences, `meta` goes into the JSON. The path of that.
+    """Both files of a step; `rows` are `token_rows` of some sequences. The path of the JSON.
 
     The JSON is put in its place last: where it is, the other one is too.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    document = {"step": step, **meta, **decomposition.to_json()}
+    versions = {"behaviour_version": behaviour_version, "current_version": current_version}
+    document = {"step": step} | versions | decomposition.to_json()
     with _placed(_tokens_path(run_dir, step)) as unfinished:
         table = pa.concat_tables([pa.table(dict(columns)) for columns in rows]) if rows else pa.table({})
         parquet.write_table(table, unfinished, compression="zstd")
@@ -78,10 +85,14 @@ def write_diagnosis(
     return path
 
 
-def read_diagnosis(run_dir: Path) -> list[dict[str, Any]]:
-    """What `write_diagnosis` wrote, by step; empty without any. UserError naming a file that cannot be read."""
+def read_diagnosis(run_dir: Path, *, newest: int | None = None) -> list[dict[str, Any]]:
+    """What `write_diagnosis` wrote, by step, or the last `newest` of it; empty without any.
+
+    UserError naming a file that cannot be read.
+    """
     found = []
-    for path in sorted(_folder(run_dir).glob("step_*.json")):
+    paths = sorted(_folder(run_dir).glob("step_*.json"))
+    for path in paths if newest is None else paths[-newest:]:
         try:
             found.append(json.loads(path.read_text()))
         except ValueError as e:
