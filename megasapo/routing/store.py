@@ -38,7 +38,8 @@ def token_rows(
     loss = sequence.loss_mask
     n = int(np.count_nonzero(loss))
     ids, terms = sequence.tokens[loss], sequence.terms()[loss]
-    log_ratio = terms.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # of broken tokens
+        log_ratio = terms.sum(axis=1)
     before, held, now = (
         routing[loss] for routing in (sequence.routing_rollout, sequence.routing_behaviour, sequence.routing_current)
     )
@@ -106,7 +107,10 @@ def read_tokens(run_dir: Path, step: int) -> dict[str, np.ndarray]:
 
     path = _tokens_path(run_dir, step)
     if not path.exists():
-        steps = [int(other.name[5:13]) for other in sorted(_folder(run_dir).glob("step_*.tokens.parquet"))]
+        steps = [
+            int(other.name.split(".")[0].removeprefix("step_"))
+            for other in sorted(_folder(run_dir).glob("step_*.tokens.parquet"))
+        ]
         raise UserError(f"{path} does not exist; steps with tokens: {steps or 'none'}")
     table = parquet.read_table(path)
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
