@@ -99,9 +99,8 @@ def _add(sums: dict[str, np.ndarray], sequence: ScoredSequence, axes: Axes) -> N
     if not counted.any():
         return
     sums["sequences"] += 1
-    every_term = sequence.terms()
-    check_identity(sequence, every_term, counted)
-    terms = every_term[counted]  # [N, 4]
+    terms = sequence.terms()[counted]  # [N, 4]
+    check_identity(sequence, terms, counted)
     d = terms.sum(axis=1)
     _add_tokens(sums, sequence, axes, d, terms)
     routing = {name: getattr(sequence, f"routing_{name}")[counted] for name in ROUTINGS}  # [N, L, K]

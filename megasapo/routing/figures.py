@@ -107,7 +107,7 @@ def load_entropy(choices: np.ndarray) -> np.ndarray:
     """[L] entropy of the experts' shares of choices [L, E], over log E: 1 when all are equally busy."""
     share = _shares(choices)
     logs = np.log(share, where=share > 0, out=np.zeros_like(share))
-    return -(share * logs).sum(axis=1) / math.log(choices.shape[1])
+    return -(share * logs).sum(axis=1) / (math.log(choices.shape[1]) or math.nan)
 
 
 def load_imbalance(choices: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from megasapo.routing.axes import MOVES
 MAX_TICKS = 12
 
 
-def flip_picture(documents: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def flip_map(documents: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """[H, W, 3] uint8: share of changed expert choices by layer and step, of mismatch and of drift side by side.
 
     `documents` as `store.read_diagnosis` gives them, one or more; only step, layers and flip_rate are read.
@@ -32,7 +32,7 @@ def flip_picture(documents: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def heat_map(matrices: Mapping[str, np.ndarray], *, steps: Sequence[int], layers: Sequence[int]) -> np.ndarray:
     """[H, W, 3] uint8 with one panel a title: matrices are [steps, layers], drawn with steps to the right.
 
-    All panels share one colour scale from 0; NaN is left grey.
+    Every panel has its own colour scale from 0, as one is often ten times another; NaN is left grey.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,21 +40,19 @@ def heat_map(matrices: Mapping[str, np.ndarray], *, steps: Sequence[int], layers
     for title, matrix in matrices.items():
         if matrix.shape != (len(steps), len(layers)):
             raise ValueError(f"{title}: {matrix.shape} values for {len(steps)} steps and {len(layers)} layers")
-    top = max([float(m[np.isfinite(m)].max(initial=0.0)) for m in matrices.values()]) or 1.0
     figure = Figure(figsize=(5 * len(matrices), 4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for panel, (title, matrix) in zip(panels, matrices.items()):
         panel.set_facecolor("0.8")
-        image = panel.imshow(
-            matrix.T, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis", vmin=0, vmax=top
-        )
+        top = matrix[np.isfinite(matrix)].max(initial=0.0) or 1.0
+        pixels = panel.imshow(matrix.T, aspect="auto", origin="lower", interpolation="nearest", vmin=0, vmax=top)
+        figure.colorbar(pixels, ax=panel)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.set_xticks(*_ticks(steps))
     panels[0].set_ylabel("decoder layer")
     panels[0].set_yticks(*_ticks(layers))
-    figure.colorbar(image, ax=list(panels))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

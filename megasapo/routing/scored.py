@@ -80,14 +80,14 @@ def check(sequence: ScoredSequence, num_layers: int, num_experts: int, num_group
 
 
 def check_identity(sequence: ScoredSequence, terms: np.ndarray, counted: np.ndarray) -> None:
-    """ValueError naming the first counted token whose terms [n-1, 4] do not sum to its log-ratio within TOLERANCE."""
-    log_ratio = sequence.current.astype(np.float64) - sequence.rollout_logp
-    wrong = counted & ~(np.abs(terms.sum(axis=1) - log_ratio) <= TOLERANCE)
+    """ValueError naming the first counted token whose terms [N, 4] do not sum to its log-ratio within TOLERANCE."""
+    log_ratio = sequence.current[counted].astype(np.float64) - sequence.rollout_logp[counted]
+    wrong = ~(np.abs(terms.sum(axis=1) - log_ratio) <= TOLERANCE)
     if wrong.any():
-        at = int(np.argmax(wrong))
+        i = int(np.argmax(wrong))
         raise ValueError(
-            f"sequence {sequence.uid}, position {sequence.positions()[at]} of the response: the terms "
-            f"{dict(zip(TERMS, terms[at].tolist()))} sum to {terms[at].sum()}, but the log-ratio is {log_ratio[at]}"
+            f"sequence {sequence.uid}, position {sequence.positions()[counted][i]} of the response: the terms "
+            f"{dict(zip(TERMS, terms[i].tolist()))} sum to {terms[i].sum()}, but the log-ratio is {log_ratio[i]}"
         )
 
 
@@ -102,7 +102,8 @@ def _check_sweep(
         raise ValueError(f"{who}: {name} has shape {found}, not {(num_groups + 1, len(sequence.tokens))}")
     counted = sequence.counted()
     for row, end in ((0, free), (num_groups, f"{free}_replayed")):
-        wrong = counted & ~(np.abs(sweep[row] - getattr(sequence, end)) <= TOLERANCE)
+        with np.errstate(invalid="ignore"):  # of broken tokens
+            wrong = counted & ~(np.abs(sweep[row] - getattr(sequence, end)) <= TOLERANCE)
         if wrong.any():
             at = int(np.argmax(wrong))
             raise ValueError(

@@ -38,7 +38,8 @@ def token_rows(
     loss = sequence.loss_mask
     n = int(np.count_nonzero(loss))
     ids, terms = sequence.tokens[loss], sequence.terms()[loss]
-    log_ratio = terms.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # of broken tokens
+        log_ratio = terms.sum(axis=1)
     before, held, now = (
         routing[loss] for routing in (sequence.routing_rollout, sequence.routing_behaviour, sequence.routing_current)
     )
@@ -59,16 +60,23 @@ def token_rows(
 
 
 def write_diagnosis(
-    run_dir: Path, step: int, decomposition: Decomposition, rows: Sequence[Columns], meta: Mapping[str, Any]
+    run_dir: Path,
+    step: int,
+    decomposition: Decomposition,
+    rows: Sequence[Columns],
+    *,
+    behaviour_version: int,
+    current_version: int,
 ) -> Path:
-    """Both files of a step; `rows` are `token_rows` of some sequences, `meta` goes into the JSON. The path of that.
+    """Both files of a step; `rows` are `token_rows` of some sequences. The path of the JSON.
 
     The JSON is put in its place last: where it is, the other one is too.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    document = {"step": step, **meta, **decomposition.to_json()}
+    versions = {"behaviour_version": behaviour_version, "current_version": current_version}
+    document = {"step": step} | versions | decomposition.to_json()
     with _placed(_tokens_path(run_dir, step)) as unfinished:
         table = pa.concat_tables([pa.table(dict(columns)) for columns in rows]) if rows else pa.table({})
         parquet.write_table(table, unfinished, compression="zstd")
@@ -78,10 +86,14 @@ def write_diagnosis(
     return path
 
 
-def read_diagnosis(run_dir: Path) -> list[dict[str, Any]]:
-    """What `write_diagnosis` wrote, by step; empty without any. UserError naming a file that cannot be read."""
+def read_diagnosis(run_dir: Path, *, newest: int | None = None) -> list[dict[str, Any]]:
+    """What `write_diagnosis` wrote, by step, or the last `newest` of it; empty without any.
+
+    UserError naming a file that cannot be read.
+    """
     found = []
-    for path in sorted(_folder(run_dir).glob("step_*.json")):
+    paths = sorted(_folder(run_dir).glob("step_*.json"))
+    for path in paths if newest is None else paths[-newest:]:
         try:
             found.append(json.loads(path.read_text()))
         except ValueError as e:
@@ -95,7 +107,10 @@ def read_tokens(run_dir: Path, step: int) -> dict[str, np.ndarray]:
 
     path = _tokens_path(run_dir, step)
     if not path.exists():
-        steps = [int(other.name[5:13]) for other in sorted(_folder(run_dir).glob("step_*.tokens.parquet"))]
+        steps = [
+            int(other.name.split(".")[0].removeprefix("step_"))
+            for other in sorted(_folder(run_dir).glob("step_*.tokens.parquet"))
+        ]
         raise UserError(f"{path} does not exist; steps with tokens: {steps or 'none'}")
     table = parquet.read_table(path)
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasapo.metrics import EffectiveSampleSize, Hist, Max, Mean, Sum, Variance, merge, scalars, to_host
+from megasapo.metrics import EffectiveSampleSize, Hist, Max, Mean, Sum, Variance, merge, quantiles, scalars, to_host
 
 EDGES = (-1.0, 0.0, 0.5, 2.0)
 # multiples of 1/64: sums are exact in fp64, so that merging must be too
@@ -61,6 +61,23 @@ def test_histograms_of_arrays_and_tensors_agree_and_merge():
     assert nan.counts.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="different bins"):
         whole.merge(Hist.of(VALUES, (0.0, 1.0)))
+
+
+def test_quantiles_lie_inside_the_bins():
+    hist = Hist((0.0, 1.0, 2.0, 4.0, 8.0), np.asarray([2, 0, 6, 0]))
+    assert [hist.quantile(q) for q in (0, 0.125, 0.25, 0.5, 1)] == [0, 0.5, 1, pytest.approx(2 + 2 / 3), 4]
+    edges = tuple(np.linspace(-2, 2, 257))
+    for q in (0.01, 0.3, 0.5, 0.9):
+        assert Hist.of(VALUES, edges).quantile(q) == pytest.approx(np.quantile(VALUES, q), abs=2 / 64)
+    assert math.isnan(Hist(EDGES, np.zeros(3)).quantile(0.5))
+    with pytest.raises(ValueError, match=r"quantile 1\.5"):
+        hist.quantile(1.5)
+    assert quantiles({"d": hist}, "d", "ratio/log", (0.05, 0.5)) == {
+        "ratio/log_q05": pytest.approx(0.2),
+        "ratio/log_q50": pytest.approx(2 + 2 / 3),
+    }
+    with pytest.raises(TypeError, match="d is a Sum"):
+        quantiles({"d": Sum(1.0)}, "d", "ratio/log")
 
 
 def test_nothing_seen_is_nan():
