@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megasapo.config import Config
 from megasapo.metrics import Hist, Metrics
 from megasapo.routing.decompose import Decomposition, decompose
-from megasapo.routing.pictures import flip_picture
+from megasapo.routing.pictures import flip_map
 from megasapo.routing.store import read_diagnosis, token_rows, write_diagnosis
 from megasapo.routing.trace import TraceRow, TraceWriter
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
@@ -200,9 +200,8 @@ class Diagnosis:
             return Figures(self._topo.first(None))
         whole = reduce(Decomposition.merge, (own for own, _ in parts))
         everyones = [row for _, own in parts for row in own]
-        versions = {"behaviour_version": version, "current_version": step}
-        write_diagnosis(self._run_dir, step, whole, everyones, versions)
-        images = {"routing/flips": flip_picture(read_diagnosis(self._run_dir))}
+        write_diagnosis(self._run_dir, step, whole, everyones, behaviour_version=version, current_version=step)
+        images = {"routing/flips": flip_map(read_diagnosis(self._run_dir))}
         return Figures(self._topo.first(whole.scalars()), whole.histograms(), images)
 
     def _to_first(self, part: Any) -> list[Any] | None:

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--uid", type=int, help="one of the step, by its uid in RUN_DIR/routing and the report")
     parser.add_argument("--limit", type=int, default=16, metavar="M", help="most samples without --sample (default 16)")
     weights = "a step, an HF directory or a training checkpoint"
-    parser.add_argument("--behaviour", metavar="PATH|STEP", help=f"weights that sampled, by default as dumped: {weights}")
+    parser.add_argument(
+        "--behaviour", metavar="PATH|STEP", help=f"weights that sampled; default: as dumped ({weights})"
+    )
     parser.add_argument("--weights", metavar="PATH|STEP", help="later ones, for the terms update and drift")
     parser.add_argument(
         "--against",

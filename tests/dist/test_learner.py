@@ -5,6 +5,7 @@ Run as `python -m tests.dist.test_learner MODEL DIR tp pp ep` it is one rank of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from functools import partial
@@ -55,12 +56,27 @@ def test_every_layout_takes_the_same_steps(
     assert result["resumed"] == result["continued"], "a checkpoint does not continue exactly"
     assert result["skipped"] == 1.0
     assert result["unchanged"], "a skipped step must leave the weights alone"
+    assert_vetoed(result, expected)
+
+
+def assert_vetoed(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A veto leaves weights and optimizer state alone, not the schedule; all ranks are asked the same in any layout."""
+    vetoed = result["vetoed"]
+    assert vetoed["counted"] == [2.0, 0.0]  # mini-batches left out; of them with a gradient that is not finite
+    assert vetoed["unchanged"]
+    assert vetoed["lr"][1] < vetoed["lr"][0]
+    assert vetoed["agreed"]
+    assert [i for i, _ in vetoed["asked"]] == [0, 1]
+    for (_, figures), (_, want) in zip(vetoed["asked"], expected["vetoed"]["asked"], strict=True):
+        for name in COMPARED:
+            np.testing.assert_allclose(figures[name], want[name], rtol=1e-4, atol=1e-9, err_msg=name)
 
 
 def test_one_rank_continues_exactly_and_skips_nan(expected: dict[str, Any]) -> None:
     assert expected["resumed"] == expected["continued"]
     assert expected["skipped"] == 1.0
     assert expected["unchanged"]
+    assert_vetoed(expected, expected)
     assert expected["checkpoints"] == ["latest", "step_00000001", "step_00000002", "step_00000100"]
     assert "optim.max_skipped_steps=1" in expected["ceiling"]
 
@@ -120,6 +136,30 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
                 total.add(name, tensor)
         return total.hexdigest()
 
+    def adam() -> str:
+        digest = hashlib.sha256()
+        for part in getattr(policy._optimizer._inner, "chained_optimizers", [policy._optimizer._inner]):
+            for _, tensor in sorted((i, t) for i, s in part.optimizer.state_dict()["state"].items() for t in s.items()):
+                digest.update(tensor[1].numpy().tobytes())
+        return digest.hexdigest()
+
+    def veto() -> dict[str, Any]:
+        asked: list[Any] = []
+
+        def refuse(mini_batch: int, figures: Any) -> bool:
+            asked.append((mini_batch, dict(figures)))
+            return False
+
+        before, lr = (weights(), adam()), policy._optimizer.lr
+        counted = metrics.scalars(metrics.merge(topo.gather(policy.update(batch(4), refuse))))
+        return {
+            "counted": [counted["stability/skipped_steps"], counted["grad/skipped_steps"]],
+            "unchanged": all(topo.gather(before == (weights(), adam()))),
+            "lr": [lr, policy._optimizer.lr],
+            "agreed": all(a == asked for a in topo.gather(asked)),
+            "asked": asked,
+        }
+
     result: dict[str, Any] = {}
     steps = [step(0), step(1)]
     if topo.rank == 0:  # what somebody who went back from step 100 leaves behind
@@ -133,6 +173,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
     state = policy.load(checkpoint.latest(where / "run"))
     assert state == {"step": 2}
     resumed = [step(2, first=True), step(3)]  # the pass that the first mini-batch is spared changes nothing
+    result["vetoed"] = veto()
     before = weights()
     result |= {"steps": steps, "continued": continued, "resumed": resumed}
     one_broken = exchange.build_batch(

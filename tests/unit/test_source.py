@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,12 +44,20 @@ class Fleet:
         self.requests: list[list[SamplingParams]] = []
         self.routed: list[bool] = []
         self.fail = False
+        self.hang = False
+        self.hanging = self.cancelled = 0
 
     async def generate(
         self, inputs: list[tuple[int, ...]], sampling: list[SamplingParams], *, return_routed_experts: bool
     ) -> list[Completion]:
         if self.fail:
             raise RolloutError("no server")
+        if self.hang:
+            self.hanging += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled += 1
         self.requests.append(sampling)
         self.routed.append(return_routed_experts)
         return [Completion((7,), np.zeros(1, np.float32), "stop", 0, 0) for _ in inputs]
@@ -170,6 +180,29 @@ def test_only_groups_of_the_trace_are_asked_for(world: None, thread: LoopThread)
     expected = [any(is_traced(2 * group + i, 0.2, seed=3) for i in range(2)) for group in range(8)]
     assert fleet.routed == expected
     assert 0 < sum(expected) < 8
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_discarded_batches_are_cancelled_and_drawn_again(world: None, thread: LoopThread) -> None:
+    source, stream, fleet = make(thread, max_staleness=2)
+    source.next(version=0)
+    until(lambda: len(fleet.requests) == 24)
+    fleet.hang = True
+    source.next(version=1)  # its batch was answered before
+    assert stream.drawn == 32  # 16 of them in flight, the last 8 without an answer
+    until(lambda: fleet.hanging == 8)
+    before = source.state()
+    source.discard_pending()
+    assert source.state() == before == {"drawn": 16}
+    until(lambda: fleet.cancelled == 8)  # one request a group
+    fleet.hang = False
+    assert [g.uid for g in source.next(version=1)[0]] == list(range(16, 24))
 
 
 def test_nothing_is_drawn_beyond_the_last_step(world: None, thread: LoopThread) -> None:
