@@ -15,7 +15,7 @@ from megasapo.routing.axes import MOVES
 MAX_TICKS = 12
 
 
-def flip_picture(documents: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def flip_map(documents: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """[H, W, 3] uint8: share of changed expert choices by layer and step, of mismatch and of drift side by side.
 
     `documents` as `store.read_diagnosis` gives them, one or more; only step, layers and flip_rate are read.

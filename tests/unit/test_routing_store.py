@@ -12,7 +12,7 @@ from pyarrow import parquet
 from megasapo.errors import UserError
 from megasapo.routing import store
 from megasapo.routing.decompose import ScoredSequence, decompose
-from megasapo.routing.pictures import flip_picture, heat_map
+from megasapo.routing.pictures import flip_map, heat_map
 
 TAUS = {"tau_pos": 1.0, "tau_neg": 1.05}
 COLUMNS = [
@@ -51,8 +51,7 @@ def rows(uid: int) -> dict[str, np.ndarray]:
 def write(run_dir: Path, step: int, uids: tuple[int, ...]) -> Path:
     figures = decompose([sequence(uid) for uid in uids], layers=(0, 2), num_experts=4, **TAUS)
     tokens = [rows(uid) for uid in uids]
-    meta = {"behaviour_version": step - 1, "current_version": step}
-    return store.write_diagnosis(run_dir, step, figures, tokens, meta)
+    return store.write_diagnosis(run_dir, step, figures, tokens, behaviour_version=step - 1, current_version=step)
 
 
 def test_token_rows_are_the_loss_tokens() -> None:
@@ -147,12 +146,12 @@ def test_a_heat_map_has_steps_to_the_right_and_layers_upwards() -> None:
     assert high < low - 100
 
 
-def test_the_flip_picture_puts_mismatch_beside_drift() -> None:
+def test_the_flip_map_puts_mismatch_beside_drift() -> None:
     documents = [
         {"step": s, "layers": [0, 1], "flip_rate": {"mismatch": [0.1, None], "drift": [0, 0.01]}} for s in (5, 10)
     ]
-    alone = flip_picture(documents[:1])
-    assert alone.shape == flip_picture(documents).shape
+    alone = flip_map(documents[:1])
+    assert alone.shape == flip_map(documents).shape
     assert alone.shape[1] > alone.shape[0]
     with pytest.raises(ValueError, match=r"\(2, 2\) values for 3 steps and 2 layers"):
         heat_map({"x": np.zeros((2, 2))}, steps=[1, 2, 3], layers=[0, 1])
