@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+JOBS ?= 2
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install train train-sglang test parity lint test-py312 clean
 
@@ -26,9 +28,10 @@ train-sglang: install
 	$(PY) examples/arithmetic/run.py --out examples/arithmetic/out-sglang rollout.engine=sglang \
 	  'rollout.spawn_command=[bash, tests/sglang/launch.sh, "{model}", "{port}", --dtype, float32, --max-running-requests, "64"]'
 
+# A file of tests runs in one process from beginning to end, and the long ones are started first; JOBS=0 for one process.
 test: install
 	bash tests/sglang/setup.sh
-	$(PY) -m pytest -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(PARALLEL) $(ARGS)
 
 # The whole matrix of docs/numerics.md: prints its table and writes it there.
 parity: install
@@ -42,7 +45,7 @@ lint: install
 # The same learner on megatron-core 0.19 (python 3.12 or newer resolves to it).
 test-py312:
 	$(MAKE) install VENV=.venv312 PYTHON=$(PYTHON312)
-	.venv312/bin/python -m pytest tests/unit tests/dist -m 'not gpu and not slow' $(ARGS)
+	OMP_NUM_THREADS=1 .venv312/bin/python -m pytest tests/dist tests/unit -m 'not gpu and not slow' $(PARALLEL) $(ARGS)
 
 clean:
 	rm -rf .venv .venv312 .venv-sglang build *.egg-info runs examples/arithmetic/out examples/arithmetic/out-sglang

@@ -34,7 +34,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.11", "nvidia-ml-py"],
     # SGLang is a separate process and pins its own torch: install it into an environment of its own.
     "sglang": ["sglang>=0.5.18"],
-    "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "trl", TRITON],
+    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", TRITON],
 }
 
 setup(

@@ -54,7 +54,7 @@ class Learner:
             "optim": {"lr": 1e-6},
             "train": {"micro_batch_tokens": work.micro_batch_tokens},
         })  # fmt: skip
-        self._topo, self._micro_batch_tokens = topo, work.micro_batch_tokens
+        self._mode, self._topo, self._micro_batch_tokens = mode, topo, work.micro_batch_tokens
         self._rule = partial(token_weights, normalisation="sequence", constant_length=response)
         self._policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
 
@@ -66,6 +66,7 @@ class Learner:
             group_size=1,
             packing=PackingRule(self._micro_batch_tokens),
             weight_rule=self._rule,
+            routing=self._policy.routing_layout if self._mode == "R3" else None,
         )
 
     def step(self, rows: list[TrainSequence]) -> None:

@@ -96,7 +96,8 @@ def exchange_routing(
             ids = iter(np.split(data.numpy().view(dtype), np.cumsum([o.ids_from(leaders[rank]) for o in own])[:-1]))
             for o in own:
                 o.put(leaders[rank], next(ids))
-    return [narrowed(o.routing, layout.num_experts) for o in own]
+    layers = [layout.layers[column] for column in keeps.columns]
+    return [narrowed(o.routing, layout.num_experts, layers) for o in own]
 
 
 def _leaders(topo: Topology, layout: RoutingLayout) -> dict[int, int]:

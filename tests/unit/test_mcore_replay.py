@@ -6,6 +6,7 @@ in tests/dist/test_replay.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import megasapo.mcore  # noqa: F401 (before megatron)
 from megasapo.config import ConfigError
-from megasapo.mcore.replay import NATIVE, RoutingReplay, check_ids, cut_routing, storage_dtype
+from megasapo.mcore.replay import NATIVE, RoutingReplay, check_ids, cut_routing, narrowed, storage_dtype
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 6, 3, 20
 FLAVOURS = {
@@ -231,6 +232,30 @@ def test_every_schedule_recomputes_with_the_routing_of_its_micro_batch(order: st
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("unit", [0, 2])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_int16_with_and_without_native_changes_nothing_bit_for_bit(flavour: str, unit: int) -> None:
+    chunk = Chunk([1, 2, 3], **FLAVOURS[flavour])
+    replay = RoutingReplay([chunk])
+
+    def run(routing: Tensor | None) -> list[Tensor]:
+        with replay.step() if routing is not None else nullcontext():
+            with replay.replay(chunk, batch(routing)) if routing is not None else nullcontext():
+                out = chunk(inputs(0, chunk.config.params_dtype), unit)
+            out.float().square().sum().backward()
+        return [out, *gradients(chunk)]
+
+    foreign = random_routing(3)
+    everywhere_native = torch.full(foreign.shape, NATIVE, dtype=torch.int16)
+    natural, forced = run(None), run(foreign)
+    for got, want in ((run(everywhere_native), natural), (run(foreign.short()), forced)):
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    held = foreign.short()
+    held[:, 2] = NATIVE  # the layers below a cut
+    for other in (natural, forced):
+        assert not torch.equal(run(held)[0], other[0])
+
+
 def test_rows_of_native_are_routed_by_the_router() -> None:
     chunk = Chunk([1, 2])
     replay = RoutingReplay([chunk])
@@ -323,22 +348,33 @@ def _broken(_: Tensor) -> None:
         (lambda r: r[:, :1], r"shape \[20, 1, 3\]"),
         (lambda r: r[..., :2], r"shape \[20, 2, 2\]"),
         (lambda r: r.long(), r"torch.int64.*as uint8 or int16"),
-        (lambda r: _set(r, 7, 1, [0, 6, 2]), r"token 7 in layer 4 is \[0, 6, 2\]: experts \[6\] do not exist.*0 to 5"),
-        (lambda r: _set(r, 7, 0, [4, 1, 4]), r"token 7 in layer 2 is \[4, 1, 4\]: an expert is chosen twice"),
-        (lambda r: _set(r.short(), 0, 0, [-1, 1, 4]), r"token 0 in layer 2 is \[-1, 1, 4\]: experts \[-1\] do not"),
-        (lambda r: _set(r.short(), 0, 0, [-2, -2, -2]), r"experts \[-2, -2, -2\] do not exist.*1 such rows of 40"),
     ],
 )
-def test_wrong_routings_are_refused(change: Any, message: str) -> None:
+def test_routings_of_another_shape_are_refused(change: Any, message: str) -> None:
     chunk = Chunk([3, 5])
     with pytest.raises(ValueError, match=message), torch.no_grad():
         with RoutingReplay([chunk]).replay(chunk, batch(change(random_routing(2)))):
             chunk(inputs(0))
 
 
-def _set(routing: Tensor, token: int, layer: int, ids: list[int]) -> Tensor:
+@pytest.mark.parametrize(
+    ("token", "layer", "ids", "message"),
+    [
+        (7, 1, [0, 6, 2], r"token 7 in layer 4 is \[0, 6, 2\]: experts \[6\] do not exist.*0 to 5"),
+        (7, 0, [4, 1, 4], r"token 7 in layer 2 is \[4, 1, 4\]: an expert is chosen twice"),
+        (7, 0, [1, 4, 4], "an expert is chosen twice"),
+        (7, 0, [4, 4, 1], "an expert is chosen twice"),
+        (0, 0, [-1, 1, 4], r"token 0 in layer 2 is \[-1, 1, 4\]: experts \[-1\] do not"),
+        (0, 0, [-2, -2, -2], r"experts \[-2, -2, -2\] do not exist.*1 such rows of 40"),
+        (0, 0, [-2, -1, -1], r"experts \[-2, -1, -1\] do not exist"),
+    ],
+)
+def test_wrong_ids_are_refused_when_a_routing_is_made(token: int, layer: int, ids: list[int], message: str) -> None:
+    routing = random_routing(2).short()
+    routing[3] = NATIVE
     routing[token, layer] = torch.tensor(ids)
-    return routing
+    with pytest.raises(ValueError, match=message):
+        narrowed(routing.numpy(), EXPERTS, [2, 4])
 
 
 def test_ids_up_to_the_last_expert_pass() -> None:
@@ -413,6 +449,7 @@ def test_whole_sequences_are_cut_to_a_ranks_slots_and_layers() -> None:
         (np.zeros((3, 4, 1), int), "top-k 2"),
         (np.full((3, 4, 2), 256), "ids from 256 to 256, and the model has experts 0 to 127"),
         (np.full((3, 4, 2), -2), "ids from -2 to -2"),
+        (np.full((3, 4, 2), 7), r"layer 1 is \[7, 7\]: an expert is chosen twice.*6 such rows of 6"),
     ],
 )
 def test_sequences_whose_rows_do_not_fit_are_refused(row: np.ndarray, message: str) -> None:
