@@ -24,6 +24,7 @@ REQUIRES = [
     "tensorboard>=2.16",
     "tqdm",
     "matplotlib>=3.8",
+    "plotly>=6",  # the script inside the pages of `megasapo report`
 ]
 # torch's CUDA builds bring the Triton that they were tested with; its interpreter tests the kernels where there is none
 TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -43,6 +44,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megasapo", "megasapo.*"]),
+    package_data={"megasapo.report": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

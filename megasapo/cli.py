@@ -32,6 +32,11 @@ COMMANDS = {
         "CONFIG.yaml [a.b=c ...] --gpus N --gpu h100|h200|b200",
         "memory, messages and time of parallel layouts",
     ),
+    "report": (
+        "megasapo.report",
+        "RUN_DIR [RUN_DIR2 ...] [--out FILE.html]",
+        "one page of charts about one run or several",
+    ),
     "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
 }
 

@@ -82,7 +82,10 @@ def test_light_modules_do_not_import_torch(code: str) -> None:
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sft"], ["evaluate"], ["score"], ["debug"], ["serve"], ["plan"], ["doctor"]])
+COMMANDS = ("train", "sft", "evaluate", "score", "debug", "serve", "plan", "report", "doctor")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_works_without_torch(command: list[str]) -> None:
     script = (
         "import sys, runpy\n"

@@ -1,0 +1,154 @@
+"""Reads what a run directory holds into one record a run; what a run does not have is empty, never an error.
+
+Called by the report's command. Knows file formats, nothing of charts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megasapo.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the report sees it."""
+
+    label: str  # unique on the page
+    path: Path
+    config: dict[str, Any]  # config.yaml as it is: an older one may lack settings
+    rows: list[Row]  # metrics.jsonl, one object a step, None for NaN
+    finished: bool
+    diagnoses: list[Row] = field(default_factory=list)  # routing/diagnosis/step_*.json, by step
+    tokens: dict[str, list[Any]] = field(default_factory=dict)  # columns of the latest diagnosis's tokens
+    tokens_step: int | None = None
+    rollouts: dict[int, Row] = field(default_factory=dict)  # that step's samples by their uid in `tokens`
+    events: list[Row] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        return int(self.rows[-1]["step"])
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """The value of a dotted setting, the default where this run's config.yaml does not have it."""
+        node: Any = self.config
+        for part in name.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return default
+            node = node[part]
+        return node
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run, with labels that tell them apart. UserError names a directory that is not a run with steps."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in seen:
+            raise UserError(f"{path} is given twice")
+        seen[path.resolve()] = path
+    configs = [_read_config(path) for path in paths]
+    names = [str((config.get("run") or {}).get("name") or path.name) for path, config in zip(paths, configs)]
+    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)]
+    return [_read_run(path, config, label) for path, config, label in zip(paths, configs, labels)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    if not (path / "metrics.jsonl").is_file():
+        found = sorted(p.parent.name for p in path.glob("*/metrics.jsonl"))
+        inside = f"; runs below it: {', '.join(found[:8])}" if found else ""
+        raise UserError(f"{path} has no metrics.jsonl: not a run, or its log.sinks leaves out jsonl{inside}")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} has no config.yaml: give the directory that `megasapo train` made")
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise UserError(f"{path / 'config.yaml'}: not valid YAML: {e}") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{path / 'config.yaml'}: expected a mapping of sections, found {type(config).__name__}")
+    return config
+
+
+def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:
+    rows = read_lines(path / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{path / 'metrics.jsonl'} holds no step yet: wait for the first one")
+    if not all("step" in row for row in rows):
+        raise UserError(f"{path / 'metrics.jsonl'}: a line without a step: not written by megasapo, or damaged")
+    events = path / "events.jsonl"
+    tokens_step, tokens = _latest_tokens(path)
+    group_size = int((config.get("rollout") or {}).get("group_size", 1))
+    return Run(
+        label=label,
+        path=path,
+        config=config,
+        rows=rows,
+        finished=(path / "done").exists(),
+        diagnoses=_read_diagnoses(path),
+        tokens=tokens,
+        tokens_step=tokens_step,
+        rollouts={} if tokens_step is None else _read_rollouts(path, tokens_step, group_size, set(tokens["uid"])),
+        events=read_lines(events) if events.exists() else [],
+    )
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The objects of a JSONL file; a torn last line, of a run that is writing or was killed, is left out."""
+    rows = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: not JSON: {line[:80]!r}; repair or remove the line") from e
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected an object, found {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def _diagnosis_dir(path: Path) -> Path:
+    return path / "routing" / "diagnosis"
+
+
+def _read_diagnoses(path: Path) -> list[Row]:
+    found = []
+    for file in sorted(_diagnosis_dir(path).glob("step_*.json")):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as e:
+            raise UserError(f"{file}: not JSON: {e}; remove the file") from e
+    return sorted(found, key=lambda diagnosis: int(diagnosis["step"]))
+
+
+def _latest_tokens(path: Path) -> tuple[int | None, dict[str, list[Any]]]:
+    import pyarrow.parquet as pq
+
+    files = sorted(_diagnosis_dir(path).glob("step_*.tokens.parquet"))
+    if not files:
+        return None, {}
+    table = pq.read_table(files[-1])
+    step = int(files[-1].name.removeprefix("step_").split(".")[0])
+    return step, table.to_pydict()
+
+
+def _read_rollouts(path: Path, step: int, group_size: int, wanted: set[int]) -> dict[int, Row]:
+    """Samples of a step by `group uid * group_size + index in the group`, as the learner names them."""
+    found = {}
+    for file in sorted((path / "rollouts").glob(f"step_{step:08d}*.jsonl")):
+        for row in read_lines(file):
+            uid = int(row["uid"]) * group_size + int(row["sample"])
+            if uid in wanted:
+                found[uid] = row
+    return found
