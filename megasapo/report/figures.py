@@ -126,7 +126,7 @@ def heat_map(
         "x": [str(c) for c in columns],
         "y": [str(r) for r in rows],
         "z": [rounded(line) for line in z],
-        "colorbar": {"title": {"text": bar, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        "colorbar": {"title": {"text": bar, "side": "right", "font": {"size": 13}}, "thickness": 14, "outlinewidth": 0},
         **more,
     }
 
@@ -146,7 +146,14 @@ def layout(*, x: str, y: str, height: int = 330, **more: Any) -> Figure:
         "yaxis": _axis(y),
         "hovermode": "x unified",
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b4bac3", "activecolor": INK},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "traceorder": "normal",
+        },
         **more,
     }
 
@@ -159,7 +166,7 @@ def _axis(title: str) -> Figure:
         "showline": True,
         "zeroline": False,
         "automargin": True,
-        "exponentformat": "power",
+        "exponentformat": "e",
     }
 
 
@@ -167,7 +174,8 @@ def categories(figure: Figure, *, rows: int) -> Figure:
     """Make both axes of a heat map's figure axes of names, and as high as its rows need."""
     figure["layout"] |= {"height": min(820, max(230, 130 + 15 * rows)), "hovermode": "closest"}
     for axis in ("xaxis", "yaxis"):
-        figure["layout"][axis] |= {"type": "category", "showgrid": False, "showline": False, "ticks": ""}
+        figure["layout"][axis] |= {"type": "category", "showgrid": False, "showline": False, "ticks": "", "nticks": 33}
+    figure["layout"]["xaxis"]["tickangle"] = 0
     return figure
 
 
