@@ -28,7 +28,7 @@ def experts(runs: Sequence[Run]) -> Section:
 def _load(diagnosis: dict[str, Any]) -> Chart:
     loads = diagnosis["experts"]["load"]
     num_experts = len(loads["current"][0])
-    top = max(2.0, *(x * num_experts for load in loads.values() for row in load for x in row if x is not None))
+    top = max([2.0, *(x * num_experts for load in loads.values() for row in load for x in row if x is not None)])
     even = 1 / top  # where an even share lies on the colour bar
     scale = [[0, "#0072B2"], [even, "#fbfbfd"], [even + (1 - even) / 2, "#e0853d"], [1, "#a33600"]]
     traces = [
@@ -46,7 +46,7 @@ def _load(diagnosis: dict[str, Any]) -> Chart:
 
 def _flips(diagnosis: dict[str, Any]) -> Chart:
     of = diagnosis["experts"]["flips"]
-    top = max(1e-9, *(x for rows in of.values() for row in rows for x in row if x is not None))
+    top = max([1e-9, *(x for rows in of.values() for row in rows for x in row if x is not None)])
     names = {"drift": "by the update (drift)", "mismatch": "between engines (mismatch)"}
     traces = [
         _map(diagnosis, of[term], "share of the tokens", names[term])

@@ -28,6 +28,7 @@ NAMES = {  # phase: what the reader calls it, in the order of the loop
     "old_logprobs": "old log-probabilities",
     "update": "update",
     "publish": "publish",
+    "diagnose": "diagnosis",
     "evaluate": "evaluation",
     "save": "checkpoint",
 }

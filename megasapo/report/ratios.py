@@ -146,16 +146,22 @@ def _flips(run: Run, figure_of: str, term: str, title: str, unit: str, look: str
     if is_rate:
         trace["colorbar"]["tickformat"] = ".2~%"
     figure = {"data": [trace], "layout": layout(x=STEP, y="decoder layer")}
-    return Chart(title, look, categories(figure, rows=len(layers)))
+    unknown = max(d["unknown_rows"] or 0 for d in run.diagnoses)
+    note = (
+        f"Up to {unknown:.2%} of the server's choices are unknown and left out."
+        if unknown and term == "mismatch"
+        else ""
+    )
+    return Chart(title, look, categories(figure, rows=len(layers)), note=note)
 
 
 SEQUENTIAL = ((0.0, "#fbfbfd"), (0.25, "#d5cbe6"), (0.5, "#a58cc7"), (0.75, "#6f4ba0"), (1.0, "#3b1a6b"))
 BINS = {
     "by_flips": (
         "Does variance sit where experts flipped?",
-        "Tokens by the number of their flipped choices, mismatch and drift together. Orange above grey: these tokens "
+        "Tokens by how many layers changed their experts, mismatch and drift together. Orange above grey: these tokens "
         "cause more than their part of the variance.",
-        "flipped choices of the token",
+        "layers that changed experts, mismatch + drift",
     ),
     "by_position": (
         "Does variance grow along the response?",

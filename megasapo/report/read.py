@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megasapo.errors import UserError
+from megasapo.routing.store import read_diagnosis, read_tokens
 
 Row = dict[str, Any]
 
@@ -85,7 +86,8 @@ def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:
     if not all("step" in row for row in rows):
         raise UserError(f"{path / 'metrics.jsonl'}: a line without a step: not written by megasapo, or damaged")
     events = path / "events.jsonl"
-    tokens_step, tokens = _latest_tokens(path)
+    diagnoses = [d for d in read_diagnosis(path) if d["tokens"]]  # one of empty responses has nothing to show
+    tokens_step, tokens = _latest_tokens(path, diagnoses)
     group_size = int((config.get("rollout") or {}).get("group_size", 1))
     return Run(
         label=label,
@@ -93,7 +95,7 @@ def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:
         config=config,
         rows=rows,
         finished=(path / "done").exists(),
-        diagnoses=_read_diagnoses(path),
+        diagnoses=diagnoses,
         tokens=tokens,
         tokens_step=tokens_step,
         rollouts={} if tokens_step is None else _read_rollouts(path, tokens_step, group_size, set(tokens["uid"])),
@@ -118,29 +120,13 @@ def read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _diagnosis_dir(path: Path) -> Path:
-    return path / "routing" / "diagnosis"
-
-
-def _read_diagnoses(path: Path) -> list[Row]:
-    found = []
-    for file in sorted(_diagnosis_dir(path).glob("step_*.json")):
-        try:
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as e:
-            raise UserError(f"{file}: not JSON: {e}; remove the file") from e
-    return sorted(found, key=lambda diagnosis: int(diagnosis["step"]))
-
-
-def _latest_tokens(path: Path) -> tuple[int | None, dict[str, list[Any]]]:
-    import pyarrow.parquet as pq
-
-    files = sorted(_diagnosis_dir(path).glob("step_*.tokens.parquet"))
-    if not files:
-        return None, {}
-    table = pq.read_table(files[-1])
-    step = int(files[-1].name.removeprefix("step_").split(".")[0])
-    return step, table.to_pydict()
+def _latest_tokens(path: Path, diagnoses: list[Row]) -> tuple[int | None, dict[str, list[Any]]]:
+    """Step and columns of the latest diagnosis that kept tokens (routing.diagnose_samples)."""
+    for diagnosis in reversed(diagnoses):
+        columns = read_tokens(path, diagnosis["step"])
+        if len(columns.get("uid", ())):
+            return diagnosis["step"], {name: column.tolist() for name, column in columns.items()}
+    return None, {}
 
 
 def _read_rollouts(path: Path, step: int, group_size: int, wanted: set[int]) -> dict[int, Row]:
