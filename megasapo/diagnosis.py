@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+MAX_SHOWN = 200  # diagnoses in the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ class Diagnosis:
         whole = reduce(Decomposition.merge, (own for own, _ in parts))
         everyones = [row for _, own in parts for row in own]
         write_diagnosis(self._run_dir, step, whole, everyones, behaviour_version=version, current_version=step)
-        images = {"routing/flips": flip_map(read_diagnosis(self._run_dir))}
+        images = {"routing/flips": flip_map(read_diagnosis(self._run_dir, newest=MAX_SHOWN))}
         return Figures(self._topo.first(whole.scalars()), whole.histograms(), images)
 
     def _to_first(self, part: Any) -> list[Any] | None:

@@ -39,13 +39,15 @@ class Curve:
 
 
 def learning(runs: Sequence[Run]) -> Section:
-    """Reward, held-out accuracy, lengths; of a cold start its loss."""
-    if all("loss/sft" in run.rows[-1] for run in runs):
-        part = curve_part(runs, [SFT])
-    else:
-        part = curve_part(runs, [*LEARNING[:1], _held_out(runs), *LEARNING[1:]])
+    """Reward, held-out accuracy, lengths."""
+    part = curve_part(runs, [*LEARNING[:1], _held_out(runs), *LEARNING[1:]])
     intro = "Is it learning? Training reward and what it does to responses; the held-out figure is the one to believe."
     return Section("learning", "Learning", intro, [part])
+
+
+def cold_start(runs: Sequence[Run]) -> Section:
+    """Of runs of `megasapo sft`."""
+    return Section("learning", "Learning", "", [curve_part(runs, [SFT, GRADIENT])])
 
 
 def update(runs: Sequence[Run]) -> Section:
@@ -86,7 +88,7 @@ def _held_out(runs: Sequence[Run]) -> Curve:
         "Share of unseen problems solved. Training reward that rises while this falls: over-fitting or a gamed reward.",
         "share of problems solved",
         tuple(Series(name.removeprefix("eval/"), metric(name)) for name in names or ["eval/pass@1"]),
-        "no evaluations: set train.eval_every and data.eval.",
+        "needs train.eval_every and data.eval.",
         unit=True,
     )
 
@@ -131,21 +133,29 @@ SFT = Curve(
     (Series("loss", metric("loss/sft")),),
     "not a cold start.",
 )
+GRADIENT = Curve(
+    "Gradient norm",
+    "Before clipping (optim.clip_grad). Spikes that return are batches; a climb that stays is instability.",
+    "L2 norm of the gradient",
+    (Series("norm", metric("grad/norm")),),
+    "not logged.",
+    log=True,
+)
 LEARNING = [
     Curve(
         "Training reward",
         "Should rise. A sudden fall that does not recover is a collapse: look at the same step in the charts below.",
         "mean reward of a response",
-        (Series("", metric("reward/mean")),),
-        "no rewards: only runs of `megasapo train` have them.",
+        (Series("reward", metric("reward/mean")),),
+        "only runs of megasapo train have rewards.",
     ),
     Curve(
         "Groups that teach nothing",
         "Groups whose responses all got one reward teach nothing: when their share nears 100 %, problems are too easy "
         "or too hard (rollout.drop_zero_variance draws others).",
         "share of groups",
-        (Series("", metric("groups/zero_variance_frac")),),
-        "no groups: only runs of `megasapo train` have them.",
+        (Series("groups", metric("groups/zero_variance_frac")),),
+        "only runs of megasapo train have groups.",
         unit=True,
     ),
     Curve(
@@ -153,14 +163,14 @@ LEARNING = [
         "Growth with reward is the model taking room to think; growth without reward is rambling.",
         "tokens of a response",
         (Series("mean", metric("response/length_mean")), Series("longest", metric("response/length_max"))),
-        "no responses: only runs of `megasapo train` have them.",
+        "only runs of megasapo train have responses.",
     ),
     Curve(
         "Truncated responses",
         "Cut off at rollout.max_new_tokens, so mostly scored as wrong: above a few percent the limit shapes learning.",
         "share of responses",
-        (Series("", metric("response/truncated_frac")),),
-        "no responses: only runs of `megasapo train` have them.",
+        (Series("truncated", metric("response/truncated_frac")),),
+        "only runs of megasapo train have responses.",
         unit=True,
     ),
 ]
@@ -174,31 +184,31 @@ UPDATE = [
             Series("advantage > 0", metric("sapo/gate_mean_pos"), POSITIVE),
             Series("advantage < 0", metric("sapo/gate_mean_neg"), NEGATIVE),
         ),
-        "no SAPO gate: set algo.objective: sapo.",
+        "only SAPO has one: set algo.objective to sapo.",
     ),
     Curve(
         "Variance of the log-ratio",
         "The spread behind everything else here; jumps by orders of magnitude come before a collapse. "
         "The section on variance says what it consists of.",
         "Var(d) over tokens (nats²)",
-        (Series("", metric("ratio/log_var")),),
-        "no importance ratios: only runs of `megasapo train` have them.",
+        (Series("Var(d)", metric("ratio/log_var")),),
+        "only runs of megasapo train have importance ratios.",
         log=True,
     ),
     Curve(
         "Effective sample size",
         "(Σr)² / (n Σr²): 100 % when every token counts alike; at 50 % half of the batch is lost to a few big ratios.",
         "share of the tokens",
-        (Series("", metric("ratio/ess")),),
-        "no importance ratios: only runs of `megasapo train` have them.",
+        (Series("effective", metric("ratio/ess")),),
+        "only runs of megasapo train have importance ratios.",
         unit=True,
     ),
     Curve(
         "Clipped tokens",
         "Share of the batch that this objective's clip takes out of the gradient.",
         "share",
-        (Series("", metric("ratio/clip_frac")),),
-        "SAPO gates and does not clip; other settings of algo.objective do.",
+        (Series("clipped", metric("ratio/clip_frac")),),
+        "SAPO gates instead; objectives that clip have it (algo.objective: grpo, gspo, dapo, ...).",
         unit=True,
     ),
     Curve(
@@ -210,38 +220,31 @@ UPDATE = [
             Series("KL(rollout ‖ learner)", metric("mismatch/kl")),
             Series("mean |difference|", metric("mismatch/logprob_abs_diff")),
         ),
-        "no rollout log-probabilities: only runs of `megasapo train` have them.",
+        "only runs of megasapo train have rollout log-probabilities.",
         log=True,
     ),
-    Curve(
-        "Gradient norm",
-        "Before clipping (optim.clip_grad). Spikes that return are batches; a climb that stays is instability.",
-        "L2 norm of the gradient",
-        (Series("", metric("grad/norm")),),
-        "not logged.",
-        log=True,
-    ),
+    GRADIENT,
     Curve(
         "Entropy",
         "Should decline slowly. Near 0 the policy has stopped exploring; a rise with falling reward is a policy coming "
         "apart.",
         "mean entropy of a token (nats)",
-        (Series("", metric("entropy/mean")),),
+        (Series("entropy", metric("entropy/mean")),),
         "not logged.",
     ),
     Curve(
         "KL to the starting model",
         "How far the policy has gone from where it began (k3 estimate).",
         "KL (nats a token)",
-        (Series("", metric("loss/kl")),),
-        "set algo.kl_coef above 0.",
+        (Series("KL", metric("loss/kl")),),
+        "needs algo.kl_coef above 0.",
     ),
     Curve(
         "Staleness",
         "Versions of the weights between sampling and learning; 0 is on-policy.",
         "weight versions",
         (Series("mean", metric("staleness/mean")), Series("most", metric("staleness/max"))),
-        "only runs of `megasapo train` have it.",
+        "only runs of megasapo train have it.",
     ),
 ]
 NO_DIAGNOSIS = "set routing.diagnose_every to the number of steps between diagnoses."

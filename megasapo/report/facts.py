@@ -17,6 +17,7 @@ def facts(runs: Sequence[Run]) -> Section:
     head = ["", *[run.label for run in runs]]
     settings = [[name, *[of(run) for run in runs]] for name, of in FACTS.items()]
     outcome = [[name, *[of(run) for run in runs]] for name, of in OUTCOME.items()]
+    outcome = [row for row in outcome if set(row[1:]) != {"-"}]
     tables: list[Block] = [
         Table("Outcome", "", head, outcome, wide=len(runs) > 1),
         Table("Settings", "", head, settings, wide=len(runs) > 1),
@@ -137,6 +138,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
 OUTCOME: dict[str, Callable[[Run], str]] = {
     "state": _state,
     "directory": lambda run: str(run.path),
+    "loss, last step": lambda run: _last(run, "loss/sft"),
     "reward, last step": lambda run: _last(run, "reward/mean"),
     "reward, best step": _best_reward,
     "held-out pass@1, last": lambda run: _last(run, "eval/pass@1"),

@@ -22,7 +22,7 @@ RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
 TERM_COLOURS = {"engine": "#8A8F98", "mismatch": "#E69F00", "update": "#0072B2", "drift": "#CC79A7"}
 DASHES = ("solid", "dot", "dash", "dashdot")
 INK, GRID, AXIS = "#1f2933", "#e8eaee", "#aeb4bd"
-STEP = "step (one rollout batch each)"
+STEP = "step"
 MARKERS_UP_TO = 40  # points; more would hide the line
 
 
@@ -69,8 +69,8 @@ def curves(runs: Sequence[Run], series: Sequence[Series], *, y: str, log: bool =
             if not steps:
                 continue
             colour = RUN_COLOURS[i % len(RUN_COLOURS)] if len(runs) > 1 else s.colour or RUN_COLOURS[j]
-            names = [part for part in (run.label if len(runs) > 1 else "", s.label) if part]
-            trace = line(steps, values, ", ".join(names), colour, DASHES[j % len(DASHES)] if len(runs) > 1 else "solid")
+            name = s.label if len(runs) == 1 else run.label if len(series) == 1 else f"{run.label}, {s.label}"
+            trace = line(steps, values, name, colour, DASHES[j % len(DASHES)] if len(runs) > 1 else "solid")
             trace |= {"meta": {"run": i}, "showlegend": len(runs) == 1 and len(series) > 1}
             trace["hovertemplate"] = "%{y:.3~%}" if unit else "%{y:.4~g}"
             data.append(trace)
@@ -167,6 +167,7 @@ def _axis(title: str) -> Figure:
         "zeroline": False,
         "automargin": True,
         "exponentformat": "e",
+        "minexponent": 5,
     }
 
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from megasapo import __version__
-from megasapo.report.curves import learning, update
+from megasapo.report.curves import cold_start, learning, update
 from megasapo.report.experts import experts
 from megasapo.report.facts import facts, stability
 from megasapo.report.figures import RUN_COLOURS
@@ -31,6 +31,8 @@ def render(runs: Sequence[Run]) -> str:
     from plotly.offline import get_plotlyjs
 
     parts = [facts, learning, update, variance, experts, stability, phases, samples]
+    if all(run.is_cold_start for run in runs):
+        parts = [facts, cold_start, phases]
     scripts = [get_plotlyjs(), _file("page.js")]
     for script in scripts:
         assert "</script" not in script.lower(), "a script that would end its own element"

@@ -37,7 +37,7 @@ THROUGHPUT = Curve(
     "Throughput",
     "Tokens of prompts and responses in a batch over the seconds of its step.",
     "tokens per second",
-    (Series("", metric("perf/tokens_per_s")),),
+    (Series("tokens/s", metric("perf/tokens_per_s")),),
     "not logged.",
 )
 

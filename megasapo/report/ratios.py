@@ -268,7 +268,7 @@ OVER_STEPS = [
         "Variance that is not the update's",
         "1 - share of update: engine, mismatch and drift together. Above 100 % they and the update pull opposite ways.",
         SHARE,
-        (Series("", diagnosed(lambda d: None if d["share"]["update"] is None else 1 - d["share"]["update"])),),
+        (Series("share", diagnosed(lambda d: None if d["share"]["update"] is None else 1 - d["share"]["update"])),),
         NO_DIAGNOSIS,
         unit=True,
     ),

@@ -38,6 +38,10 @@ class Run:
     def last_step(self) -> int:
         return int(self.rows[-1]["step"])
 
+    @property
+    def is_cold_start(self) -> bool:
+        return "loss/sft" in self.rows[-1]
+
     def setting(self, name: str, default: Any = None) -> Any:
         """The value of a dotted setting, the default where this run's config.yaml does not have it."""
         node: Any = self.config

@@ -44,10 +44,8 @@ def _samples(run: Run) -> dict[str, Any]:
     groups: dict[int, list[dict[str, Any]]] = {}
     for uid in sorted(rows_of):
         groups.setdefault(uid // group_size, []).append(_sample(run, uid, rows_of[uid]))
-    layers = run.diagnoses[-1]["layers"] if run.diagnoses else []
     return {
         "step": run.tokens_step,
-        "layers": len(layers),
         "span": _span(columns["log_ratio"]),
         "groups": [
             {"prompt": _of_prompt(run, rows, "prompt"), "answer": _of_prompt(run, rows, "answer"), "samples": rows}
