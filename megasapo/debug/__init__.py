@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=16, metavar="M", help="most samples without --sample (default 16)")
     weights = "a step, an HF directory or a training checkpoint"
     parser.add_argument(
-        "--behaviour", metavar="PATH|STEP", help=f"weights that sampled; default: as dumped ({weights})"
+        "--behaviour", metavar="PATH|STEP", help=f"weights that sampled, by default as dumped: {weights}"
     )
     parser.add_argument("--weights", metavar="PATH|STEP", help="later ones, for the terms update and drift")
     parser.add_argument(

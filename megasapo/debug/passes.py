@@ -5,6 +5,7 @@ Called by the debugger on every rank. It knows nothing of what the numbers are c
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def score_all(configs: Mapping[str, Config], samples: Sequence[Dumped], weights:
         for against, cfg in configs.items():
             if topo is not None:
                 topo.leave()
+                gc.collect()  # modules refer to one another: two models may not fit on a device
             topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
             _score_variants(passes, Scorer(cfg, topo), against, samples, weights)
         assert topo is not None, "there is always the run's own configuration"

@@ -6,7 +6,7 @@ Called by the debugger. It reads RUN/rollouts and RUN/routing/trace, and knows n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,15 @@ def read_samples(run_dir: Path, step: int, *, group_size: int, geometry: Geometr
     files = _files(run_dir)
     if step not in files:
         raise ConfigError(f"{run_dir / 'rollouts'} has no step {step}; it has {_ranges(sorted(files))}")
-    rows = [(path, line, record) for path in files[step] for line, record in read_records(path)]
-    if not rows:
-        raise ConfigError(f"{files[step][0]} is empty")
-    rows.sort(key=lambda row: (row[2]["uid"], row[2]["sample"]))
     experts = _traced(run_dir, step)
-    return [
-        _sample(number, path, line, record, group_size, experts, geometry)
-        for number, (path, line, record) in enumerate(rows)
+    found = [
+        _sample(f"{path}:{line}", record, group_size, experts, geometry)
+        for path in files[step]
+        for line, record in read_records(path)
     ]
+    if not found:
+        raise ConfigError(f"{files[step][0]} is empty")
+    return [replace(sample, number=number) for number, sample in enumerate(sorted(found, key=lambda s: s.uid))]
 
 
 def _files(run_dir: Path) -> dict[int, list[Path]]:
@@ -74,29 +74,25 @@ def _traced(run_dir: Path, step: int) -> dict[int, np.ndarray]:
 
 
 def _sample(
-    number: int,
-    path: Path,
-    line: int,
-    record: dict[str, Any],
-    group_size: int,
-    experts: dict[int, np.ndarray],
-    geometry: Geometry,
+    where: str, record: dict[str, Any], group_size: int, experts: dict[int, np.ndarray], geometry: Geometry
 ) -> Dumped:
     try:
         uid = int(record["uid"]) * group_size + int(record["sample"])
         prompt, response, given = record["prompt_ids"], record["output_ids"], record["logprobs"]
         tokens = np.array([*prompt, *response], dtype=np.int32)
         logp = np.full(len(tokens) - 1, np.nan, dtype=np.float32)
+        if not prompt or len(given) != len(response):
+            raise ValueError(f"{len(prompt)} prompt_ids, {len(response)} output_ids and {len(given)} logprobs")
         logp[len(prompt) - 1 :] = [np.nan if x is None else x for x in given]
         versions = int(record["version_min"]), int(record["version_max"])
     except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{path}:{line}: not a sample as a run dumps it: {type(e).__name__} {e}") from e
+        raise DataError(f"{where}: not a sample as a run dumps it: {type(e).__name__}: {e}") from e
     if tokens.min() < 0 or tokens.max() >= geometry.vocab:
-        raise DataError(f"{path}:{line}: token ids up to {tokens.max()}, and the model has {geometry.vocab}")
+        raise DataError(f"{where}: token ids up to {tokens.max()}, and the model has {geometry.vocab}")
     routing = experts.get(uid)
     if routing is not None:
         routing = _all_slots(routing, len(tokens) - 1, f"trace of sample {uid}", geometry)
-    return Dumped(number, uid, tokens, len(prompt), logp, *versions, routing)
+    return Dumped(0, uid, tokens, len(prompt), logp, *versions, routing)
 
 
 def _all_slots(routing: np.ndarray, slots: int, where: str, geometry: Geometry) -> np.ndarray:

@@ -30,9 +30,13 @@ def render(record: Record, decode: Decode) -> str:
     lines += ["", *_table(record["overall"]["variants"], record["tolerance"])]
     lines += _layers(record["overall"]["by_layer"])
     lines += _terms(record["overall"]["terms"])
-    lines += ["", f"{'sample':>7} {'uid':>7} {'tokens':>6}  first expert not expected, first logprob off (native)"]
-    lines += [_summary(s, decode) for s in samples]
-    return "\n".join([*lines, "", "--sample K shows one of them in full"])
+    parted = [s for s in samples if s["routing_shift"] or s["first_rerouted"]["native"] or s["first_beyond"]["native"]]
+    lines += ["", f"{len(samples) - len(parted)} samples have the expected experts and logprobs within the tolerance"]
+    if parted:
+        lines += [f"{'sample':>7} {'uid':>7} {'tokens':>6}  first expert not expected, first logprob off (native)"]
+        lines += [_summary(s, decode) for s in parted]
+        lines += ["--sample K shows one of them in full"]
+    return "\n".join(lines)
 
 
 def _one(sample: Record, tolerance: float, decode: Decode) -> list[str]:
@@ -129,7 +133,7 @@ def _where(found: Record, decode: Decode) -> str:
 
 
 def _summary(sample: Record, decode: Decode) -> str:
-    rerouted, beyond = sample["first_rerouted"].get("native"), sample["first_beyond"].get("native")
+    rerouted, beyond = sample["first_rerouted"]["native"], sample["first_beyond"]["native"]
     shift = f"  ROUTING SHIFTED by {sample['routing_shift']:+d}" if sample["routing_shift"] else ""
     place = "none" if rerouted is None else f"token {rerouted['token']} layer {rerouted['layer']}"
     token = "none" if beyond is None else f"{_where(beyond, decode)}"

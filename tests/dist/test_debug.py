@@ -50,7 +50,7 @@ class Server:
     def perturb(self, layer: int) -> None:
         gate = self.model.model.layers[layer].mlp.gate.weight
         with torch.no_grad():
-            gate.add_(0.1 * gate.std() * torch.randn(gate.shape, generator=torch.Generator().manual_seed(5)))
+            gate.add_(0.3 * gate.std() * torch.randn(gate.shape, generator=torch.Generator().manual_seed(5)))
 
 
 def sequences() -> list[np.ndarray]:

@@ -137,6 +137,35 @@ def test_recorded_are_the_top_k_of_each_layer_best_first() -> None:
     assert replay.take() == []
 
 
+def test_compared_are_the_choices_at_forced_inputs() -> None:
+    """Each router says what it would have chosen, while all before it were forced, and what that is worth to it."""
+    chunk = Chunk([2, 4])
+    replay = RoutingReplay([chunk])
+    x, forced = inputs(3).detach(), random_routing(2, seed=4)
+    forced_or_not = forced.to(torch.int16)
+    forced_or_not[7] = NATIVE
+    with torch.no_grad():
+        with replay.compare(chunk, batch(forced_or_not)):
+            compared = chunk(x)
+        with replay.replay(chunk, batch(forced_or_not)):
+            replayed = chunk(x)
+    (choices,), (given_up,) = replay.take(), replay.take_given_up()
+    assert torch.equal(compared, replayed)
+    used = forced.clone()
+    used[7] = choices[7]
+    torch.testing.assert_close(compared, by_formula(chunk, x, used))
+    one = Chunk([2])  # the first layer alone
+    one.load_state_dict({k: v for k, v in chunk.state_dict().items() if k.split(".")[1] == "0"})
+    for column, given in enumerate((x, by_formula(one, x, used[:, :1]))):
+        logits = given @ chunk.routers[column].weight.t()
+        best = logits.topk(TOP_K)
+        assert choices[:, column].tolist() == best.indices.tolist()
+        lost = best.values.sum(1) - logits.gather(1, used[:, column].long()).sum(1)
+        torch.testing.assert_close(given_up[:, column], lost.detach(), rtol=1e-4, atol=1e-5)
+    assert given_up[7].tolist() == [0.0, 0.0]
+    assert replay.take() == replay.take_given_up() == []
+
+
 def test_micro_batches_and_chunks_are_put_together_in_order() -> None:
     chunks = [Chunk([1, 2]), Chunk([5])]
     replay = RoutingReplay(chunks)
