@@ -107,6 +107,7 @@ class Diagnosis:
         """The run went back to `step`: later versions of weights, and what they routed, are of no run."""
         self._weights.clear()
         self.close()
+        self._topo.barrier()  # opening removes files of later steps: no rank may still be writing one
         self._trace = self._open_trace(step)
 
     def close(self) -> None:

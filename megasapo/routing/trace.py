@@ -222,14 +222,14 @@ def _size(item: tuple[int, TraceRow] | threading.Event | None) -> int:
 
 
 def read_trace(directory: Path, step: int | None = None, uid: int | None = None) -> list[tuple[int, TraceRow]]:
-    """(step, row) of a trace, or of one step or sequence in it, ordered by step, uid and source."""
+    """(step, row) of a trace, or of one step or sequence in it, ordered by step, uid, source and version."""
     found: list[tuple[int, TraceRow]] = []
     wanted = [(name, "=", value) for name, value in (("step", step), ("uid", uid)) if value is not None]
     for file in _files(directory):
         if step is None or file.first <= step <= file.last:
             table = pq.read_table(file.path, filters=wanted or None)
             found += [_row(table, i) for i in range(table.num_rows)]
-    return sorted(found, key=lambda item: (item[0], item[1].uid, item[1].source))
+    return sorted(found, key=lambda item: (item[0], item[1].uid, item[1].source, item[1].version_min))
 
 
 class _File(NamedTuple):
