@@ -1,16 +1,23 @@
-"""A run that replays, traces and explains the server's routing, killed in the middle: its trace is that of one run."""
+"""Runs that replay, trace and explain the server's routing; the trace of one that is killed is that of one run."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import yaml
 
+from megasapo.routing.scored import TERMS
+from megasapo.routing.store import read_diagnosis
 from megasapo.routing.trace import is_traced, read_trace
 from tests.e2e.runs import kill_hard, metrics, running, steps_done, write_config
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, GROUPS, SIZE, RATE = 4, 4, 4, 0.5
 
 
@@ -45,3 +52,36 @@ def test_the_trace_of_a_killed_run_has_every_sample_once(
     for line in metrics(tmp_path / "run"):
         assert line["routing/native_frac"] == 0
         assert line["routing/trace_dropped"] == 0
+
+
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_the_example_tells_all_four_causes_apart(
+    replay: str, tmp_path: Path, settings: Callable[..., dict[str, Any]]
+) -> None:
+    """examples/arithmetic/routing.yaml, on a smaller model and for a few steps."""
+    example = yaml.safe_load((ROOT / "examples" / "arithmetic" / "routing.yaml").read_text())
+    own = settings(tmp_path)
+    example |= {name: own[name] for name in ("run", "model", "data", "reward", "optim")}
+    example["rollout"] |= {"prompts_per_step": 16, "group_size": 4, "max_new_tokens": 12}
+    example["train"] = {"steps": 3, "save_every": 3, "micro_batch_tokens": 512}
+    example["algo"]["routing_replay"] = replay
+    example["routing"]["diagnose_every"] = 3
+    with running("train", write_config(tmp_path / "config.yaml", example), log=tmp_path / "log") as run:
+        run.succeed()
+    first, _, last = metrics(tmp_path / "run")
+    assert first["grad/norm"] > 0
+    assert last["staleness/max"] == 1
+    shares = [last[f"routing/var_share_{term}"] for term in TERMS]
+    assert sum(shares) == pytest.approx(1, abs=1e-9)
+    for term in TERMS:
+        assert last[f"routing/var_{term}"] > 0, f"{term} of {dict(zip(TERMS, shares, strict=True))}"
+    assert last["routing/flip_rate_mismatch"] > 0
+    assert last["routing/flip_rate_drift"] > 0
+    (diagnosis,) = read_diagnosis(tmp_path / "run")
+    # most responses were drawn with version 1; those that saw a new version on the way are left out
+    assert (diagnosis["behaviour_version"], diagnosis["current_version"]) == (1, 3)
+    assert 16 <= diagnosis["sequences"] <= 64
+    for term in ("mismatch", "drift"):
+        assert sum(diagnosis["sweep"]["share"][term]) == pytest.approx(diagnosis["share"][term], abs=1e-6)
+    subprocess.run([sys.executable, "-m", "megasapo.cli", "report", str(tmp_path / "run")], check=True, timeout=120)
+    assert "mismatch" in (tmp_path / "run" / "report.html").read_text()
