@@ -141,7 +141,7 @@ def _diagnose(directory: Path, step: int, rng: np.random.Generator) -> None:
         )
         for one in scored
     ]
-    write_diagnosis(directory, step, whole, rows, {"behaviour_version": step - 1, "current_version": step})
+    write_diagnosis(directory, step, whole, rows, behaviour_version=step - 1, current_version=step)
     (directory / "rollouts").mkdir(exist_ok=True)
     samples = [(uid, i) for uid in (2, 3) for i in range(GROUP)]
     for part in (0, 1):
@@ -425,7 +425,7 @@ def test_undefined_shares_and_unknown_layers_draw_as_gaps(tmp_path: Path) -> Non
     )
     axes = {"layers": (0, 1, 2), "num_experts": 4, "sweep_groups": ((0, 1), (2,))}
     whole = decompose([scored], **axes, tau_pos=1.0, tau_neg=1.05)
-    write_diagnosis(run, 2, whole, [], {"behaviour_version": 1, "current_version": 2})
+    write_diagnosis(run, 2, whole, [], behaviour_version=1, current_version=2)
     page = report(run)
     assert page.trace("Shares of the log-ratio's variance", "update")["y"] == [None]
     assert page.chart("Flipped experts between engines")["data"][0]["z"] == [[None]] * 3
