@@ -59,7 +59,7 @@ def update(runs: Sequence[Run]) -> Section:
     else:
         part.blocks.insert(1 if part.blocks else 0, quantiles)
     intro = (
-        "How far each token's probability moved between sampling and learning: log-ratio d = log π(token) now - then, "
+        "How far each token's probability moved: log-ratio d = log π(token) now - before (algo.old_logprobs: whose), "
         "ratio r = exp(d). SAPO multiplies a token's gradient by a gate w, 1 at r = 1 and falling to 0 away from it."
     )
     return Section("update", "Policy update", intro, [part])
@@ -213,8 +213,8 @@ UPDATE = [
     ),
     Curve(
         "Mismatch of rollout server and learner",
-        "Same weights, two engines: KL estimate and mean absolute difference of log-probabilities. It should stay "
-        "flat; growth means the engines drift apart.",
+        "Log-probabilities of the sampled tokens, server against learner before the update. On-policy this is numerics "
+        "alone and should stay flat; stale samples add to it.",
         "nats a token",
         (
             Series("KL(rollout ‖ learner)", metric("mismatch/kl")),

@@ -71,7 +71,7 @@ def _costliest(diagnosis: dict[str, Any]) -> Table:
     ]
     found.sort(key=lambda row: -row[0])
     rows = [
-        [str(layer), str(expert), term, f"{share:.1%}", _percent(flips), _percent(load)]
+        [str(layer), str(expert), term, f"{share:.2%}", _percent(flips), _percent(load)]
         for share, term, layer, expert, flips, load in found[:COSTLIEST]
     ]
     look = "Share of the variance on tokens where this expert came or went. A token may count for several experts."

@@ -59,8 +59,8 @@ def diagnosed(value: Callable[[dict[str, Any]], float | None]) -> Callable[[Run]
 def curves(runs: Sequence[Run], series: Sequence[Series], *, y: str, log: bool = False, unit: bool = False) -> Figure:
     """Lines over steps. One run: a colour a series. Several: a colour a run, as in the page's legend, a dash a series.
 
-    `log`: a logarithmic axis where every value is positive. `unit`: shares, shown in percent. Without any point the
-    figure has no traces.
+    `log`: a logarithmic axis where values are positive and span more than a decade and a half. `unit`: shares, in
+    percent. Without any point the figure has no traces.
     """
     data = []
     for i, run in enumerate(runs):
@@ -82,8 +82,8 @@ def curves(runs: Sequence[Run], series: Sequence[Series], *, y: str, log: bool =
         figure["layout"]["yaxis"]["rangemode"] = "nonnegative"
     if unit:
         figure["layout"]["yaxis"] |= {"tickformat": ",~%"}
-    elif log and known and min(known) > 0:
-        figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1 if max(known) > 30 * min(known) else "D1"}
+    elif log and known and max(known) > 30 * min(known) > 0:
+        figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1}
     return figure
 
 

@@ -141,7 +141,7 @@ def _diagnose(directory: Path, step: int, rng: np.random.Generator) -> None:
         )
         for one in scored
     ]
-    write_diagnosis(directory, step, whole, rows, {"behaviour_version": step - 1, "current_version": step})
+    write_diagnosis(directory, step, whole, rows, behaviour_version=step - 1, current_version=step)
     (directory / "rollouts").mkdir(exist_ok=True)
     samples = [(uid, i) for uid in (2, 3) for i in range(GROUP)]
     for part in (0, 1):
@@ -296,7 +296,7 @@ def test_expert_load_entropy_and_the_costliest(run: Path, page: Page) -> None:
     worst = page.trace("Busiest expert", "worst layer")["y"]
     assert worst == pytest.approx([max(d["load_imbalance"]["current"]) for d in diagnoses], rel=1e-5)
     costliest = max(np.max(latest["share"][term]) for term in ("mismatch", "drift"))
-    assert f"{costliest:.1%}" in page.text
+    assert f"{costliest:.2%}" in page.text
 
 
 def test_samples_carry_every_token_beside_their_prompt(run: Path, page: Page) -> None:
@@ -425,7 +425,7 @@ def test_undefined_shares_and_unknown_layers_draw_as_gaps(tmp_path: Path) -> Non
     )
     axes = {"layers": (0, 1, 2), "num_experts": 4, "sweep_groups": ((0, 1), (2,))}
     whole = decompose([scored], **axes, tau_pos=1.0, tau_neg=1.05)
-    write_diagnosis(run, 2, whole, [], {"behaviour_version": 1, "current_version": 2})
+    write_diagnosis(run, 2, whole, [], behaviour_version=1, current_version=2)
     page = report(run)
     assert page.trace("Shares of the log-ratio's variance", "update")["y"] == [None]
     assert page.chart("Flipped experts between engines")["data"][0]["z"] == [[None]] * 3
@@ -435,10 +435,17 @@ def test_undefined_shares_and_unknown_layers_draw_as_gaps(tmp_path: Path) -> Non
 
 def test_a_cold_start_has_its_loss(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sft", diagnose=False)
-    rows = [{"step": step, "loss/sft": 1 / step, "grad/norm": 1.0, "time/step_s": 0.5} for step in range(1, 9)]
+    rows = [
+        {"step": step, "loss/sft": 1 / step, "grad/norm": 1.0, "time/update_s": 0.375, "time/step_s": 0.5}
+        for step in range(1, 201)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = report(run)
-    assert page.trace("Cold-start loss", "loss")["y"] == pytest.approx([1 / step for step in range(1, 9)], rel=1e-5)
+    assert page.trace("Cold-start loss", "loss")["y"] == pytest.approx([1 / step for step in range(1, 201)], rel=1e-5)
+    phases = page.chart("Seconds of a step by phase")  # an area: 200 bars would be too thin
+    go.Figure(phases)
+    assert [trace["stackgroup"] for trace in phases["data"]] == ["all", "all"]
+    assert [trace["y"][0] for trace in phases["data"]] == [0.375, 0.125]
     assert "Why ratios vary" not in page.text
 
 
