@@ -182,6 +182,11 @@ def observed(metrics: Metrics) -> dict[str, float]:
     return {name: m.value() for name, m in metrics.items() if not isinstance(m, Hist) and _saw_something(m)}
 
 
+def defined(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without those whose NaN says that there was nothing to measure."""
+    return {name: x for name, x in figures.items() if not np.isnan(x)}
+
+
 def to_host(metrics: Metrics) -> dict[str, Metric]:
     """The same metrics with every tensor turned into Python floats or numpy counts, in one copy from the device.
 

@@ -31,7 +31,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def configure(where: Path, settings: Settings, data: Path, rule: dict[str, Any], ranks: int, **more: Any) -> Path:
+def configure(where: Path, settings: Settings, data: Path, rules: list[Any], ranks: int, **more: Any) -> Path:
     where.mkdir(exist_ok=True)
     made = settings(where)
     made["data"] |= {"train": str(data), "shuffle": False}
@@ -39,7 +39,7 @@ def configure(where: Path, settings: Settings, data: Path, rule: dict[str, Any],
     made["rollout"] |= {"publish_verify": False}
     made["parallel"] = {"ep": ranks}
     made["train"] |= {"steps": 5, "keep_checkpoints": 9}
-    made["stability"] = {"mode": "act", "rules": [rule]}
+    made["stability"] = {"mode": "act", "rules": rules}
     for section, values in more.items():
         made[section] = made.get(section, {}) | values
     return write_config(where / "config.yaml", made)
@@ -49,8 +49,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def uids(rollouts: Path, files: str = "*") -> list[int]:
+    return sorted({row["uid"] for path in rollouts.glob(files) for row in lines(path)})
+
+
 def test_rollback_leaves_out_the_batches_that_led_there(tmp_path: Path, settings: Settings, poisoned: Path) -> None:
-    config = configure(tmp_path, settings, poisoned, BELOW | {"action": "rollback"}, ranks=2)
+    config = configure(tmp_path, settings, poisoned, [BELOW | {"action": "rollback"}], ranks=1)
     with running("train", config, log=tmp_path / "log") as run:
         output = run.succeed()
     assert "rolled back to step 2: reward/mean = -1000 is below -100 at step 4" in output
@@ -62,12 +66,8 @@ def test_rollback_leaves_out_the_batches_that_led_there(tmp_path: Path, settings
     assert [(row["rollback"], row["step"]) for row in undone] == [(1, 3), (1, 4)]
     assert undone[-1]["reward/mean"] == -1000
     assert [(e["step"], e["action"]) for e in lines(out / "events.jsonl")] == [(4, "rollback")]
-    parts = sorted((out / "dumps" / "step_00000004" / "rollouts").iterdir())
-    dumped = sorted(row["uid"] for part in parts for row in lines(part))
-    assert len(parts) == 2
-    assert dumped == sorted(list(range(12, 16)) * 4)
-    again = [row["uid"] for part in (out / "rollouts").glob("step_00000003.part-*") for row in lines(part)]
-    assert sorted(set(again)) == [16, 17, 18, 19]  # the data go on behind the poison
+    assert uids(out / "dumps" / "step_00000004" / "rollouts") == [12, 13, 14, 15]
+    assert uids(out / "rollouts", "step_00000003*") == [16, 17, 18, 19]  # the data go on behind the poison
 
     # The checkpoint knows of the roll-back: resumed from it, a run goes the same way, bit for bit.
     other = tmp_path / "other" / "run"
@@ -84,48 +84,48 @@ def test_rollback_leaves_out_the_batches_that_led_there(tmp_path: Path, settings
 
 def test_rollback_to_the_start_while_rollouts_are_in_flight(tmp_path: Path, settings: Settings, poisoned: Path) -> None:
     rollout = {"max_staleness": 2, "publish": "distributed", "deterministic": False}
-    rule = BELOW | {"action": "rollback"}
-    config = configure(tmp_path, settings, poisoned, rule, 1, rollout=rollout, train={"save_every": 50})
+    rules = [BELOW | {"action": "rollback"}]
+    config = configure(tmp_path, settings, poisoned, rules, 2, rollout=rollout, train={"save_every": 50})
     with running("train", config, log=tmp_path / "log") as run:
         assert "rolled back to step 0" in run.succeed()
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert min(row["reward/mean"] for row in rows) >= 0
     assert [row["staleness/max"] for row in rows][:3] == [0, 1, 2]  # nothing of the undone versions is left
-    uids = {row["uid"] for row in lines(tmp_path / "run" / "rollouts" / "step_00000001.jsonl")}
-    assert uids == {16, 17, 18, 19}
+    assert uids(tmp_path / "run" / "rollouts", "step_00000001*") == [16, 17, 18, 19]
+    dumped = tmp_path / "run" / "dumps" / "step_00000004" / "rollouts"
+    assert sorted(p.name for p in dumped.iterdir()) == [f"step_00000004.part-{i}-of-2.jsonl" for i in (0, 1)]
+    assert uids(dumped) == [12, 13, 14, 15]
 
 
-def test_stop_ends_the_run_and_warn_goes_on_from_its_checkpoint(
-    tmp_path: Path, settings: Settings, poisoned: Path
+def test_skip_leaves_the_weights_alone_stop_ends_the_run_and_warn_only_warns(
+    tmp_path: Path, settings: Settings, poisoned: Path, task: Path
 ) -> None:
-    config = configure(tmp_path, settings, poisoned, BELOW | {"action": "stop"}, ranks=1, train={"save_every": 1})
+    rules = [{"metric": "grad/norm", "below": 1e9, "action": "skip"}, BELOW | {"action": "stop"}]
+    more = {"train": {"save_every": 1}, "optim": {"schedule": "linear"}}
+    config = configure(tmp_path, settings, poisoned, rules, ranks=1, **more)
     out = tmp_path / "run"
     with running("train", config, log=tmp_path / "log") as run:
         assert run.wait() == 2
     assert "step 4: reward/mean = -1000 is below -100" in run.output()
     assert "Traceback" not in run.output()
     assert (out / "checkpoints" / "latest").read_text() == "step_00000003"
-    assert len(lines(out / "dumps" / "step_00000004" / "rollouts" / "step_00000004.jsonl")) == 16
+    assert uids(out / "dumps" / "step_00000004" / "rollouts") == [12, 13, 14, 15]
     assert not (out / "done").exists()
-    with running("train", config, "stability.mode=warn", log=tmp_path / "log2") as run:
-        assert "step 4: reward/mean = -1000 is below -100: warn" in run.succeed()
-    assert [row["stability/events"] for row in metrics(out)] == [0, 0, 0, 1, 0]
-    assert [(e["step"], e["action"]) for e in lines(out / "events.jsonl")] == [(4, "warn")]
-
-
-def test_steps_that_are_left_out_leave_the_weights_alone(
-    tmp_path: Path, settings: Settings, poisoned: Path, task: Path
-) -> None:
-    rule = {"metric": "grad/norm", "below": 1e9, "action": "skip"}
-    optim = {"schedule": "linear", "lr": 1e-3}
-    config = configure(tmp_path, settings, poisoned, rule, 1, optim=optim, train={"steps": 2, "save_every": 1})
-    with running("train", config, log=tmp_path / "log") as run:
-        run.succeed()
-    rows = metrics(tmp_path / "run")
-    assert [row["stability/skipped_steps"] for row in rows] == [2, 2]  # algo.mini_batches
-    assert [row["grad/skipped_steps"] for row in rows] == [0, 0]
-    assert rows[1]["optim/lr"] < rows[0]["optim/lr"]
-    before, after = (load_file(d / "model.safetensors") for d in (task / "model", tmp_path / "run" / "hf"))
+    rows = metrics(out)
+    assert [row["stability/skipped_steps"] for row in rows] == [2, 2, 2, 2]  # algo.mini_batches
+    assert [row["grad/skipped_steps"] for row in rows] == [0, 0, 0, 0]
+    assert rows[3]["optim/lr"] < rows[0]["optim/lr"]
+    (served,) = (out / "weights" / "v4").glob("*.safetensors")
+    before, after = load_file(task / "model" / "model.safetensors"), load_file(served)
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+
+    with running("train", config, "stability.mode=warn", log=tmp_path / "log2") as run:
+        assert "step 4: reward/mean = -1000 is below -100: warn" in run.succeed()
+    rows = metrics(out)
+    assert ["stability/skipped_steps" in row for row in rows] == [True, True, True, False, False]
+    assert [row["stability/events"] for row in rows] == [2, 2, 2, 2, 1]
+    events = [(e["step"], e["metric"], e["action"]) for e in lines(out / "events.jsonl")]
+    assert events[:6] == [(step, "grad/norm", "skip") for step in (1, 1, 2, 2, 3, 3)]
+    assert sorted(events[6:]) == [(4, "grad/norm", "warn"), (4, "reward/mean", "warn"), (5, "grad/norm", "warn")]
