@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--behaviour", metavar="PATH|STEP", help=f"weights that sampled, by default as dumped: {weights}"
     )
-    parser.add_argument("--weights", metavar="PATH|STEP", help="later ones, for the terms update and drift")
+    parser.add_argument(
+        "--weights", metavar="PATH|STEP", help="later ones (the current weights), for the terms update and drift"
+    )
     parser.add_argument(
         "--against",
         action="append",

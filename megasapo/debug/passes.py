@@ -43,7 +43,7 @@ Passes = dict[Variant, dict[int, "Scored"]]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Directories of weights: those that sampled (by sample number), and later ones if any."""
+    """Directories of weights: those that sampled (by sample number), and later ones if any (not for --against)."""
 
     behaviour: Mapping[int, Path]
     current: Path | None = None
@@ -79,7 +79,7 @@ def _score_variants(passes: Passes, scorer: Scorer, against: str, samples: Seque
         same = [s for s in samples if weights.behaviour[s.number] == directory]
         for routing in ROUTINGS:
             _score(passes, scorer, Variant(against, "behaviour", routing), same)
-    if weights.current is not None:
+    if weights.current is not None and not against:
         scorer.load(weights.current)
         for routing in ROUTINGS:
             _score(passes, scorer, Variant(against, "current", routing), samples)

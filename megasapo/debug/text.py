@@ -18,7 +18,7 @@ def render(record: Record, decode: Decode) -> str:
     lines = [f"{record['run']} step {record['step']}: {len(samples)} of {record['samples_in_step']} samples"]
     lines += [f"weights that sampled: {', '.join(record['weights'])}"]
     if record["current_weights"]:
-        lines += [f"later weights: {record['current_weights']}"]
+        lines += [f"current weights: {record['current_weights']}"]
     if record["model_layers"] and not all(s["routing_traced"] for s in samples):
         untraced = [s["number"] for s in samples if not s["routing_traced"]]
         lines += [
