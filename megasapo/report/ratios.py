@@ -37,13 +37,12 @@ INTRO = (
 
 
 def variance(runs: Sequence[Run]) -> Section:
-    """Overlaid figures of all runs, then a part for each diagnosed one."""
+    """A part for each diagnosed run, then overlaid figures of all."""
     part = curve_part(runs, [*OVER_STEPS, *COUNTERFACTUALS])
     if not any(run.diagnoses for run in runs):
         part = Part([], [f"Why ratios vary: no diagnosis in {_those(runs)}; {NO_DIAGNOSIS}"])
-    return Section(
-        "variance", "Why ratios vary", INTRO, [part, *(_of_run(i, run) for i, run in enumerate(runs) if run.diagnoses)]
-    )
+    own = [_of_run(i, run) for i, run in enumerate(runs) if run.diagnoses]
+    return Section("variance", "Why ratios vary", INTRO, [*own, part])
 
 
 def _those(runs: Sequence[Run]) -> str:
@@ -87,8 +86,10 @@ def _variances(run: Run) -> Chart:
     data = [line(*series(lambda d: d["variance"]), "whole log-ratio", "#1f2933")]
     for term, colour in TERM_COLOURS.items():
         data.append(line(*series(lambda d, term=term: d["term_variance"][term]), term, colour))
+    largest = max((y for y in data[0]["y"] if y is not None), default=0.0)
     for trace in data:
-        trace["y"] = [y if y is not None and y > 0 else None for y in trace["y"]]  # a logarithm has no place for 0
+        # a logarithm has no place for 0, and rounding errors would make the rest a flat line
+        trace["y"] = [y if y is not None and y > 1e-8 * largest else None for y in trace["y"]]
         trace["hovertemplate"] = "%{y:.3~g}"
     figure: Figure = {"data": data, "layout": layout(x=STEP, y="variance over tokens (nats²)")}
     figure["layout"]["yaxis"] |= {"type": "log"}
