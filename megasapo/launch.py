@@ -17,6 +17,7 @@ from collections.abc import Callable
 from megasapo.config import ConfigError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LAUNCHER = "MEGASAPO_LAUNCHER_PID"  # set for the ranks that `run` starts
 
 
 def is_rank() -> bool:
@@ -47,6 +48,7 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
 
     # Two ranks that each start a thread per core fight for them: measured slower than one thread a rank.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
     config = LaunchConfig(
         min_nodes=1,
@@ -74,9 +76,15 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
 
 
 def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies: torchrun killed by -9 must not leave its ranks behind."""
+    """Ask Linux for SIGTERM when the parent dies: torchrun killed by -9 must not leave its ranks behind.
+
+    Exits at once where our own launcher has died already: such a rank would wait for the others for hours.
+    """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and os.getppid() != int(launcher):
+        sys.exit(f"the launcher, process {launcher}, is gone")
 
 
 def stop_flag() -> Callable[[], bool]:

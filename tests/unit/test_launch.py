@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from megasapo import launch
 from megasapo.config import ConfigError, ParallelConfig
+from megasapo.launch import LAUNCHER
 from megasapo.run import world_size
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -66,3 +69,21 @@ def test_under_torchrun_its_number_of_ranks_counts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert world_size(ParallelConfig(tp=2), None) == 6
+
+
+def test_a_rank_whose_launcher_died_before_it_began_ends() -> None:
+    gone = 2**22 + 1  # beyond the highest process id of Linux
+    code = "from megasapo.launch import die_with_parent; die_with_parent(); print('went on')"
+    ranks = {
+        pid: subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {LAUNCHER: str(pid)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        for pid in (os.getpid(), gone)
+    }
+    assert ranks[os.getpid()].stdout == "went on\n"
+    assert ranks[gone].returncode == 1
+    assert f"process {gone}, is gone" in ranks[gone].stderr
