@@ -67,7 +67,7 @@ def _costliest(diagnosis: dict[str, Any]) -> Table:
         for term in ("mismatch", "drift")
         for i, layer in enumerate(diagnosis["layers"])
         for expert, share in enumerate(of["share"][term][i])
-        if share is not None
+        if share is not None and of["flips"][term][i][expert]
     ]
     found.sort(key=lambda row: -row[0])
     rows = [
