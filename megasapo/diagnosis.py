@@ -23,7 +23,7 @@ from megasapo.config import Config
 from megasapo.metrics import Hist, Metrics
 from megasapo.routing.decompose import Decomposition, decompose
 from megasapo.routing.pictures import flip_map
-from megasapo.routing.store import read_diagnosis, token_rows, write_diagnosis
+from megasapo.routing.store import cut_diagnosis, read_diagnosis, token_rows, write_diagnosis
 from megasapo.routing.trace import TraceRow, TraceWriter
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
 from megasapo.types import Group, TrainSequence
@@ -74,7 +74,7 @@ class Diagnosis:
         """`decode`: token ids to text; `open_trace(last step to keep)`: this rank's share of the trace, if any."""
         self._cfg, self._topo, self._policy, self._packing = cfg, topo, policy, packing
         self._run_dir, self._decode, self._open_trace = run_dir, decode, open_trace
-        self._trace = open_trace(resume_step)
+        self._begin(resume_step)
         self._weights: dict[int, Weights] = {}  # by version
 
     def keep(self, version: int) -> None:
@@ -108,7 +108,13 @@ class Diagnosis:
         self._weights.clear()
         self.close()
         self._topo.barrier()  # opening removes files of later steps: no rank may still be writing one
-        self._trace = self._open_trace(step)
+        self._begin(step)
+
+    def _begin(self, last_step: int | None) -> None:
+        """After `last_step` (None: at the beginning); what an earlier start left of later steps is removed."""
+        if self._topo.rank == 0:
+            cut_diagnosis(self._run_dir, last_step or 0)
+        self._trace = self._open_trace(last_step)
 
     def close(self) -> None:
         if self._trace is not None:

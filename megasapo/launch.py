@@ -72,6 +72,8 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
     except SignalException as e:
         print(f"megasapo {command}: stopped by signal {int(e.sigval)}", file=sys.stderr)
         return 128 + int(e.sigval)
+    finally:
+        del os.environ[LAUNCHER]
     return 0
 
 

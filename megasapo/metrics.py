@@ -170,7 +170,7 @@ def scalars(metrics: Metrics) -> dict[str, float]:
 def quantiles(
     metrics: Metrics, hist: str, name: str, levels: Iterable[float] = (0.01, 0.05, 0.5, 0.95, 0.99)
 ) -> dict[str, float]:
-    """{name}_q01 and so on: quantiles of the histogram called `hist`, on the host."""
+    """{name}_q01 and so on: quantiles of the histogram called `hist`, on the host; NaN of an empty one."""
     found = metrics[hist]
     if not isinstance(found, Hist):
         raise TypeError(f"metric {hist} is a {type(found).__name__}, not a histogram")

@@ -97,7 +97,8 @@ def loop(p: Parts, step: int) -> int:
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
         own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics()]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
-        figures = metrics.observed(stats) | metrics.defined(diagnosed.scalars | held_out)
+        also = diagnosed.scalars | held_out | metrics.quantiles(stats, "ratio/log_hist", "ratio/log")
+        figures = metrics.observed(stats) | metrics.defined(also)
         events = p.guard.observe(step, figures)
         write_step(p, step, stats, groups, diagnosed, held_out, phases, events)
         if p.guard.act(step, events, groups, figures):

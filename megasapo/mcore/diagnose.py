@@ -105,7 +105,8 @@ def _scored_sequences(parts: list[dict[str, Any]], *, num_groups: int, num_layer
     scores = join(part["scores"] for part in parts)
     by_columns: dict[tuple[int, ...], list[Pieces]] = {}
     for part in parts:
-        by_columns.setdefault(part["columns"], []).append(part["routing"])
+        if part["columns"]:  # stages without experts have nothing to say
+            by_columns.setdefault(part["columns"], []).append(part["routing"])
     routing: dict[int, np.ndarray] = {}
     for columns, found in by_columns.items():
         for uid, own in join(found).items():

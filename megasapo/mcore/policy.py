@@ -149,7 +149,9 @@ class Policy:
     def _allowed(self, allow: Callable[[Mapping[str, float]], bool], mine: Metrics, norm: float) -> bool:
         """Collective: what `allow` says to the statistics of all ranks."""
         own = {**mine, "grad/norm": Mean(norm, 1.0)} if self._topo.rank == 0 else mine
-        return allow(metrics.observed(metrics.merge(self._topo.gather(own))))
+        merged = metrics.merge(self._topo.gather(own))
+        quantiles = metrics.quantiles(merged, "ratio/log_hist", "ratio/log")
+        return allow(metrics.observed(merged) | metrics.defined(quantiles))
 
     def _policy_loss(self, scores: TokenScores, mb: MicroBatch) -> tuple[torch.Tensor, Metrics]:
         return policy_loss(

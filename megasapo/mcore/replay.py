@@ -75,7 +75,9 @@ class RoutingReplay:
         with _forward(layers, _Mode.COMPARE, afterwards=self._between):
             yield
         self._recorded[model].append(self._choices(layers, mb))
-        given_up = [layer.given_up for layer in layers] or [torch.empty(mb.loss_mask.numel(), 0)]
+        given_up = [layer.given_up for layer in layers] or [
+            torch.empty(mb.loss_mask.numel(), 0, device=mb.loss_mask.device)
+        ]
         self._given_up[model].append(torch.stack(given_up, 1) if layers else given_up[0])
 
     def _choices(self, layers: list[_Layer], mb: MicroBatch) -> Tensor:

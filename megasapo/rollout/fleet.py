@@ -180,8 +180,9 @@ class Fleet:
     def _check_versions(self, completions: list[Completion], oldest: int | None, server: Server) -> None:
         if oldest is None:
             return
-        # a publish while the request runs makes it newer, which is never too old
-        newest = oldest if self.cfg.max_staleness == 0 else None
+        # A publish while the request runs makes it newer, and the next one may be under way; anything beyond that is of
+        # before a roll-back.
+        newest = oldest if self.cfg.max_staleness == 0 or self.version is None else self.version + 1
         try:
             check_versions(completions, oldest, newest)
         except WrongVersion as e:

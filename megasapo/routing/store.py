@@ -86,6 +86,13 @@ def write_diagnosis(
     return path
 
 
+def cut_diagnosis(run_dir: Path, last_step: int) -> None:
+    """Remove the files of steps after `last_step`, which a resumed or rolled-back run does again."""
+    for path in [*_folder(run_dir).glob("step_*.json"), *_folder(run_dir).glob("step_*.tokens.parquet")]:
+        if int(path.name[5:13]) > last_step:
+            path.unlink()
+
+
 def read_diagnosis(run_dir: Path, *, newest: int | None = None) -> list[dict[str, Any]]:
     """What `write_diagnosis` wrote, by step, or the last `newest` of it; empty without any.
 

@@ -59,6 +59,7 @@ class Guard:
         self._step = 0
         self._vetoes: list[Event] = []  # of the step under way
         self._skips_in_a_row = 0
+        self._longest_skip = 0  # of the rows that had a part in this step
         self.rollbacks = 0
         self.may_roll_back = acts and any(rule.action == "rollback" for rule in rules)
 
@@ -111,6 +112,7 @@ class Guard:
         events = watch.observe(self._step + 1, figures)
         self._vetoes += events
         self._skips_in_a_row = self._skips_in_a_row + 1 if events else 0
+        self._longest_skip = max(self._longest_skip, self._skips_in_a_row)
         return not events
 
     # --- after the step ---
@@ -123,7 +125,9 @@ class Guard:
             for event in events:
                 log.warning("step %d: %s: %s", step, event.why, event.action)
                 append_lines(self._run_dir / EVENTS, [{"rollbacks": self.rollbacks} | event.row()])
-            if self._cfg.rules is not None and (missing := self._watch.never_seen()):
+            watches = [self._watch, *self._mini.values()]
+            missing = sorted({metric for watch in watches for metric in watch.never_seen()})
+            if self._cfg.rules is not None and missing:
                 log.warning("stability.rules: no step has had %s: is the name right, and is it measured?", missing)
         return events
 
@@ -139,10 +143,11 @@ class Guard:
             reason = wanted["stop"].why
         elif "rollback" in wanted and self.rollbacks >= self._cfg.max_rollbacks:
             reason = f"{wanted['rollback'].why}, after stability.max_rollbacks={self._cfg.max_rollbacks} roll-backs"
-        elif self._skips_in_a_row > self._cfg.max_skips_in_a_row:
+        elif self._longest_skip > self._cfg.max_skips_in_a_row:
             skips = f"stability.max_skips_in_a_row={self._cfg.max_skips_in_a_row}"
             reason = f"more optimizer steps than {skips} were left out one after another"
             reason += f", the last because {wanted['skip'].why}" if "skip" in wanted else ""
+        self._longest_skip = 0
         if reason is not None:
             raise Unstable(
                 f"step {step}: {reason}. The checkpoints in {self._run_dir / 'checkpoints'} are from before it"

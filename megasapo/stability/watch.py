@@ -77,7 +77,7 @@ class Watch:
         self._rules: dict[str, list[StabilityRule]] = {}  # by metric
         for rule in rules if rules is not None else cfg.rules if cfg.rules is not None else DEFAULT_RULES:
             self._rules.setdefault(rule.metric, []).append(rule)
-        self._steps = 0
+        self._missed = dict.fromkeys(self._rules, 0)  # steps of this process without the metric, until it comes
         self._seen: set[str] = set()
         self._history: dict[str, deque[float]] = {m: deque(maxlen=cfg.window) for m in self._rules}
         self._in_a_row: dict[str, int] = {}  # by rule: steps that broke it
@@ -89,10 +89,10 @@ class Watch:
         Values that break a rule do not enter the history that later ones are compared with, unless there are `window`
         of them in a row: then that is the new level, and its history begins anew.
         """
-        self._steps += 1
         events = []
         for metric, rules in self._rules.items():
             if metric not in scalars:
+                self._missed[metric] += 1
                 continue
             self._seen.add(metric)
             value = scalars[metric]
@@ -102,14 +102,13 @@ class Watch:
         return events
 
     def never_seen(self) -> list[str]:
-        """At the step when every metric should long have come: those that never did. Otherwise nothing."""
-        due = self._steps == self._cfg.warmup + self._cfg.window
-        return [metric for metric in self._rules if metric not in self._seen] if due else []
+        """At the step when they should long have come: metrics that never did. Each once after a start or a resume."""
+        due = self._cfg.warmup + self._cfg.window
+        return [metric for metric, missed in self._missed.items() if missed == due and metric not in self._seen]
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs, as JSON values."""
         return {
-            "steps": self._steps,
             "seen": sorted(self._seen),
             "history": {metric: list(values) for metric, values in self._history.items() if values},
             "in_a_row": dict(self._in_a_row),
@@ -118,7 +117,6 @@ class Watch:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the watch whose `state` it is would have; what it knew of metrics without a rule now is dropped."""
-        self._steps = int(state["steps"])
         self._seen = set(state["seen"])
         for metric, values in self._history.items():
             values.clear()

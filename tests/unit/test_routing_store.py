@@ -155,3 +155,15 @@ def test_the_flip_map_puts_mismatch_beside_drift() -> None:
     assert alone.shape[1] > alone.shape[0]
     with pytest.raises(ValueError, match=r"\(2, 2\) values for 3 steps and 2 layers"):
         heat_map({"x": np.zeros((2, 2))}, steps=[1, 2, 3], layers=[0, 1])
+
+
+def test_what_a_run_does_again_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "routing" / "diagnosis"
+    folder.mkdir(parents=True)
+    for step in (5, 10, 15):
+        for ending in ("json", "tokens.parquet"):
+            (folder / f"step_{step:08d}.{ending}").write_text("")
+    store.cut_diagnosis(tmp_path, 10)
+    kept = sorted(path.name for path in folder.iterdir())
+    assert kept == [f"step_{step:08d}.{ending}" for step in (5, 10) for ending in ("json", "tokens.parquet")]
+    store.cut_diagnosis(tmp_path / "no run", 0)

@@ -390,3 +390,50 @@ def test_sinks_go_back(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in shown.Scalars("m")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     text = shown.Tensors("stability/rolled_back/text_summary")[0]
     assert b"m = 4 is above 3 at step 4" in text.tensor_proto.string_val[0]
+
+
+def test_a_misspelt_metric_is_told_once_after_every_start() -> None:
+    settings = StabilityConfig(warmup=2, window=3)
+    rule = StabilityRule(metric="ratio/lgo_var", above=1.0)
+    watch = Watch(settings, [rule])
+    told = []
+    for step in range(1, 9):
+        watch.observe(step, {"ratio/log_var": 0.1})
+        told += [(step, name) for name in watch.never_seen()]
+    assert told == [(5, "ratio/lgo_var")]
+    again = Watch(settings, [rule])  # the run is resumed
+    again.restore(watch.state())
+    told = []
+    for step in range(9, 17):
+        again.observe(step, {"ratio/log_var": 0.1})
+        told += [(step, name) for name in again.never_seen()]
+    assert told == [(13, "ratio/lgo_var")]
+
+
+class OneRank:
+    rank, dp, dp_rank, is_leader = 0, 1, 0, True
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_a_misspelt_skip_rule_is_told_and_a_long_row_of_skips_ends_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = tuple(StabilityRule(metric=m, above=1.0, action="skip") for m in ("ratio/lgo_var", "ratio/log_q99"))
+    settings = StabilityConfig(mode="act", warmup=1, window=1, rules=rules, max_skips_in_a_row=2)
+    guard = Guard(settings, OneRank(), tmp_path)
+    for step in (1, 2):
+        assert guard.allow is not None
+        assert guard.allow(0, {"ratio/log_q99": 0.5})
+        assert not guard.act(step, guard.observe(step, {}), [], {})
+    assert "no step has had ['ratio/lgo_var']" in caplog.text
+    # three mini-batches are left out, and the fourth is not: that was one row too long all the same
+    assert [guard.allow(i, {"ratio/log_q99": x}) for i, x in enumerate((2.0, 2.0, 2.0, 0.5))] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    with pytest.raises(Unstable, match="max_skips_in_a_row=2"):
+        guard.act(3, guard.observe(3, {}), [], {})
