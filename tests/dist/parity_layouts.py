@@ -129,12 +129,8 @@ assert set(WITH_R3) <= set(LAYOUTS)
 
 
 def cases_of(layout: Layout) -> tuple[Case, ...]:
-    """What is stepped on in a layout; everything in the one rank that others are compared with.
-
-    With 8 ranks, which two cores take minutes for, each objective and each kind of routing once.
-    """
-    cases = CASES if layout.world < 8 else CASES[1:3]
-    return (*cases, R3) if layout in WITH_R3 or layout == reference_of(layout) else cases
+    """What is stepped on in a layout; everything in the one rank that others are compared with."""
+    return (*CASES, R3) if layout in WITH_R3 or layout == reference_of(layout) else CASES
 
 
 def reference_of(layout: Layout) -> Layout:
