@@ -204,7 +204,9 @@ def test_a_deterministic_fleet_sends_one_request_to_the_leaders_server() -> None
     assert b.bodies[0]["input_ids"] == [[1, 2], [3]]
 
 
-@pytest.mark.parametrize(("stamp", "accepted"), [("6", False), ("7", True), ("8", True), ("9", False), ("default", False)])
+@pytest.mark.parametrize(
+    ("stamp", "accepted"), [("6", False), ("7", True), ("8", True), ("9", False), ("default", False)]
+)
 def test_staleness_bounds_the_versions(stamp: str, accepted: bool) -> None:
     with serving(Standin(["ok"], version=stamp)) as server:
         fleet = fleet_of(server.url, max_staleness=2, retry_for_s=0.2)
