@@ -19,6 +19,7 @@ from tests.e2e.runs import kill_hard, metrics, running, steps_done, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, GROUPS, SIZE, RATE = 4, 4, 4, 0.5
+LEADERS, IN_FLIGHT = 2, 8
 
 
 def test_the_trace_of_a_killed_run_has_every_sample_once(
@@ -62,7 +63,8 @@ def test_the_example_tells_all_four_causes_apart(
     example = yaml.safe_load((ROOT / "examples" / "arithmetic" / "routing.yaml").read_text())
     own = settings(tmp_path)
     example |= {name: own[name] for name in ("run", "model", "data", "reward", "optim")}
-    example["rollout"] |= {"prompts_per_step": 16, "group_size": 4, "max_new_tokens": 12}
+    # few requests at once: only those in flight when version 2 arrives are of two versions, however slow the machine
+    example["rollout"] |= {"prompts_per_step": 16, "group_size": 4, "max_new_tokens": 12, "max_in_flight": IN_FLIGHT}
     example["train"] = {"steps": 3, "save_every": 3, "micro_batch_tokens": 512}
     example["algo"]["routing_replay"] = replay
     example["routing"]["diagnose_every"] = 3
@@ -70,7 +72,7 @@ def test_the_example_tells_all_four_causes_apart(
         run.succeed()
     first, _, last = metrics(tmp_path / "run")
     assert first["grad/norm"] > 0
-    assert last["staleness/max"] == 1
+    assert last["staleness/max"] <= 1
     shares = [last[f"routing/var_share_{term}"] for term in TERMS]
     assert sum(shares) == pytest.approx(1, abs=1e-9)
     for term in TERMS:
@@ -78,9 +80,11 @@ def test_the_example_tells_all_four_causes_apart(
     assert last["routing/flip_rate_mismatch"] > 0
     assert last["routing/flip_rate_drift"] > 0
     (diagnosis,) = read_diagnosis(tmp_path / "run")
-    # most responses were drawn with version 1; those that saw a new version on the way are left out
-    assert (diagnosis["behaviour_version"], diagnosis["current_version"]) == (1, 3)
-    assert 16 <= diagnosis["sequences"] <= 64
+    # drawn with version 1, or 2 when the server is slow; those that saw a new version on the way are left out
+    assert diagnosis["behaviour_version"] in (1, 2)
+    assert diagnosis["current_version"] == 3
+    whole = 16 * 4 - LEADERS * IN_FLIGHT
+    assert whole / 2 <= diagnosis["sequences"] <= 64
     for term in ("mismatch", "drift"):
         assert sum(diagnosis["sweep"]["share"][term]) == pytest.approx(diagnosis["share"][term], abs=1e-6)
     subprocess.run([sys.executable, "-m", "megasapo.cli", "report", str(tmp_path / "run")], check=True, timeout=120)
