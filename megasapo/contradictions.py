@@ -18,8 +18,42 @@ NOT_SHARED = ("time/", "perf/", "gpu/")  # differ between ranks, which must all 
 
 def refuse(cfg: Config) -> None:
     """Raise ValueError for the first contradiction."""
-    for check in (_check_mini_batches, _check_lengths, _check_algo, _check_rollout, _check_eval, _check_stability):
+    for check in (
+        _check_precision,
+        _check_mini_batches,
+        _check_lengths,
+        _check_algo,
+        _check_rollout,
+        _check_eval,
+        _check_stability,
+    ):
         check(cfg)
+
+
+def _check_precision(cfg: Config) -> None:
+    p = cfg.precision
+    if not p.quantises:
+        idle = p.model_dump(exclude={"recipe"}, exclude_defaults=True)
+        if idle:
+            settings = ", ".join(f"precision.{name}={value}" for name, value in idle.items())
+            raise ValueError(
+                f"precision.recipe=bf16 quantises nothing, so {settings} would do nothing: choose a recipe"
+            )
+        return
+    bf16_layers = p.first_layers_bf16 + p.last_layers_bf16
+    if p.recipe == "fp8_delayed" and bf16_layers:
+        raise ValueError(
+            f"precision.recipe=fp8_delayed keeps one history for all layers, so first_layers_bf16="
+            f"{p.first_layers_bf16}, last_layers_bf16={p.last_layers_bf16} cannot be: use 0, or fp8_tensorwise"
+        )
+    if p.emulate and p.fp8_param:
+        raise ValueError(
+            "precision.fp8_param=true keeps real FP8 weights, which precision.emulate=true has not: drop one"
+        )
+    if not p.emulate and cfg.model.dtype != "bfloat16":
+        raise ValueError(
+            f"precision.recipe={p.recipe} computes in FP8 and bfloat16, but model.dtype={cfg.model.dtype}: use bfloat16"
+        )
 
 
 def _check_mini_batches(cfg: Config) -> None:

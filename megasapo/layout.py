@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megasapo.config import Config, ConfigError, ParallelConfig
+from megasapo.config import Config, ConfigError
 from megasapo.geometry import Geometry, read_geometry
+from megasapo.sections import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 
 from megasapo.checksum import Checksum
-from megasapo.config import RolloutConfig
 from megasapo.rollout.broadcast import Broadcast
 from megasapo.rollout.disk import DiskDelivery
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.watch import Server
+from megasapo.sections import RolloutConfig
 
 log = logging.getLogger(__name__)
 Bucket = list[tuple[str, torch.Tensor]]

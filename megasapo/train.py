@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
-    cfg, nproc = run.parse("train", "Reinforcement learning; every setting is documented in megasapo/config.py.", argv)
+    cfg, nproc = run.parse("train", "Reinforcement learning; every setting: megasapo/sections.py.", argv)
     if cfg.data.train is None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megasapo.config import AlgoConfig, RolloutConfig
+from megasapo.sections import AlgoConfig, RolloutConfig
 
 ObjectiveName = Literal["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megasapo.config import DataConfig
 from megasapo.data.files import DataError, batched, read_records
+from megasapo.sections import DataConfig
 from megasapo.types import Prompt
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from megasapo.config import DataConfig, SftConfig
 from megasapo.data.files import DataError, batched, read_records
 from megasapo.data.prompts import Rendered, render_prompt, tokenise
+from megasapo.sections import DataConfig, SftConfig
 from megasapo.types import TrainSequence
 
 

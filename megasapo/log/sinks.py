@@ -17,8 +17,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from megasapo.config import LogConfig
 from megasapo.metrics import Hist
+from megasapo.sections import LogConfig
 
 BAR_WIDTH = 20
 ROLLED_BACK = "metrics.rolled_back.jsonl"

@@ -22,15 +22,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megasapo.config import ConfigError, ModelConfig
+from megasapo.config import ConfigError
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
-from megasapo.mcore.compat import separate_expert_gradients, transformer_engine_usable
+from megasapo.mcore.compat import separate_expert_gradients
 from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
 from megasapo.mcore.norm import RMSNorm
+from megasapo.mcore.precision import Precision
 from megasapo.mcore.topology import Topology
+from megasapo.sections import ModelConfig, PrecisionConfig
 from megasapo.types import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,24 +57,33 @@ def read_hf_config(path: str | Path) -> Any:
         raise ConfigError(f"{path}/config.json: transformers cannot read it: {e}") from e
 
 
-def build_model(cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none") -> list[nn.Module]:
+def build_model(
+    cfg: ModelConfig,
+    hf_config: Any,
+    topo: Topology,
+    *,
+    recompute: Recompute = "none",
+    precision: PrecisionConfig | None = None,
+) -> list[nn.Module]:
     """This rank's model chunks (`topo.vpp` of them), with random weights, on `topo.device`.
 
-    Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError for a family that is not supported;
-    megasapo.layout has checked that the layout can cut the model.
+    Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError for a family that is not supported, or a
+    precision that this machine cannot run; megasapo.layout has checked that the layout can cut the model.
     """
-    config = transformer_config(cfg, hf_config, topo, recompute=recompute)
+    numbers = Precision.of(precision or PrecisionConfig(), hf_config.num_hidden_layers)
+    config = transformer_config(cfg, hf_config, topo, numbers, recompute=recompute)
     outside = Outside(
         vocab_size=hf_config.vocab_size,
         head_dim=_head_dim(hf_config),
         rope_theta=_rope_theta(hf_config),
         head_kernel=choose_kernel(cfg.head, topo.device),
+        precision=numbers,
     )
     return [_build_chunk(config, hf_config, topo, number, outside) for number in range(topo.vpp)]
 
 
 def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, number: int, outside: Outside) -> GPTModel:
-    use_te = transformer_engine_usable()
+    use_te = outside.precision.use_te
     vp_stage = number if topo.vpp > 1 else None
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
@@ -107,20 +118,22 @@ class Outside:
     head_dim: int
     rope_theta: float
     head_kernel: str
+    precision: Precision
 
 
 def transformer_config(
-    cfg: ModelConfig, hf_config: Any, topo: Topology, *, recompute: Recompute = "none"
+    cfg: ModelConfig, hf_config: Any, topo: Topology, precision: Precision, *, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of a supported HF model, with `cfg.override_transformer_config` applied last."""
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    fields = _common_fields(cfg, topo) | RECOMPUTE[recompute] | family(hf_config)
+    fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | family(hf_config)
+    fields |= precision.transformer_fields()
     return TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
 
 
-def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:
+def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> dict[str, Any]:
     dtype = DTYPES[cfg.dtype]
     on_gpu = topo.device.type == "cuda"
     return {
@@ -141,7 +154,8 @@ def _common_fields(cfg: ModelConfig, topo: Topology) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": transformer_engine_usable(),
+        "apply_rope_fusion": precision.use_te,
+        "moe_grouped_gemm": precision.use_te,
         "gradient_accumulation_fusion": False,  # needs NVIDIA's Apex
     }
 
@@ -184,7 +198,6 @@ def _qwen3_moe(hf: Any) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": transformer_engine_usable(),
     }
 
 
@@ -236,6 +249,12 @@ OWN_FIELDS = {
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "fp8": "precision.recipe",
+    "fp8_recipe": "precision.recipe",
+    "fp8_param": "precision.fp8_param",
+    "first_last_layers_bf16": "precision.first_layers_bf16",
+    "num_layers_at_start_in_bf16": "precision.first_layers_bf16",
+    "num_layers_at_end_in_bf16": "precision.last_layers_bf16",
 }
 
 
@@ -304,7 +323,7 @@ def _hidden_states(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
 
 
 def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> PackedSeqParams:
-    if not transformer_engine_usable():
+    if not outside.precision.use_te:
         return pack(
             mb.cu_seqlens,
             mb.max_seqlen,

@@ -16,7 +16,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megasapo.config import ConfigError, OptimConfig
+from megasapo.config import ConfigError
+from megasapo.sections import OptimConfig
 
 
 @dataclass(frozen=True, slots=True)

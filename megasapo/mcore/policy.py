@@ -45,7 +45,9 @@ class Policy:
         """`temperature`: that of sampling, by which logits are divided; `total_steps`: optimizer steps of the run."""
         self._cfg, self._topo, self._algo, self._temperature = cfg, topo, algo, temperature
         self.hf_config = model.read_hf_config(cfg.model.path)
-        self._chunks = model.build_model(cfg.model, self.hf_config, topo, recompute=cfg.train.recompute)
+        self._chunks = model.build_model(
+            cfg.model, self.hf_config, topo, recompute=cfg.train.recompute, precision=cfg.precision
+        )
         bridge.load_hf(self._chunks, cfg.model.path, topo)
         self._reference = self.copy_weights() if algo.kl_coef else None
         self._ddp = wrap_ddp(self._chunks)

@@ -39,7 +39,7 @@ class Scorer:
     def __init__(self, cfg: Config, topo: Topology) -> None:
         self._cfg, self._topo = cfg, topo
         hf_config = model.read_hf_config(cfg.model.path)
-        self._chunks: list[torch.nn.Module] = [*model.build_model(cfg.model, hf_config, topo)]
+        self._chunks: list[torch.nn.Module] = [*model.build_model(cfg.model, hf_config, topo, precision=cfg.precision)]
         has_experts = any(read_geometry(cfg.model.path).moe_layers)
         self._replay = RoutingReplay(self._chunks) if has_experts else None
         own = self._replay.layers if self._replay else ()

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megasapo.config import ParallelConfig
 from megasapo.data.packing import Shard
 from megasapo.layout import check_layout
+from megasapo.sections import ParallelConfig
 
 # A rank may wait for a whole rollout of its peers inside a collective.
 TIMEOUT = datetime.timedelta(hours=2)

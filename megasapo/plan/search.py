@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megasapo.config import Config, ParallelConfig
+from megasapo.config import Config
 from megasapo.geometry import Geometry
 from megasapo.layout import Problem, divisors, layout_problems, token_problems
 from megasapo.plan.hardware import Gpu
 from megasapo.plan.memory import Held, Memory, held_parameters, worst_stage
 from megasapo.plan.timing import Setting, Timing, estimate
 from megasapo.plan.work import Degrees, Work
+from megasapo.sections import ParallelConfig
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_VIRTUAL = 8  # chunks a stage that are tried

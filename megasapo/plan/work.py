@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megasapo.config import Config, ParallelConfig
+from megasapo.config import Config
+from megasapo.sections import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)

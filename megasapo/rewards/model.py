@@ -17,11 +17,12 @@ from typing import Any
 
 import regex
 
-from megasapo.config import ConfigError, RewardConfig, RewardSpec
+from megasapo.config import ConfigError
 from megasapo.metrics import Metric, Sum
 from megasapo.rewards.inline import exact_match, format_match, http
 from megasapo.rewards.options import bind_options
 from megasapo.rewards.pool import GraderError, GraderPool, RewardError
+from megasapo.sections import RewardConfig, RewardSpec
 from megasapo.types import Prompt, Reward
 
 INLINE: dict[str, Callable[..., Coroutine[Any, Any, float]]] = {

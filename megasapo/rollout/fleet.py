@@ -14,13 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from megasapo.config import RolloutConfig
 from megasapo.metrics import Metric, Sum
 from megasapo.rollout.client import ServerClient, read_key, retrying
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
 from megasapo.rollout.spawn import free_port, with_routing
 from megasapo.rollout.watch import Server, Watch
+from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 
 T = TypeVar("T")

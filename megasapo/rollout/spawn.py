@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megasapo.config import RolloutConfig
+from megasapo.sections import RolloutConfig
 
 TERM_GRACE_S = 10.0
 ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's

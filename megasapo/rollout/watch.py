@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megasapo.config import RolloutConfig
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.protocol import Refused, Retryable, RolloutError, parse_version
 from megasapo.rollout.spawn import ServerProcess, free_port, server_command
+from megasapo.sections import RolloutConfig
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megasapo.config import StabilityConfig
 from megasapo.errors import UserError
 from megasapo.log.rollouts import write_rollouts
 from megasapo.log.sinks import ROLLED_BACK, append_lines, keep_lines
+from megasapo.sections import StabilityConfig
 from megasapo.stability.watch import DEFAULT_RULES, Event, Watch
 from megasapo.types import Group
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megasapo.config import Action, StabilityConfig, StabilityRule
+from megasapo.sections import Action, StabilityConfig, StabilityRule
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 RELATIVE_FLOOR = 0.05  # of the median

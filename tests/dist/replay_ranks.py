@@ -53,7 +53,7 @@ def foreign_routing() -> list[np.ndarray]:
 
 
 def main() -> None:
-    from megasapo.config import ParallelConfig
+    from megasapo.sections import ParallelConfig
     from megasapo.mcore.topology import Topology
 
     world_size, ports, directory = int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
@@ -126,7 +126,7 @@ def _assert_same(got: list[np.ndarray], wanted: list[np.ndarray], what: str) -> 
 
 def _run_model(model_dir: Path, variant: str, topo: Any) -> dict[str, Any]:
     """Its own routing, a foreign one, and in float32 a foreign one in some layers only."""
-    from megasapo.config import ModelConfig
+    from megasapo.sections import ModelConfig
     from megasapo.mcore import bridge
     from megasapo.mcore.model import build_model, read_hf_config
 
@@ -166,7 +166,7 @@ def _held(model: Model, result: dict[str, Any]) -> list[np.ndarray]:
 
 def _run_deepseek(model_dir: Path, topo: Any) -> dict[str, Any]:
     """A model of no family, with random weights: its own routing, a foreign one, and its own after the bias moved."""
-    from megasapo.config import ModelConfig
+    from megasapo.sections import ModelConfig
     from megasapo.mcore import step
     from megasapo.mcore.model import build_model, read_hf_config
 

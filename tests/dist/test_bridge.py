@@ -67,7 +67,7 @@ def _fits(layout: str, model: str) -> bool:
 def _rank_main() -> None:
     import torch.distributed as dist
 
-    from megasapo.config import ParallelConfig
+    from megasapo.sections import ParallelConfig
     from megasapo.mcore.topology import Topology
 
     world_size, models, ports = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
@@ -86,7 +86,7 @@ def _rank_main() -> None:
 
 
 def _check_model(directory, out, topo) -> None:
-    from megasapo.config import ModelConfig
+    from megasapo.sections import ModelConfig
     from megasapo.mcore import bridge, model
     from megasapo.mcore.bridge.hf_files import HFFiles
     from megasapo.mcore.bridge.load import load_files

@@ -78,7 +78,7 @@ def test_model_agrees_with_transformers(world_size: int, layout: str, model: str
 
 
 def _rank_main() -> None:
-    from megasapo.config import ParallelConfig
+    from megasapo.sections import ParallelConfig
     from megasapo.mcore.topology import Topology
 
     world_size, ports, models = int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
@@ -102,7 +102,7 @@ def _run_model(model_dir: Path, topo) -> dict[str, object]:
         finalize_model_grads,
     )
 
-    from megasapo.config import ModelConfig
+    from megasapo.sections import ModelConfig
     from megasapo.mcore import bridge, model
 
     hf_config = model.read_hf_config(model_dir)

@@ -23,7 +23,8 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 def test_without_launcher_it_is_a_world_of_one() -> None:
     code = """
-from megasapo.config import ConfigError, ParallelConfig
+from megasapo.config import ConfigError
+from megasapo.sections import ParallelConfig
 from megasapo.mcore.topology import Topology
 topo = Topology.init(ParallelConfig())
 assert (topo.world_size, topo.rank, topo.dp, topo.is_leader, topo.is_first_stage, topo.is_last_stage) == (
@@ -54,7 +55,7 @@ def _rank_main() -> None:
 def _check_tp2_pp2() -> None:
     import torch.distributed as dist
 
-    from megasapo.config import ParallelConfig
+    from megasapo.sections import ParallelConfig
     from megasapo.mcore.topology import Topology
 
     topo = Topology.init(ParallelConfig(tp=2, pp=2))
@@ -73,7 +74,7 @@ def _check_tp2_pp2() -> None:
 def _check_tp2_dp2_ep4() -> None:
     import torch.distributed as dist
 
-    from megasapo.config import ParallelConfig
+    from megasapo.sections import ParallelConfig
     from megasapo.mcore.topology import Topology
 
     topo = Topology.init(ParallelConfig(tp=2, ep=4))

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from megasapo.config import RolloutConfig
 from megasapo.rollout.fleet import Fleet
+from megasapo.sections import RolloutConfig
 from tests.tiny import make_model
 
 HERE = Path(__file__).parent

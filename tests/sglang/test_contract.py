@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasapo.config import RolloutConfig
 from megasapo.geometry import read_geometry
 from megasapo.publish import Bucket, Publisher
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
+from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.conftest import Contract
 

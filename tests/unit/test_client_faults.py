@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megasapo.config import RolloutConfig
 from megasapo.rollout import client as client_module
 from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Refused, Retryable, RolloutError
 from megasapo.rollout.spawn import free_port
+from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.unit.standin_server import Standin, serving
 

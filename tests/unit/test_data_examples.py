@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megasapo.config import DataConfig, SftConfig, load
+from megasapo.config import load
 from megasapo.data.prompts import PromptDataset
 from megasapo.data.sft import load_demonstrations
+from megasapo.sections import DataConfig, SftConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

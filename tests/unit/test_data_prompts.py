@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megasapo.config import DataConfig, SftConfig
 from megasapo.data.files import DataError, read_records
 from megasapo.data.prompts import PromptDataset, PromptStream, epoch_order
 from megasapo.data.sft import load_demonstrations
+from megasapo.sections import DataConfig, SftConfig
 
 
 class ByteTokenizer:

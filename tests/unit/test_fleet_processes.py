@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megasapo.config import RolloutConfig
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
 from megasapo.rollout.spawn import server_command
+from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
@@ -128,7 +128,7 @@ def test_nothing_outlives_an_owner_that_is_killed(model: Path, tmp_path: Path) -
     """kill -9 of the learner: the server, and a child of the server that watches nobody, must end."""
     script = f"""
 import sys, time
-from megasapo.config import RolloutConfig
+from megasapo.sections import RolloutConfig
 from megasapo.rollout.fleet import Fleet
 cfg = RolloutConfig(engine="sglang", spawn_command=({sys.executable!r}, {FAKE!r}, "{{port}}"),
                     server_args=("--child", {str(tmp_path / "child")!r}), start_timeout_s=20.0)

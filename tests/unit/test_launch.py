@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from megasapo import launch
-from megasapo.config import ConfigError, ParallelConfig
+from megasapo.config import ConfigError
 from megasapo.launch import LAUNCHER
 from megasapo.run import world_size
+from megasapo.sections import ParallelConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

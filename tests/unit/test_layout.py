@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megasapo import config
-from megasapo.config import ConfigError, ParallelConfig
+from megasapo.config import ConfigError
 from megasapo.geometry import Geometry
 from megasapo.layout import (
     check_layout,
@@ -21,6 +21,7 @@ from megasapo.layout import (
     padded_vocab_size,
     slot_multiple,
 )
+from megasapo.sections import ParallelConfig
 
 DENSE = Geometry(
     model_type="qwen3",

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megasapo.config import LogConfig
 from megasapo.log.rollouts import sample_texts, write_rollouts
 from megasapo.log.sinks import ConsoleSink, make_log
 from megasapo.metrics import Hist
+from megasapo.sections import LogConfig
 from megasapo.types import Completion, Group, Prompt, Sample
 
 JSONL = LogConfig(sinks=("jsonl",))

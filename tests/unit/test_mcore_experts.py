@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megasapo.config import ParallelConfig
 from megasapo.mcore import experts
 from megasapo.mcore.experts import GroupedExperts, grouped_swiglu, use_grouped_experts
 from megasapo.mcore.optim import wrap_ddp
 from megasapo.mcore.topology import Topology
+from megasapo.sections import ParallelConfig
 
 # megatron-core may only be imported once megasapo.mcore has been
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
-from megasapo.config import ConfigError, ModelConfig
+from megasapo.config import ConfigError
 from megasapo.mcore.model import RMSNorm, read_hf_config, transformer_config
+from megasapo.mcore.precision import Precision
+from megasapo.sections import ModelConfig, PrecisionConfig
 
 
 def moe(**over: Any) -> Qwen3MoeConfig:
@@ -32,7 +34,8 @@ def layout(**degrees: int) -> Any:
 
 
 def built(hf: Any, topo: Any = None, **cfg: Any) -> Any:
-    return transformer_config(ModelConfig(path="/nowhere", **cfg), hf, topo or layout())
+    precision = Precision(PrecisionConfig(), layers=4, use_te=False)
+    return transformer_config(ModelConfig(path="/nowhere", **cfg), hf, topo or layout(), precision)
 
 
 def test_moe_fields() -> None:

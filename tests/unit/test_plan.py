@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from megasapo import config, plan
-from megasapo.config import ConfigError, ParallelConfig
+from megasapo.config import ConfigError
 from megasapo.geometry import Geometry, geometry
 from megasapo.layout import check_layout, layout_problems
 from megasapo.mcore import head
@@ -23,6 +23,7 @@ from megasapo.plan.hardware import ASSUMED, GPUS
 from megasapo.plan.search import Cluster, judge, layouts, problems, rank
 from megasapo.plan.traffic import Group, Groups, layer_traffic
 from megasapo.plan.work import Degrees, Work
+from megasapo.sections import ParallelConfig
 from tests.unit.test_geometry import QWEN3_0_6B, QWEN3_30B_A3B
 
 H100 = GPUS["h100"]

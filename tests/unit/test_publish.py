@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasapo.config import RolloutConfig
 from megasapo.publish import Bucket, Publisher
 from megasapo.rollout import broadcast
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
+from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.tiny import make_model
 

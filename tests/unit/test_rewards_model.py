@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from megasapo.config import ConfigError, RewardConfig, RewardSpec
+from megasapo.config import ConfigError
 from megasapo.rewards.inline import exact_match, format_match
 from megasapo.rewards.model import RewardModel, Scored
 from megasapo.rewards.pool import RewardError
+from megasapo.sections import RewardConfig, RewardSpec
 from megasapo.types import Prompt
 
 GRADERS = "tests.unit.graders_for_tests"

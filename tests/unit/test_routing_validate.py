@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megasapo.algo.settings import resolve
-from megasapo.config import ConfigError, RolloutConfig, from_dict
+from megasapo.config import ConfigError, from_dict
 from megasapo.geometry import read_geometry
 from megasapo.layout import check_run
 from megasapo.metrics import scalars
@@ -17,6 +17,7 @@ from megasapo.rollout.sequences import to_sequences
 from megasapo.rollout.spawn import with_routing
 from megasapo.rollout.stats import routing_stats
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of, unknown_rows, validate
+from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, Group, Prompt, Sample, TrainSequence
 from tests.tiny import make_model
 

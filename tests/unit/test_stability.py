@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from megasapo import config, metrics
-from megasapo.config import ConfigError, LogConfig, StabilityConfig, StabilityRule
+from megasapo.config import ConfigError
 from megasapo.log.sinks import append_lines, make_log
 from megasapo.metrics import EffectiveSampleSize, Hist, Max, Mean, Sum, Variance
+from megasapo.sections import LogConfig, StabilityConfig, StabilityRule
 from megasapo.stability import DEFAULT_RULES, Event, Guard, Unstable, Watch, guard, robust_z
 from megasapo.types import Completion, Group, Prompt, Sample
 

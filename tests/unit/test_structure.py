@@ -14,8 +14,20 @@ ROOT = Path(__file__).resolve().parents[2] / "megasapo"
 FILES = sorted(ROOT.rglob("*.py"))
 # lower layers first; a module may import its own layer and those before it, but rollout and mcore not one another
 LAYERS = [
-    {"types", "metrics", "config", "checksum", "errors", "geometry", "layout", "contradictions", "overrides", ""},
-    {"algo", "launch"},
+    {
+        "types",
+        "metrics",
+        "config",
+        "sections",
+        "checksum",
+        "errors",
+        "geometry",
+        "layout",
+        "contradictions",
+        "overrides",
+        "",
+    },
+    {"algo", "launch", "fp8"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis"},
