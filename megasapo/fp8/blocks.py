@@ -1,4 +1,4 @@
-"""Matrices in FP8 with one scale for each block, as DeepSeek-V3 (arXiv 2412.19437, section 3.3) stores and uses them."""
+"""FP8 matrices with a scale for each block, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3)."""
 
 from __future__ import annotations
 
