@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megasapo.errors import UserError
+from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
 
@@ -114,6 +115,10 @@ def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: T
     optimizer.load_state_dict(state["optimizer"])
     optimizer.load_schedule_state(state["schedule"])
     _set_random_state(state["random"])
+    try:
+        restore_histories(model, state["random"].get("amax", ()))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}: resume with the model, layout and precision of the run") from e
     return record["trainer"]
 
 
@@ -137,7 +142,8 @@ def _state_dict(model: list[torch.nn.Module], optimizer: Optimizer, topo: Topolo
     state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading)
     state["schedule"] = optimizer.schedule_state()
-    state["random"] = ShardedObject("random", _random_state(), (topo.world_size,), (topo.rank,))
+    own = _random_state() | {"amax": histories(model)}  # each rank's
+    state["random"] = ShardedObject("random", own, (topo.world_size,), (topo.rank,))
     return state
 
 

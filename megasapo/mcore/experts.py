@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasapo.mcore.main_grad import WeightGradient
+from megasapo.mcore.rounded import Rounding, rounded_swiglu
 
 BLOCK_ROWS = 2048  # on a CPU: large enough for matrix products at full speed, small enough to stay in its caches
 
@@ -40,20 +41,18 @@ class GroupedExperts(SequentialMLP):
     ) -> None:
         _refuse_other_experts(config)
         super().__init__(num_local_experts, config, submodules, *args, **kwargs)
+        self.roundings: tuple[Rounding, Rounding] | None = None  # of fc1 and fc2, where FP8 is emulated
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         """[N, H] tokens sorted by local expert, [E] how many each has, [N] their gates, to ([N, H], no bias)."""
-        experts = self.local_experts
-        out = grouped_swiglu(
-            permuted_local_hidden_states,
-            permuted_probs,
-            tokens_per_expert.tolist(),
-            [expert.linear_fc1.weight for expert in experts],
-            [expert.linear_fc2.weight for expert in experts],
-        )
-        return out, None
+        fc1 = [expert.linear_fc1.weight for expert in self.local_experts]
+        fc2 = [expert.linear_fc2.weight for expert in self.local_experts]
+        tokens, gates, counts = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
+        if self.roundings is not None and self.roundings[0].emulation.on:
+            return rounded_swiglu(tokens, gates, counts, fc1, fc2, self.roundings), None
+        return grouped_swiglu(tokens, gates, counts, fc1, fc2), None
 
 
 def use_grouped_experts(mlp: Any) -> None:

@@ -26,6 +26,7 @@ from megasapo.config import ConfigError
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients
+from megasapo.mcore.emulation import install
 from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
@@ -107,6 +108,8 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
         model.output_layer.forward = _hidden_states
     model.outside = outside
     separate_expert_gradients(model, topo)
+    if outside.precision.emulates:
+        install(model, outside.precision.cfg, outside.precision.quantises_layer, topo.device)
     return model.to(topo.device)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from megasapo.config import ConfigError
 from megasapo.mcore.compat import transformer_engine_usable
+from megasapo.mcore.emulation import emulations
 from megasapo.sections import PrecisionConfig
 
 # by recipe: what megatron-core calls it, and the rows that its blocks, or cuBLAS, want a multiple of
@@ -93,10 +94,15 @@ def unquantised(chunks: Sequence[nn.Module]) -> Iterator[None]:
     modules: list[Any] = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "config")]
     configs = {id(m.config): m.config for m in modules}
     before = {key: getattr(config, "fp8", None) for key, config in configs.items()}
+    emulated = [(emulation, emulation.on) for emulation in emulations(chunks)]
     for config in configs.values():
         config.fp8 = None
+    for emulation, _ in emulated:
+        emulation.on = False
     try:
         yield
     finally:
+        for emulation, was_on in emulated:
+            emulation.on = was_on
         for key, config in configs.items():
             config.fp8 = before[key]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megasapo.mcore.emulation import end_pass
 from megasapo.mcore.model import TokenScores, forward_micro_batch
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Metrics
@@ -75,9 +76,11 @@ def forward_backward(
         value, stats = loss_function(scores, mb)
         return value, _no_tokens(), stats
 
-    return _schedule(
+    stats = _schedule(
         model, micro, topo, loss, routed, temperature=temperature, with_entropy=with_entropy, forward_only=False
     )
+    end_pass(model, topo)
+    return stats
 
 
 def _no_tokens() -> torch.Tensor:
