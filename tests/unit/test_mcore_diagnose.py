@@ -17,7 +17,7 @@ def test_stages_without_experts_have_no_part_in_the_routing() -> None:
         routing = {uid: (positions, ids[:, :, list(columns)])}
         parts.append({"columns": columns, "scores": {}, "routing": routing})
     parts[-1]["scores"] = {uid: (positions, scores)}
-    (one,) = _scored_sequences(parts, num_groups=0, num_layers=2)
+    (one,) = _scored_sequences(parts, num_groups=0, num_layers=2, quantises=False)
     np.testing.assert_array_equal(one.routing_rollout, ids[:, 0])
     np.testing.assert_array_equal(one.routing_behaviour, ids[:, 1])
     np.testing.assert_array_equal(one.routing_current, ids[:, 2])

@@ -279,7 +279,7 @@ def test_counterfactuals(run: Path, page: Page) -> None:
         ("If this were SAPO: gate, advantage > 0", "sapo_gate_pos"),
         ("If this were SAPO: gate, advantage < 0", "sapo_gate_neg"),
     ):
-        for name, which in (("all four terms", "full"), ("update + drift", "learner"), ("update alone", "R2")):
+        for name, which in (("all terms", "full"), ("update + drift", "learner"), ("update alone", "R2")):
             expected = [d["counterfactual"][which][figure] for d in diagnoses_of(run)]
             assert page.trace(title, name)["y"] == pytest.approx(expected, rel=1e-5)
 
