@@ -44,7 +44,7 @@ Passes = dict[Variant, dict[int, "Scored"]]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Directories of weights: those that sampled (by sample number), and later ones, scored with the run's own settings only."""
+    """Directories of weights: those that sampled (by sample number), and later ones if any (own settings only)."""
 
     behaviour: Mapping[int, Path]
     current: Path | None = None
