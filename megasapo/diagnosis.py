@@ -23,6 +23,7 @@ from megasapo.config import Config
 from megasapo.metrics import Hist, Metrics
 from megasapo.routing.decompose import Decomposition, decompose
 from megasapo.routing.pictures import flip_map
+from megasapo.routing.scored import TERMS, TERMS_WITH_FP8
 from megasapo.routing.store import cut_diagnosis, read_diagnosis, token_rows, write_diagnosis
 from megasapo.routing.trace import TraceRow, TraceWriter
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
@@ -188,6 +189,7 @@ class Diagnosis:
             scored,
             layers=layout.layers,
             num_experts=layout.num_experts,
+            terms=TERMS_WITH_FP8 if self._policy.quantises else TERMS,
             sweep_groups=tuple(tuple(layout.layers[i] for i in group) for group in groups) or None,
             tau_pos=algo.tau_pos,
             tau_neg=algo.tau_neg,

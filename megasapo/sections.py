@@ -294,7 +294,7 @@ class RoutingConfig(Section):
     trace_budget_mb: PositiveFloat = 1024.0
     """The trace of a run ends when its files hold this much."""
     diagnose_every: NonNegativeInt = 0
-    """Steps between decompositions of the log-ratio into engine, mismatch, update and drift; 0: off."""
+    """Steps between decompositions of the log-ratio into engine, fp8 (if any), mismatch, update and drift; 0: off."""
     diagnose_sequences: PositiveInt = 64
     """Most responses in one of them, over all ranks."""
     diagnose_sweep: NonNegativeInt = 0

@@ -21,11 +21,12 @@ import yaml
 from megasapo import config, run
 from megasapo.config import Config, ConfigError
 from megasapo.debug import compare, text
-from megasapo.debug.passes import Passes, Variant, Weights, score_all
+from megasapo.debug.passes import UNQUANTISED, Passes, Variant, Weights, score_all
 from megasapo.debug.samples import Dumped, choose, read_samples
 from megasapo.debug.weights import find
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout, fewest_ranks
+from megasapo.sections import PrecisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Plan:
 
     run_dir: Path
     step: int
-    configs: Mapping[str, Config]  # by what --against says, "" first
+    configs: Mapping[str, Config]  # by what --against says or UNQUANTISED, "" first
     geometry: Geometry
     samples: Sequence[Dumped]
     in_step: int  # samples of the whole step
@@ -85,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar='"a.b=c ..."',
         help="score also with these settings, such as parallel.tp=2 or model.dtype=float32; may be repeated",
     )
+    parser.add_argument(
+        "--unquantised", action="store_true", help="score also without the run's FP8, for the term fp8 and its tokens"
+    )
     parser.add_argument("--tolerance", type=float, default=0.1, help="logprobs further apart are shown (default 0.1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layouts need)")
@@ -108,6 +112,13 @@ def _plan(args: argparse.Namespace) -> Plan:
         if configs[against].model.path != configs[""].model.path:
             raise ConfigError(f"--against {against!r}: other weights are given with --weights, not with model.path")
     cfg = configs[""]
+    if args.unquantised:
+        if not cfg.precision.quantises:
+            raise ConfigError(
+                "--unquantised: precision.recipe=bf16 quantises nothing. To see what FP8 would do, give a recipe too: "
+                "precision.recipe=fp8_blockwise precision.emulate=true"
+            )
+        configs[UNQUANTISED] = cfg.model_copy(update={"precision": PrecisionConfig()})
     geometry = read_geometry(cfg.model.path)
     samples = read_samples(run_dir, args.step, group_size=cfg.rollout.group_size, geometry=geometry)
     chosen = choose(samples, number=args.sample, uid=args.uid, limit=args.limit)
@@ -163,6 +174,7 @@ def _record(plan: Plan, passes: Passes) -> dict[str, Any]:
                 "first_beyond": {
                     str(v): compare.first_beyond(v, s, passes, plan.tolerance) for v in passes if s.number in passes[v]
                 },
+                "fp8": compare.fp8_tokens(s, passes),
             }
             for s in samples
         ],

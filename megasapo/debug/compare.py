@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, Passes, Variant
+from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, UNQUANTISED, Passes, Variant
 from megasapo.debug.samples import Dumped
 from megasapo.routing.validate import offset_of
 from megasapo.score import used
@@ -146,23 +146,15 @@ def shift(sample: Dumped, passes: Passes) -> int:
 def terms(samples: Sequence[Dumped], passes: Passes) -> Record | None:
     """Mean, variance and share of the variance of the log-ratio's terms; they add up to it, token by token.
 
-    engine and mismatch are one term without a traced routing, update and drift are there with two sets of weights.
+    engine and mismatch are one term without a traced routing, fp8 is there with --unquantised, update and drift with
+    two sets of weights.
     """
-    later = CURRENT in passes
     parts: dict[str, list[np.ndarray]] = {}
-    traced = all(s.number in passes.get(REPLAYED, {}) for s in samples)
+    chain = _chain(samples, passes)
     for sample in samples:
         at = sample.response
-        chain = [("", sample.rollout_logp[at])]
-        if traced:
-            chain += [("engine", passes[REPLAYED][sample.number].logp[at])]
-        chain += [("mismatch" if traced else "engine and mismatch", passes[NATIVE][sample.number].logp[at])]
-        if later and CURRENT_HELD in passes:
-            chain += [("update", passes[CURRENT_HELD][sample.number].logp[at])]
-        if later:
-            name = "drift" if CURRENT_HELD in passes else "update"
-            chain += [(name, passes[CURRENT][sample.number].logp[at])]
-        for (_, before), (name, after) in itertools.pairwise(chain):
+        logps = [sample.rollout_logp[at], *(passes[variant][sample.number].logp[at] for _, variant in chain)]
+        for (name, _), (before, after) in zip(chain, itertools.pairwise(logps), strict=True):
             parts.setdefault(name, []).append(after.astype(np.float64) - before)
     values = {name: np.concatenate(found) for name, found in parts.items()}
     whole = np.sum(list(values.values()), axis=0)
@@ -178,3 +170,45 @@ def terms(samples: Sequence[Dumped], passes: Passes) -> Record | None:
         figures = {"mean": float(term.mean()), "variance": float(term.var())}
         record["terms"][name] = figures | {"share": shared / variance if variance > 0 else None}
     return record
+
+
+def _chain(samples: Sequence[Dumped], passes: Passes) -> list[tuple[str, Variant]]:
+    """The terms in order, each with the pass at its end; the first begins at the server's logprobs."""
+    traced = all(s.number in passes.get(REPLAYED, {}) for s in samples)
+    first, quantised = ("engine", REPLAYED) if traced else ("engine and mismatch", NATIVE)
+    chain = [(first, quantised)]
+    # the experts that `quantised` used: the server's, or its own; a model without experts has no such pass
+    for routing in ("R3" if traced else "R2", "native"):
+        plain = Variant(UNQUANTISED, "behaviour", routing)
+        if plain in passes:
+            chain = [(first, plain), ("fp8", quantised)]
+            break
+    if traced:
+        chain.append(("mismatch", NATIVE))
+    if CURRENT_HELD in passes:
+        chain.append(("update", CURRENT_HELD))
+    if CURRENT in passes:
+        chain.append(("drift" if CURRENT_HELD in passes else "update", CURRENT))
+    return chain
+
+
+def fp8_tokens(sample: Dumped, passes: Passes) -> list[Record] | None:
+    """Every response token with and without FP8, same weights and same experts; None without --unquantised."""
+    chain = _chain([sample], passes)
+    ends = [variant for name, variant in chain[:2] if len(chain) > 1 and chain[1][0] == "fp8"]
+    if not ends:
+        return None
+    plain, quantised = (passes[variant][sample.number].logp for variant in ends)
+    return [
+        _token(sample, int(slot) + 1)
+        | {
+            "logprob": _finite(quantised[slot]),
+            "unquantised_logprob": _finite(plain[slot]),
+            "rollout_logprob": _finite(sample.rollout_logp[slot]),
+        }
+        for slot in np.arange(len(plain))[sample.response]
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from megasapo.mcore.scorer import Scored, Scorer
 
 ROUTINGS = ("native", "R2", "R3")
+UNQUANTISED = "unquantised"  # the run's own settings without its FP8
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to score a sample. R2 forces the experts of the plain native pass with the behaviour weights."""
 
-    against: str  # the settings that differ from the run's own; "" for none
+    against: str  # the settings that differ from the run's own, or UNQUANTISED; "" for none
     weights: str  # "behaviour" or "current"
     routing: str  # one of ROUTINGS
 
@@ -43,7 +44,7 @@ Passes = dict[Variant, dict[int, "Scored"]]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Directories of weights: those that sampled (by sample number), and later ones if any (not for --against)."""
+    """Directories of weights: those that sampled (by sample number), and later ones if any (own settings only)."""
 
     behaviour: Mapping[int, Path]
     current: Path | None = None

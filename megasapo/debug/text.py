@@ -10,6 +10,7 @@ from typing import Any
 
 Record = dict[str, Any]
 Decode = Callable[[list[int]], str]
+MOVED_MOST = 8  # tokens shown
 
 
 def render(record: Record, decode: Decode) -> str:
@@ -59,7 +60,7 @@ def _one(sample: Record, tolerance: float, decode: Decode) -> list[str]:
     lines += _layers(sample["by_layer"])
     lines += ["", f"first response token whose logprob is more than {tolerance:g} from the server's"]
     lines += [f"  {name:<{_width(sample)}}  {_beyond(f, decode)}" for name, f in sample["first_beyond"].items()]
-    return lines + _terms(sample["terms"])
+    return lines + _fp8(sample["fp8"], decode) + _terms(sample["terms"])
 
 
 def _width(sample: Record) -> int:
@@ -124,6 +125,19 @@ def _beyond(found: Record | None, decode: Decode) -> str:
     if found is None:
         return "none"
     return f"{_where(found, decode)}: {found['logprob']:.4f}, the server's {found['rollout_logprob']:.4f}"
+
+
+def _fp8(tokens: list[Record] | None, decode: Decode) -> list[str]:
+    """The tokens that it moved most."""
+    if tokens is None:
+        return []
+    both = [t for t in tokens if t["logprob"] is not None and t["unquantised_logprob"] is not None]
+    largest = sorted(both, key=lambda t: -abs(t["logprob"] - t["unquantised_logprob"]))[:MOVED_MOST]
+    lines = ["", "response tokens that FP8 moved most, same weights and experts: with it, without, by how much"]
+    for t in largest:
+        moved = t["logprob"] - t["unquantised_logprob"]
+        lines.append(f"  {_where(t, decode)}: {t['logprob']:.4f}, {t['unquantised_logprob']:.4f}, {moved:+.2g}")
+    return lines
 
 
 def _where(found: Record, decode: Decode) -> str:

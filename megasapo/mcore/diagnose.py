@@ -32,10 +32,11 @@ def sweep_groups(num_layers: int, groups: int) -> list[list[int]]:
 def score_routings(
     policy: Policy, mini: MiniBatch, theta_0: Weights, topo: Topology, groups: Sequence[Sequence[int]]
 ) -> list[ScoredSequence]:
-    """Collective. The mini-batch's sequences under the five logprobs of ScoredSequence, on leaders; none elsewhere.
+    """Collective. The mini-batch's sequences under the logprobs of ScoredSequence, on leaders; none elsewhere.
 
     `mini` brings the rollout's routing; `theta_0` are the weights that it was sampled with, the policy's own are theta.
-    Costs four forward passes, and for each group of layers but the first two more.
+    Costs four forward passes, a fifth with nothing quantised where the policy quantises, and for each group of layers
+    but the first two more.
     """
     assert policy.routing_layout is not None, "a Policy without routing replay cannot be diagnosed"
     columns = policy.routing_layout.ranks[topo.rank].columns
@@ -45,11 +46,15 @@ def score_routings(
     with policy.at(theta_0):
         behaviour, chosen_0 = policy.natural_logprobs(micro)
         held = policy.routed_logprobs(micro, rollout)
+        unquantised = []
+        if policy.quantises:
+            with policy.unquantised():
+                unquantised = [policy.routed_logprobs(micro, rollout)]
         mismatch = [policy.routed_logprobs(micro, _held_below(rollout, columns, cut)) for cut in cuts]
     still = policy.routed_logprobs(micro, chosen_0)
     current, chosen = policy.natural_logprobs(micro)
     drift = [policy.routed_logprobs(micro, _held_below(chosen_0, columns, cut)) for cut in cuts]
-    passes = [behaviour, *mismatch, held, current, *drift, still]
+    passes = [*unquantised, behaviour, *mismatch, held, current, *drift, still]
     routings = [torch.stack([z.short() for z in three], dim=1) for three in zip(rollout, chosen_0, chosen, strict=True)]
     parts = _to_leader(
         {
@@ -61,7 +66,12 @@ def score_routings(
     )
     if parts is None:
         return []
-    return _scored_sequences(parts, num_groups=len(groups), num_layers=len(policy.routing_layout.layers))
+    return _scored_sequences(
+        parts,
+        num_groups=len(groups),
+        num_layers=len(policy.routing_layout.layers),
+        quantises=policy.quantises,
+    )
 
 
 def _known(routing: Tensor | None) -> Tensor:
@@ -101,7 +111,9 @@ def _to_leader(part: dict[str, Any], topo: Topology) -> list[dict[str, Any]] | N
     return parts
 
 
-def _scored_sequences(parts: list[dict[str, Any]], *, num_groups: int, num_layers: int) -> list[ScoredSequence]:
+def _scored_sequences(
+    parts: list[dict[str, Any]], *, num_groups: int, num_layers: int, quantises: bool
+) -> list[ScoredSequence]:
     scores = join(part["scores"] for part in parts)
     by_columns: dict[tuple[int, ...], list[Pieces]] = {}
     for part in parts:
@@ -112,12 +124,13 @@ def _scored_sequences(parts: list[dict[str, Any]], *, num_groups: int, num_layer
         for uid, own in join(found).items():
             whole = routing.setdefault(uid, np.empty((len(own), 3, num_layers, own.shape[-1]), dtype=np.int16))
             whole[:, :, list(columns)] = own
-    return [_scored(uid, scores[uid], routing[uid], num_groups) for uid in sorted(scores)]
+    return [_scored(uid, scores[uid], routing[uid], num_groups, quantises) for uid in sorted(scores)]
 
 
-def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int) -> ScoredSequence:
+def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int, quantises: bool) -> ScoredSequence:
     targets, mask, advantage, rollout = scores[:, :4].T
-    mismatch, drift = np.split(scores[:, 4:].T.astype(np.float32), 2)  # [2 + cuts, n - 1] each
+    passes = scores[:, 4:].T.astype(np.float32)
+    mismatch, drift = np.split(passes[int(quantises) :], 2)  # [2 + cuts, n - 1] each
     return ScoredSequence(
         uid=uid,
         tokens=targets.astype(np.int32),
@@ -133,4 +146,5 @@ def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int) 
         routing_current=routing[:, 2],
         mismatch_sweep=mismatch if num_groups else None,
         drift_sweep=drift if num_groups else None,
+        unquantised_replayed=passes[0] if quantises else None,
     )

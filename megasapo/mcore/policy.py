@@ -22,6 +22,7 @@ from megasapo.data.packing import sequence_mean
 from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.model import TokenScores
 from megasapo.mcore.optim import Optimizer, wrap_ddp
+from megasapo.mcore.precision import unquantised
 from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.routing_exchange import RoutingLayout
 from megasapo.mcore.topology import Topology
@@ -55,6 +56,11 @@ class Policy:
         needs_replay = cfg.algo.routing_replay != "none" or cfg.routing.diagnose_every > 0
         self._replay = RoutingReplay(self._ddp) if needs_replay else None
         self.routing_layout = RoutingLayout.of(topo, self._replay) if self._replay is not None else None
+        self.quantises = cfg.precision.quantises
+
+    def unquantised(self) -> AbstractContextManager[None]:
+        """Inside, logprobs are those of the same weights in model.dtype, nothing rounded to FP8."""
+        return unquantised(self._chunks)
 
     def with_old_logprobs(self, batch: Batch, *, first: bool = False) -> Batch:
         """Set old_logp (ref_logp when KL is on, routing for R2) of every micro-batch, with the weights as they are now.

@@ -106,3 +106,26 @@ def unquantised(chunks: Sequence[nn.Module]) -> Iterator[None]:
             emulation.on = was_on
         for key, config in configs.items():
             config.fp8 = before[key]
+
+
+@contextmanager
+def histories_kept(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Passes without gradient inside leave fp8_delayed as it is.
+
+    Transformer Engine makes new scales after passes with gradients only, but notes the largest values of all: in the
+    first row of a history, which the next scales would then come from.
+    """
+    before = {module: history[0].clone() for module, history in _amax_histories(chunks)}
+    try:
+        yield
+    finally:
+        for module, history in _amax_histories(chunks):
+            history[0] = before.get(module, 0.0)  # 0: the pass was the module's first
+
+
+def _amax_histories(chunks: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """[passes, tensors] of the forward of each module of Transformer Engine that has one."""
+    for module in (m for chunk in chunks for m in chunk.modules()):
+        history = getattr(getattr(module, "fp8_meta", {}).get("scaling_fwd"), "amax_history", None)
+        if history is not None:
+            yield module, history

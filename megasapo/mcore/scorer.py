@@ -37,6 +37,11 @@ class Scorer:
     """The model of `cfg` on this rank. Collective, as are its methods."""
 
     def __init__(self, cfg: Config, topo: Topology) -> None:
+        if cfg.precision.recipe == "fp8_delayed":
+            raise ConfigError(
+                "precision.recipe=fp8_delayed scales by what earlier passes of its run saw, which weights do not bring "
+                "along: score with precision.recipe=fp8_tensorwise"
+            )
         self._cfg, self._topo = cfg, topo
         hf_config = model.read_hf_config(cfg.model.path)
         self._chunks: list[torch.nn.Module] = [*model.build_model(cfg.model, hf_config, topo, precision=cfg.precision)]

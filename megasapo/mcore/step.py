@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megasapo.mcore.emulation import end_pass
 from megasapo.mcore.model import TokenScores, forward_micro_batch
+from megasapo.mcore.precision import histories_kept
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Metrics
 from megasapo.types import MicroBatch
@@ -46,7 +47,7 @@ def logprobs(
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
-    with torch.no_grad():
+    with torch.no_grad(), histories_kept(model):
         out = _schedule(
             model, micro, topo, keep, routed, temperature=temperature, with_entropy=False, forward_only=True
         )

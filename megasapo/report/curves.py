@@ -251,7 +251,7 @@ NO_DIAGNOSIS = "set routing.diagnose_every to the number of steps between diagno
 
 
 def _counterfactual(figure: str) -> tuple[Series, ...]:
-    names = {"full": "all four terms", "learner": "update + drift", "R2": "update alone"}
+    names = {"full": "all terms", "learner": "update + drift", "R2": "update alone"}
     colours = dict(zip(names, ("#1f2933", "#CC79A7", "#0072B2")))
 
     def of(which: str) -> Series:

@@ -19,7 +19,13 @@ Points = tuple[list[float], list[float | None]]  # steps, values
 
 # Okabe and Ito's palette, told apart by colour-blind readers, without its yellow, which is too pale for lines
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B4B8A", "#7F7F7F")
-TERM_COLOURS = {"engine": "#8A8F98", "mismatch": "#E69F00", "update": "#0072B2", "drift": "#CC79A7"}
+TERM_COLOURS = {
+    "engine": "#8A8F98",
+    "fp8": "#009E73",  # only of a learner that quantises
+    "mismatch": "#E69F00",
+    "update": "#0072B2",
+    "drift": "#CC79A7",
+}
 DASHES = ("solid", "dot", "dash", "dashdot")
 INK, GRID, AXIS = "#1f2933", "#e8eaee", "#aeb4bd"
 STEP = "step"

@@ -116,6 +116,7 @@
       `token ${JSON.stringify(s.token[i])} (id ${s.token_id[i]}), position ${s.position[i]}`,
       `log-ratio d  ${signed(s.log_ratio[i])}   gate w ${number(s.gate[i], 3)}`,
       `  engine     ${signed(s.engine[i])}`,
+      ...(s.fp8 ? [`  fp8        ${signed(s.fp8[i])}`] : []),
       `  mismatch   ${signed(s.mismatch[i])}   ${s.flips_mismatch[i]} layers flipped`,
       `  update     ${signed(s.update[i])}`,
       `  drift      ${signed(s.drift[i])}   ${s.flips_drift[i]} layers flipped`,

@@ -34,15 +34,20 @@ INTRO = (
     "drift (experts moved because weights did). Only update is what the algorithm asked for. Shares of the variance "
     "add up to 100 %; a negative one offsets the others."
 )
+FP8_INTRO = (
+    " Where the learner computes in FP8, engine is about the learner without it, and fp8 is what quantisation adds "
+    "with the same weights and the same experts."
+)
 
 
 def variance(runs: Sequence[Run]) -> Section:
     """A part for each diagnosed run, then overlaid figures of all."""
-    part = curve_part(runs, [*OVER_STEPS, *COUNTERFACTUALS])
+    with_fp8 = any("fp8" in _terms(run) for run in runs)
+    part = curve_part(runs, [*OVER_STEPS, *([FP8_OVER_STEPS] if with_fp8 else []), *COUNTERFACTUALS])
     if not any(run.diagnoses for run in runs):
         part = Part([], [f"Why ratios vary: no diagnosis in {_those(runs)}; {NO_DIAGNOSIS}"])
     own = [_of_run(i, run) for i, run in enumerate(runs) if run.diagnoses]
-    return Section("variance", "Why ratios vary", INTRO, [*own, part])
+    return Section("variance", "Why ratios vary", INTRO + (FP8_INTRO if with_fp8 else ""), [*own, part])
 
 
 def _those(runs: Sequence[Run]) -> str:
@@ -62,11 +67,16 @@ def _of_run(index: int, run: Run) -> Part:
     return Part(blocks, missing, index)
 
 
+def _terms(run: Run) -> dict[str, str]:
+    """The terms of any of its diagnoses with their colours, in order."""
+    return {term: colour for term, colour in TERM_COLOURS.items() if any(term in d["share"] for d in run.diagnoses)}
+
+
 def _shares(run: Run) -> Chart:
     steps = [d["step"] for d in run.diagnoses]
     data = [
-        bars(steps, [d["share"][term] for d in run.diagnoses], term, colour, hovertemplate="%{y:.3~%}")
-        for term, colour in TERM_COLOURS.items()
+        bars(steps, [d["share"].get(term) for d in run.diagnoses], term, colour, hovertemplate="%{y:.3~%}")
+        for term, colour in _terms(run).items()
     ]
     figure: Figure = {"data": data, "layout": layout(x=STEP, y=SHARE, barmode="relative", bargap=0.12)}
     figure["layout"]["yaxis"]["tickformat"] = ",~%"
@@ -84,8 +94,8 @@ def _variances(run: Run) -> Chart:
         return [d["step"] for d in run.diagnoses], rounded([value(d) for d in run.diagnoses])
 
     data = [line(*series(lambda d: d["variance"]), "whole log-ratio", "#1f2933")]
-    for term, colour in TERM_COLOURS.items():
-        data.append(line(*series(lambda d, term=term: d["term_variance"][term]), term, colour))
+    for term, colour in _terms(run).items():
+        data.append(line(*series(lambda d, term=term: d["term_variance"].get(term)), term, colour))
     largest = max((y for y in data[0]["y"] if y is not None), default=0.0)
     for trace in data:
         # a logarithm has no place for 0, and rounding errors would make the rest a flat line
@@ -205,6 +215,7 @@ def _by_sign(diagnosis: dict[str, Any]) -> Chart:
     data = [
         bars(names, [_product(of["share"][term], of["variance"]) for _, of in signs], term, colour)
         for term, colour in TERM_COLOURS.items()
+        if term in diagnosis["share"]
     ]
     for trace in data:
         trace["hovertemplate"] = "%{y:.3~g}"
@@ -267,10 +278,19 @@ OVER_STEPS = [
     ),
     Curve(
         "Variance that is not the update's",
-        "1 - share of update: engine, mismatch and drift together. Above 100 % they and the update pull opposite ways.",
+        "1 - share of update: all other terms together. Above 100 % they and the update pull opposite ways.",
         SHARE,
         (Series("share", diagnosed(lambda d: None if d["share"]["update"] is None else 1 - d["share"]["update"])),),
         NO_DIAGNOSIS,
         unit=True,
     ),
 ]
+FP8_OVER_STEPS = Curve(
+    "Variance that FP8 adds",
+    "Share of fp8: the learner with quantisation against itself without, same weights, same experts. Laid over one "
+    "another, runs say what a recipe costs.",
+    SHARE,
+    (Series("share", diagnosed(lambda d: d["share"].get("fp8")), TERM_COLOURS["fp8"]),),
+    "only runs that are diagnosed and whose precision.recipe is not bf16 have it.",
+    unit=True,
+)

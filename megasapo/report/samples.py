@@ -10,7 +10,7 @@ from megasapo.report.figures import rounded
 from megasapo.report.read import Run
 
 TOKENS_SHOWN = 4000  # of one response: more would make the page slow
-NUMBERS = ("log_ratio", "engine", "mismatch", "update", "drift", "gate", "rollout_logp")
+NUMBERS = ("log_ratio", "engine", "fp8", "mismatch", "update", "drift", "gate", "rollout_logp")  # fp8: of some runs
 COUNTS = ("position", "token_id", "flips_mismatch", "flips_drift")
 
 
@@ -65,7 +65,7 @@ def _sample(run: Run, uid: int, rows: list[int]) -> dict[str, Any]:
         "finish": rollout.get("finish_reason"),
         "all": len(rows),
         "token": [str(columns["token"][row]) for row in shown],
-        **{name: rounded([columns[name][row] for row in shown]) for name in NUMBERS},
+        **{name: rounded([columns[name][row] for row in shown]) for name in NUMBERS if name in columns},
         **{name: [columns[name][row] for row in shown] for name in COUNTS},
     }
 

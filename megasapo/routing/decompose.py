@@ -1,4 +1,4 @@
-"""Where the variance of a step's log-ratios comes from: engine, mismatch, update and drift, exactly.
+"""Where the variance of a step's log-ratios comes from: engine, fp8, mismatch, update and drift, exactly.
 
 Every data-parallel leader decomposes the sequences it holds into sums; the sums of all leaders are merged, and
 `figures` turns them into shares. Numpy only: knows nothing of models, processes or files.
@@ -16,7 +16,7 @@ from megasapo.algo.scales import MAX_LOG_RATIO
 from megasapo.algo.settings import default_clip
 from megasapo.metrics import Hist
 from megasapo.routing import figures
-from megasapo.routing.axes import MOVES, NUM_MOMENTS, POSITION_EDGES, ROUTINGS, SEEN, SIGNS, TERM_EDGES, Axes
+from megasapo.routing.axes import MOVES, POSITION_EDGES, ROUTINGS, SEEN, SIGNS, TERM_EDGES, Axes
 from megasapo.routing.flips import Flips, flips
 from megasapo.routing.scored import TERMS, ScoredSequence, check, check_identity
 
@@ -40,7 +40,7 @@ class Decomposition:
 
     def histograms(self) -> dict[str, Hist]:
         """Of the log-ratio and of each term."""
-        return {f"routing/{name}_hist": hist for name, hist in figures.histograms(self.sums).items()}
+        return {f"routing/{name}_hist": hist for name, hist in figures.histograms(self.axes, self.sums).items()}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as docs/routing.md describes it; None where undefined."""
@@ -52,6 +52,7 @@ def decompose(
     *,
     layers: tuple[int, ...],
     num_experts: int,
+    terms: tuple[str, ...] = TERMS,
     sweep_groups: tuple[tuple[int, ...], ...] | None = None,
     tau_pos: float,
     tau_neg: float,
@@ -60,14 +61,16 @@ def decompose(
 ) -> Decomposition:
     """Sum up scored sequences; none give the empty decomposition, which merges with any other of the same axes.
 
+    `terms`: those of the sequences, TERMS_WITH_FP8 of a learner that quantises.
+
     A loss token with a log-probability that is NaN, infinite or beyond -1e6 is counted as broken and left out.
-    ValueError naming the sequence: shapes or expert ids that do not fit, a sweep that is missing or whose ends are
-    not the log-probabilities that it connects, terms that do not sum to the log-ratio.
+    ValueError naming the sequence: other terms, shapes or expert ids that do not fit, a sweep that is missing or whose
+    ends are not the log-probabilities that it connects, terms that do not sum to the log-ratio.
     """
-    axes = Axes(layers, num_experts, sweep_groups, tau_pos, tau_neg, grpo_clip, gspo_clip)
+    axes = Axes(terms, layers, num_experts, sweep_groups, tau_pos, tau_neg, grpo_clip, gspo_clip)
     sums = _zeros(axes)
     for sequence in sequences:
-        check(sequence, len(layers), num_experts, None if sweep_groups is None else len(sweep_groups))
+        check(sequence, terms, len(layers), num_experts, None if sweep_groups is None else len(sweep_groups))
         _add(sums, sequence, axes)
     return Decomposition(axes, sums)
 
@@ -77,10 +80,10 @@ def _zeros(axes: Axes) -> dict[str, np.ndarray]:
     shapes: dict[str, tuple[int, ...]] = {
         "sequences": (),
         "broken": (),
-        "by_sign": (len(SIGNS), NUM_MOMENTS),
-        "by_flips": (len(axes.flip_edges), NUM_MOMENTS),
-        "by_position": (len(POSITION_EDGES), NUM_MOMENTS),
-        "histogram": (1 + len(TERMS), len(TERM_EDGES) - 1),
+        "by_sign": (len(SIGNS), axes.num_moments),
+        "by_flips": (len(axes.flip_edges), axes.num_moments),
+        "by_position": (len(POSITION_EDGES), axes.num_moments),
+        "histogram": (1 + len(axes.terms), len(TERM_EDGES) - 1),
         "ratio": (3,),  # 1, r, r^2
         "counterfactual": (len(SEEN), 4),  # clipped tokens, clipped sequences, gate where A > 0, where A < 0
         "sweep": (moves, len(axes.sweep_groups or ()), 2),  # a group's contribution, its product with d
@@ -99,7 +102,7 @@ def _add(sums: dict[str, np.ndarray], sequence: ScoredSequence, axes: Axes) -> N
     if not counted.any():
         return
     sums["sequences"] += 1
-    terms = sequence.terms()[counted]  # [N, 4]
+    terms = sequence.terms()[counted]  # [N, terms]
     check_identity(sequence, terms, counted)
     d = terms.sum(axis=1)
     _add_tokens(sums, sequence, axes, d, terms)
@@ -109,7 +112,7 @@ def _add(sums: dict[str, np.ndarray], sequence: ScoredSequence, axes: Axes) -> N
         "drift": flips(routing["behaviour"], routing["current"]),
     }
     for i, name in enumerate(MOVES):
-        _add_flips(sums, i, moved[name], terms[:, TERMS.index(name)], d, routing["behaviour"].shape[-1])
+        _add_flips(sums, i, moved[name], terms[:, axes.terms.index(name)], d, routing["behaviour"].shape[-1])
     for i, name in enumerate(ROUTINGS):
         sums["load"][i] += _load(routing[name], axes.num_experts)
     rows = _moments(d, terms)
@@ -132,7 +135,7 @@ def _add_tokens(
         sums["histogram"][i] += Hist.of(values, TERM_EDGES).counts
     r = _ratio(d)
     sums["ratio"] += (len(r), r.sum(), r @ r)
-    update, drift = terms[:, TERMS.index("update")], terms[:, TERMS.index("drift")]
+    update, drift = terms[:, axes.terms.index("update")], terms[:, axes.terms.index("drift")]
     for i, seen in enumerate((d, update + drift, update)):
         token_ratio, sequence_ratio = _ratio(seen), _ratio(seen.mean(keepdims=True))
         gates = gate(seen, sequence.advantage, tau_pos=axes.tau_pos, tau_neg=axes.tau_neg).sum()
@@ -166,7 +169,7 @@ def _add_by(into: np.ndarray, group: np.ndarray, rows: np.ndarray) -> None:
 
 
 def _moments(d: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """[N, NUM_MOMENTS]."""
+    """[N, num_moments]."""
     alone = np.stack([np.ones_like(d), d, d * d], axis=1)
     return np.concatenate([alone, terms, terms * terms, terms * d[:, None]], axis=1)
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from megasapo.metrics import EffectiveSampleSize, Hist
 from megasapo.routing.axes import MOVES, POSITION_EDGES, ROUTINGS, SEEN, SIGNS, TERM_EDGES, Axes
-from megasapo.routing.scored import TERMS
 
 Sums = Mapping[str, np.ndarray]
 
@@ -25,7 +24,7 @@ class Moments:
     """Count, means and (co)variances of d and the terms over a set of tokens, from a row of sums."""
 
     def __init__(self, row: np.ndarray) -> None:
-        k = len(TERMS)
+        k = (len(row) - 3) // 3  # terms
         self.count, self.total, self.square = row[:3]
         terms, squares, products = row[3 : 3 + k], row[3 + k : 3 + 2 * k], row[3 + 2 * k :]
         n = self.count or math.nan
@@ -39,7 +38,7 @@ class Moments:
 def document(axes: Axes, sums: Sums) -> dict[str, Any]:
     """The JSON object of one diagnosed step, without the step itself."""
     whole = Moments(sums["by_sign"].sum(axis=0))
-    quantiles = {name: [h.quantile(q) for q in LEVELS] for name, h in histograms(sums).items()}
+    quantiles = {name: [h.quantile(q) for q in LEVELS] for name, h in histograms(axes, sums).items()}
     quantiles["full"] = quantiles.pop("log_ratio")
     signs = {name: Moments(row) for name, row in zip(SIGNS, sums["by_sign"])}
     counterfactual = _counterfactual(sums)
@@ -49,15 +48,15 @@ def document(axes: Axes, sums: Sums) -> dict[str, Any]:
             "sequences": int(sums["sequences"]),
             "tokens": int(whole.count),
             "broken_tokens": int(sums["broken"]),
-            "terms": list(TERMS),
+            "terms": list(axes.terms),
             "mean": whole.mean,
             "variance": whole.variance,
-            "term_mean": dict(zip(TERMS, whole.term_mean)),
-            "term_variance": dict(zip(TERMS, whole.term_variance)),
-            "share": dict(zip(TERMS, whole.share)),
+            "term_mean": dict(zip(axes.terms, whole.term_mean)),
+            "term_variance": dict(zip(axes.terms, whole.term_variance)),
+            "share": dict(zip(axes.terms, whole.share)),
             "quantiles": {"levels": LEVELS} | quantiles,
             "by_sign": {
-                name: {"tokens": int(m.count), "variance": m.variance, "share": dict(zip(TERMS, m.share))}
+                name: {"tokens": int(m.count), "variance": m.variance, "share": dict(zip(axes.terms, m.share))}
                 for name, m in signs.items()
             },
             "by_flips": _bins(axes.flip_edges, sums["by_flips"], whole),
@@ -67,7 +66,7 @@ def document(axes: Axes, sums: Sums) -> dict[str, Any]:
             "flip_rate": rates["changed"],
             "jaccard": rates["jaccard"],
             "sweep": _sweep(axes, sums, whole),
-            "experts": _experts(sums, whole),
+            "experts": _experts(axes, sums, whole),
             "load_entropy": _by_routing(load_entropy, sums),
             "load_imbalance": _by_routing(load_imbalance, sums),
             "ess": EffectiveSampleSize(*sums["ratio"]).value(),
@@ -81,8 +80,8 @@ def scalars(axes: Axes, sums: Sums) -> dict[str, float]:
     whole = Moments(sums["by_sign"].sum(axis=0))
     current = sums["load"][-1]
     out = {"routing/log_ratio_mean": whole.mean, "routing/log_ratio_var": whole.variance}
-    out |= {f"routing/var_share_{term}": share for term, share in zip(TERMS, whole.share)}
-    out |= {f"routing/var_{term}": variance for term, variance in zip(TERMS, whole.term_variance)}
+    out |= {f"routing/var_share_{term}": share for term, share in zip(axes.terms, whole.share)}
+    out |= {f"routing/var_{term}": variance for term, variance in zip(axes.terms, whole.term_variance)}
     for name, figure in (("flip_rate", "changed"), ("jaccard", "jaccard")):
         out |= {f"routing/{name}_{move}": row.mean() for move, row in zip(MOVES, _per_known(sums, figure))}
     out |= {
@@ -97,10 +96,10 @@ def scalars(axes: Axes, sums: Sums) -> dict[str, float]:
     return {name: float(value) for name, value in out.items()}
 
 
-def histograms(sums: Sums) -> dict[str, Hist]:
+def histograms(axes: Axes, sums: Sums) -> dict[str, Hist]:
     """Of log_ratio and of each term."""
     counts = sums["histogram"].astype(np.int64)
-    return {name: Hist(TERM_EDGES, row) for name, row in zip(("log_ratio", *TERMS), counts)}
+    return {name: Hist(TERM_EDGES, row) for name, row in zip(("log_ratio", *axes.terms), counts)}
 
 
 def load_entropy(choices: np.ndarray) -> np.ndarray:
@@ -154,11 +153,11 @@ def _sweep(axes: Axes, sums: Sums, whole: Moments) -> dict[str, Any] | None:
     }
 
 
-def _experts(sums: Sums, whole: Moments) -> dict[str, Any]:
+def _experts(axes: Axes, sums: Sums, whole: Moments) -> dict[str, Any]:
     """Six digits suffice here, and this is the bulk of the file."""
     share = {}
     for move, (count, term, full, product) in zip(MOVES, sums["flipped"]):
-        mean = whole.term_mean[TERMS.index(move)]
+        mean = whole.term_mean[axes.terms.index(move)]
         deviations = product - mean * full - whole.mean * term + count * mean * whole.mean
         share[move] = deviations / whole.scale
     found = {

@@ -1,4 +1,4 @@
-"""One response as the diagnosis scored it: five log-probabilities a token under three routings, and their differences.
+"""One response as the diagnosis scored it: log-probabilities of each token under three routings, and their differences.
 
 Made by the learner, read by decompose and store. Numpy only; knows nothing of models or of how scores are computed.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TERMS = ("engine", "mismatch", "update", "drift")
+TERMS_WITH_FP8 = ("engine", "fp8", "mismatch", "update", "drift")  # of a learner that quantises
 TOLERANCE = 1e-5  # of the sum of the terms against the log-ratio, a token
 LARGEST_LOGP = 1e6  # beyond it a log-probability is a broken number
 
@@ -33,16 +34,27 @@ class ScoredSequence:
     # [C+1, n-1] float32, at theta_0: row c holds the layer groups before c at z_roll and leaves the rest free
     mismatch_sweep: np.ndarray | None = None
     drift_sweep: np.ndarray | None = None  # the same at theta, held at z_0
+    # [n-1] float32, l(theta_0, z_roll) of a quantising learner with nothing quantised; None: it quantises nothing
+    unquantised_replayed: np.ndarray | None = None
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return TERMS if self.unquantised_replayed is None else TERMS_WITH_FP8
+
+    @property
+    def logps(self) -> tuple[str, ...]:
+        """The fields between which the terms lie, in their order."""
+        return LOGPS if self.unquantised_replayed is None else (LOGPS[0], "unquantised_replayed", *LOGPS[1:])
 
     def terms(self) -> np.ndarray:
-        """[n-1, 4] float64 in the order of TERMS; their sum is current - rollout_logp."""
-        steps = np.stack([getattr(self, name) for name in LOGPS]).astype(np.float64)
+        """[n-1, terms] float64 in the order of `term_names`; their sum is current - rollout_logp."""
+        steps = np.stack([getattr(self, name) for name in self.logps]).astype(np.float64)
         with np.errstate(invalid="ignore"):  # inf - inf of a broken token is NaN, as it should be
             return np.diff(steps, axis=0).T
 
     def counted(self) -> np.ndarray:
         """[n-1] bool: the loss tokens all of whose numbers can be used; the other loss tokens are broken."""
-        rows = [getattr(self, name)[None] for name in LOGPS]
+        rows = [getattr(self, name)[None] for name in self.logps]
         rows += [sweep for sweep in (self.mismatch_sweep, self.drift_sweep) if sweep is not None]
         usable = np.ones(len(self.tokens), dtype=bool)
         for row in rows:
@@ -58,11 +70,15 @@ class ScoredSequence:
 LOGPS = ("rollout_logp", "behaviour_replayed", "behaviour", "current_replayed", "current")
 
 
-def check(sequence: ScoredSequence, num_layers: int, num_experts: int, num_groups: int | None) -> None:
-    """ValueError naming the sequence, the field and the values when shapes, expert ids or sweeps cannot be right."""
+def check(
+    sequence: ScoredSequence, terms: tuple[str, ...], num_layers: int, num_experts: int, num_groups: int | None
+) -> None:
+    """ValueError naming the sequence, the field and the values when terms, shapes, ids or sweeps cannot be right."""
     n = len(sequence.tokens)
     who = f"sequence {sequence.uid}"
-    for name in (*LOGPS, "loss_mask"):
+    if sequence.term_names != terms:
+        raise ValueError(f"{who} has the terms {', '.join(sequence.term_names)}, not {', '.join(terms)}")
+    for name in (*sequence.logps, "loss_mask"):
         shape = getattr(sequence, name).shape
         if shape != (n,):
             raise ValueError(f"{who}: {name} has shape {shape}, but there are {n} tokens to predict")
@@ -80,14 +96,15 @@ def check(sequence: ScoredSequence, num_layers: int, num_experts: int, num_group
 
 
 def check_identity(sequence: ScoredSequence, terms: np.ndarray, counted: np.ndarray) -> None:
-    """ValueError naming the first counted token whose terms [N, 4] do not sum to its log-ratio within TOLERANCE."""
+    """ValueError naming the first counted token whose terms [N, terms] do not sum to its log-ratio within TOLERANCE."""
     log_ratio = sequence.current[counted].astype(np.float64) - sequence.rollout_logp[counted]
     wrong = ~(np.abs(terms.sum(axis=1) - log_ratio) <= TOLERANCE)
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(
             f"sequence {sequence.uid}, position {sequence.positions()[counted][i]} of the response: the terms "
-            f"{dict(zip(TERMS, terms[i].tolist()))} sum to {terms[i].sum()}, but the log-ratio is {log_ratio[i]}"
+            f"{dict(zip(sequence.term_names, terms[i].tolist()))} sum to {terms[i].sum()}, but the log-ratio is "
+            f"{log_ratio[i]}"
         )
 
 

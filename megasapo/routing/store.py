@@ -17,7 +17,7 @@ import numpy as np
 from megasapo.errors import UserError
 from megasapo.routing.decompose import Decomposition, gate
 from megasapo.routing.flips import flips
-from megasapo.routing.scored import TERMS, ScoredSequence
+from megasapo.routing.scored import ScoredSequence
 
 Columns = Mapping[str, np.ndarray]
 
@@ -32,7 +32,7 @@ def token_rows(
 ) -> dict[str, np.ndarray]:
     """Columns with one value a loss token, broken ones included; `decode` gives the text of token ids.
 
-    uid, position (in the response), token_id, token, advantage, reward, rollout_logp, the four terms, log_ratio (their
+    uid, position (in the response), token_id, token, advantage, reward, rollout_logp, the terms, log_ratio (their
     sum), gate (SAPO's w at it), flips_mismatch and flips_drift (MoE layers whose set of experts changed).
     """
     loss = sequence.loss_mask
@@ -51,7 +51,7 @@ def token_rows(
         "advantage": np.full(n, sequence.advantage, dtype=np.float32),
         "reward": np.full(n, reward, dtype=np.float32),
         "rollout_logp": sequence.rollout_logp[loss].astype(np.float32),
-        **{name: terms[:, i].astype(np.float32) for i, name in enumerate(TERMS)},
+        **{name: terms[:, i].astype(np.float32) for i, name in enumerate(sequence.term_names)},
         "log_ratio": log_ratio.astype(np.float32),
         "gate": gate(log_ratio, sequence.advantage, tau_pos=tau_pos, tau_neg=tau_neg).astype(np.float32),
         "flips_mismatch": flips(before, held).layers_changed.astype(np.int32),

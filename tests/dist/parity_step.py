@@ -53,6 +53,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
     old_weights = policy.copy_weights()
     _load(policy, directory / "now", topo)
     scored = _diagnosed(policy, batch, old_weights, topo) if case.routing_replay == "R3" else None
+    quantising = _diagnosed_as_if_quantising(policy, batch, old_weights, topo) if case.routing_replay == "R3" else None
     if fault is not None:
         batch = fault(policy, topo, batch)
     recorded = _Recorder(policy, topo)
@@ -73,6 +74,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
         "weights": weights,
         "copies": recorded.unlike + unlike,
         "scored": scored,
+        "scored_quantising": quantising,
         "routing_bytes": topo.gather((sum(received), _bytes_needed(batch, policy))),
     }
 
@@ -95,6 +97,13 @@ def _make_batch(groups: list[Group], cfg: Config, topo: Topology, routing: Routi
         weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
         routing=routing,
     )
+
+
+def _diagnosed_as_if_quantising(policy: Policy, batch: Batch, old_weights: Weights, topo: Topology) -> dict[str, Any]:
+    """A diagnosis of a policy for which to leave out quantisation is to have its present weights again."""
+    without = mock.Mock(side_effect=partial(policy.at, policy.copy_weights()))
+    with mock.patch.object(policy, "quantises", True), mock.patch.object(policy, "unquantised", without):
+        return _diagnosed(policy, batch, old_weights, topo)
 
 
 def _diagnosed(policy: Policy, batch: Batch, old_weights: Weights, topo: Topology) -> dict[str, Any]:

@@ -173,6 +173,22 @@ def test_a_diagnosis_says_the_same_in_every_layout(layout: Layout, models: Path)
                 np.testing.assert_array_equal(found, value, err_msg=f"{name} of sequence {uid}")
 
 
+@IN_R3_LAYOUTS
+def test_a_quantising_learner_is_scored_once_more_without_quantisation(layout: Layout, models: Path) -> None:
+    """To leave it out is, here, to have the weights that the step was taken with, whose logprobs the step computed."""
+    out = result(models, layout, R3)
+    plain, found = out["scored"], out["scored_quantising"]
+    assert found["passes"] == plain["passes"] + 1 == 5 + 2 * (given.SWEEP_GROUPS - 1)
+    for uid, tensors in found["sequences"].items():
+        mask = tensors["loss_mask"]
+        unquantised, expected = tensors.pop("unquantised_replayed"), out["logp"]["now"][uid]
+        torch.testing.assert_close(unquantised[mask], expected[mask].float(), rtol=0, atol=1e-5)
+        assert (unquantised - tensors["behaviour_replayed"])[mask].abs().max() > 1e-3
+        assert plain["sequences"][uid].pop("unquantised_replayed") is None
+        for name, value in plain["sequences"][uid].items():
+            np.testing.assert_array_equal(tensors[name], value, err_msg=f"{name} of sequence {uid}")
+
+
 @pytest.mark.parametrize("model", given.MODELS)
 def test_the_parts_of_a_diagnosis_are_scored_as_they_should_be(model: str, models: Path) -> None:
     """Held to the old logprobs that the step itself computed, and to what each pass must not change."""

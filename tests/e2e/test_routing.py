@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from megasapo.routing.scored import TERMS
-from megasapo.routing.store import read_diagnosis
+from megasapo.routing.scored import TERMS, TERMS_WITH_FP8
+from megasapo.routing.store import read_diagnosis, read_tokens
 from megasapo.routing.trace import is_traced, read_trace
 from tests.e2e.runs import kill_hard, metrics, running, steps_done, write_config
 
@@ -89,3 +90,43 @@ def test_the_example_tells_all_four_causes_apart(
         assert sum(diagnosis["sweep"]["share"][term]) == pytest.approx(diagnosis["share"][term], abs=1e-6)
     subprocess.run([sys.executable, "-m", "megasapo.cli", "report", str(tmp_path / "run")], check=True, timeout=120)
     assert "mismatch" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_fp8_in_the_learner_is_told_apart_from_the_engine(
+    tmp_path: Path, settings: Callable[..., dict[str, Any]]
+) -> None:
+    """Server and learner compute in fp32, so without quantisation they agree; the debugger finds the same."""
+    own = settings(tmp_path)
+    own["algo"] |= {"routing_replay": "R3"}
+    own |= {
+        "precision": {"recipe": "fp8_blockwise", "emulate": True},
+        "routing": {"trace_rate": 1, "diagnose_every": 2, "diagnose_sweep": 2},
+        "train": {"steps": 2, "save_every": 1, "micro_batch_tokens": 256},
+    }
+    with running("train", write_config(tmp_path / "config.yaml", own), log=tmp_path / "log") as run:
+        run.succeed()
+    _, last = metrics(tmp_path / "run")
+    assert sum(last[f"routing/var_share_{term}"] for term in TERMS_WITH_FP8) == pytest.approx(1, abs=1e-9)
+    assert last["routing/var_engine"] < 1e-9 < 1e-6 < last["routing/var_fp8"]
+    assert last["routing/var_update"] > 1e-6
+    (diagnosis,) = read_diagnosis(tmp_path / "run")
+    assert diagnosis["terms"] == list(diagnosis["share"]) == list(TERMS_WITH_FP8)
+    subprocess.run([sys.executable, "-m", "megasapo.cli", "report", str(tmp_path / "run")], check=True, timeout=120)
+    assert "Variance that FP8 adds" in (tmp_path / "run" / "report.html").read_text()
+
+    out = tmp_path / "debug.json"
+    arguments = ("--step", "2", "--unquantised", "--json", str(out))
+    with running("debug", tmp_path / "run", *arguments, log=tmp_path / "debug") as run:
+        run.succeed()
+    found = json.loads(out.read_text())
+    rows = {row["variant"]: row for row in found["overall"]["variants"]}
+    assert rows["unquantised R3"]["max"] < 1e-4 < 1e-3 < rows["R3"]["mean"]
+    assert list(found["overall"]["terms"]["terms"]) == ["engine", "fp8", "mismatch"]
+    # what one rank finds with the checkpoint is what two ranks found while they trained
+    tokens = read_tokens(tmp_path / "run", 2)
+    told = {
+        (s["uid"], t["position"]): t["logprob"] - t["unquantised_logprob"] for s in found["samples"] for t in s["fp8"]
+    }
+    again = [told[uid, position] for uid, position in zip(tokens["uid"].tolist(), tokens["position"].tolist())]
+    assert len(again) > 20
+    np.testing.assert_allclose(again, tokens["fp8"], atol=1e-4)

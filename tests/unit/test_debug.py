@@ -14,7 +14,7 @@ import pytest
 from megasapo.config import ConfigError
 from megasapo.data.files import DataError
 from megasapo.debug import compare, text
-from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, Passes, Variant
+from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, UNQUANTISED, Passes, Variant
 from megasapo.debug.samples import Dumped, choose, read_samples
 from megasapo.debug.weights import find
 from megasapo.geometry import Geometry
@@ -224,6 +224,48 @@ def test_terms_by_hand_add_up() -> None:
     assert sum(term["share"] for term in found["terms"].values()) == pytest.approx(1)
 
 
+def unquantised(routing: str) -> Variant:
+    return Variant(UNQUANTISED, "behaviour", routing)
+
+
+def test_fp8_is_what_parts_two_passes_with_the_same_experts() -> None:
+    one, found = sample(), passes()
+    assert compare.fp8_tokens(one, found) is None
+    found[unquantised("R2")] = {0: scored([-9.0, -9.0, -9.0])}
+    found[unquantised("native")] = {0: scored([-9.0, -9.0, -9.0])}
+    found[unquantised("R3")] = {0: scored([-1.25, -2.0, np.nan])}
+    terms = compare.terms([one], found)
+    assert terms is not None
+    # without FP8 -.25, 0 from the server; FP8 then adds .25, -.25; the last token has no logprob
+    means = {name: term["mean"] for name, term in terms["terms"].items()}
+    assert terms["tokens"] == 2
+    assert means == {"engine": -0.125, "fp8": 0.0, "mismatch": -0.125, "update": -0.25, "drift": 0.0}
+    tokens = compare.fp8_tokens(one, found)
+    assert tokens is not None
+    assert [t["unquantised_logprob"] for t in tokens] == [-1.25, -2.0, None]
+    assert [t["logprob"] for t in tokens] == [-1.0, -2.25, -3.0]
+    assert (tokens[1]["token"], tokens[1]["position"], tokens[1]["token_id"]) == (3, 1, 4)
+    shown = text._fp8(tokens, lambda ids: f"<{ids[0]}>")
+    assert [line.split(": ")[1] for line in shown[2:]] == ["-1.0000, -1.2500, +0.25", "-2.2500, -2.0000, -0.25"]
+
+
+def test_fp8_without_a_trace_holds_the_experts_of_the_native_pass() -> None:
+    one, found = sample(None), {NATIVE: {0: scored([-1.0, -2.5, -3.0])}}
+    found[unquantised("native")] = {0: scored([-9.0, -9.0, -9.0])}
+    found[unquantised("R2")] = {0: scored([-1.0, -2.0, -3.5])}
+    terms = compare.terms([one], found)
+    assert terms is not None
+    assert {name: term["mean"] for name, term in terms["terms"].items()} == {
+        "engine and mismatch": pytest.approx(-0.5 / 3),
+        "fp8": 0.0,
+    }
+    del found[unquantised("R2")]  # as of a model without experts
+    found[unquantised("native")] = {0: scored([-1.0, -2.0, -3.0])}
+    terms = compare.terms([one], found)
+    assert terms is not None
+    assert terms["terms"]["fp8"]["mean"] == pytest.approx(-0.5 / 3)
+
+
 def test_the_text_names_token_layer_and_experts() -> None:
     one, found = sample(), passes()
     natural = [NATIVE, CURRENT]
@@ -235,6 +277,7 @@ def test_the_text_names_token_layer_and_experts() -> None:
     about = {"number": 0, "uid": 11, "prompt_tokens": 2, "response_tokens": 3, "version_min": 4, "version_max": 5}
     about |= {"routing_traced": True, "routing_shift": -1}
     about["first_rerouted"] = {"native": compare.first_rerouted(NATIVE, one, found, LAYERS)}
+    about["fp8"] = None
     about["first_beyond"] = {"native": compare.first_beyond(NATIVE, one, found, 0.25), "R3": None}
     record = {"run": "runs/x", "step": 7, "samples_in_step": 9, "tolerance": 0.25, "weights": ["w4"]}
     record |= {"current_weights": "w5", "model_layers": LAYERS, "overall": findings, "samples": [about | findings]}

@@ -15,7 +15,7 @@ from megasapo.algo import objectives
 from megasapo.routing.axes import FLIP_EDGES, POSITION_EDGES
 from megasapo.routing.decompose import Decomposition, ScoredSequence, decompose
 from megasapo.routing.flips import flips
-from megasapo.routing.scored import LOGPS, TERMS, check_identity
+from megasapo.routing.scored import LOGPS, TERMS, TERMS_WITH_FP8, check_identity
 
 TAUS = {"tau_pos": 1.0, "tau_neg": 1.05}
 NUM_EXPERTS, GROUPS = 6, ((1, 2), (4,))
@@ -101,7 +101,41 @@ def test_a_case_worked_by_hand() -> None:
     assert math.isnan(scalars["counterfactual/full/sapo_gate_neg"])
 
 
-def random_sequence(uid: int, *, n: int = 40, broken: bool = True) -> ScoredSequence:
+def test_fp8_takes_its_part_of_the_engine_and_leaves_the_rest() -> None:
+    one, axes = by_hand(), {"layers": (1, 3), "num_experts": 4, "sweep_groups": ((1,), (3,))}
+    fp8 = np.asarray([0, 1, 0, 0, -1]) / 4  # of the engine's 1, -1, 1, -1 quarters
+    two = dataclasses.replace(one, unquantised_replayed=(one.behaviour_replayed - fp8).astype(np.float32))
+    four = decompose([one], **axes, **TAUS)
+    five = decompose([two], terms=TERMS_WITH_FP8, **axes, **TAUS)
+    before, found = four.to_json(), five.to_json()
+    assert found["terms"] == list(found["share"]) == ["engine", "fp8", "mismatch", "update", "drift"]
+    share = {"engine": 3 / 30, "fp8": 7 / 30, "mismatch": 12 / 30, "update": 4 / 30, "drift": 4 / 30}
+    assert found["share"] == pytest.approx(share, abs=1e-15)
+    assert found["by_sign"]["positive"]["share"] == found["share"]
+    assert found["term_variance"] == before["term_variance"] | {"engine": 1 / 32, "fp8": 1 / 32}
+    about_terms = {"terms", "share", "term_mean", "term_variance", "by_sign", "quantiles"}
+    assert {k: v for k, v in found.items() if k not in about_terms} == {
+        k: v for k, v in before.items() if k not in about_terms
+    }
+    assert found["quantiles"].keys() == before["quantiles"].keys() | {"fp8"}
+    assert found["quantiles"]["drift"] == before["quantiles"]["drift"]
+    more = five.scalars().keys() - four.scalars().keys()
+    assert more == {"routing/var_fp8", "routing/var_share_fp8"}
+    assert five.scalars()["routing/var_share_fp8"] == pytest.approx(7 / 30)
+    assert five.histograms()["routing/fp8_hist"].counts.sum() == 4
+    assert "routing/fp8_hist" not in four.histograms()
+
+
+def test_a_learner_that_does_not_quantise_has_four_terms() -> None:
+    found = decompose_random(SEQUENCES)
+    terms = [name for name in found.scalars() if name.startswith("routing/var_")]
+    shares = [f"routing/var_share_{term}" for term in ("engine", "mismatch", "update", "drift")]
+    assert terms == [*shares, *(name.replace("var_share", "var") for name in shares)]
+    assert len(found.scalars()) == 2 + 8 + 4 + 5 + 12
+    assert found.to_json()["terms"] == ["engine", "mismatch", "update", "drift"]
+
+
+def random_sequence(uid: int, *, n: int = 40, broken: bool = True, fp8: bool = False) -> ScoredSequence:
     rng = np.random.default_rng(uid)
     steps = rng.normal(0, [[1.0], [0.2], [0.3], [0.1], [0.4]], (5, n))
     logps = np.cumsum(steps, axis=0).astype(np.float32)
@@ -127,12 +161,17 @@ def random_sequence(uid: int, *, n: int = 40, broken: bool = True) -> ScoredSequ
         mismatch_sweep=sweep(logps[2], logps[1]),
         drift_sweep=sweep(logps[4], logps[3]),
     )
+    if fp8:
+        unquantised = logps[1] + rng.normal(0, 0.2, n).astype(np.float32)
+        sequence = dataclasses.replace(sequence, unquantised_replayed=unquantised)
     if broken:
         logps[rng.integers(5), rng.integers(n)] = rng.choice([np.nan, np.inf, -np.inf, -1e7])
     return sequence
 
 
 SEQUENCES = [random_sequence(uid) for uid in range(12)]
+WITH_FP8 = [random_sequence(uid, fp8=True) for uid in range(12)]
+decompose_fp8 = partial(decompose_random, terms=TERMS_WITH_FP8)
 
 
 def tokens_of(sequences: list[ScoredSequence]) -> list[dict[str, object]]:
@@ -221,8 +260,10 @@ def test_random_data_agrees_with_a_slow_formula() -> None:
     same(found["ess"], r.sum() ** 2 / (len(r) * (r**2).sum()))
 
 
-def test_shares_add_up() -> None:
-    found = decompose_random(SEQUENCES).to_json()
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shares_add_up(fp8: bool) -> None:
+    found = (decompose_fp8(WITH_FP8) if fp8 else decompose_random(SEQUENCES)).to_json()
+    assert len(found["share"]) == 4 + fp8
     assert sum(found["share"].values()) == pytest.approx(1, abs=1e-9)
     for part in found["by_sign"].values():
         assert sum(part["share"].values()) == pytest.approx(1, abs=1e-9)
@@ -249,6 +290,38 @@ def test_different_axes_do_not_merge() -> None:
         decompose_random([]).merge(other)
 
 
+def test_different_terms_do_not_merge() -> None:
+    with pytest.raises(ValueError, match=r"different runs: .*'engine', 'fp8', 'mismatch'.* and .*'engine', 'mismatch'"):
+        decompose_fp8(WITH_FP8).merge(decompose_random(SEQUENCES))
+    with pytest.raises(ValueError, match="sequence 0 has the terms engine, mismatch, update, drift, not engine, fp8, "):
+        decompose_fp8(SEQUENCES)
+    with pytest.raises(ValueError, match=r"sequence 0 has the terms engine, fp8, .*, not engine, mismatch, update"):
+        decompose_random(WITH_FP8)
+
+
+def test_a_leader_without_sequences_merges_with_one_that_has_fp8() -> None:
+    merged, whole = decompose_fp8([]).merge(decompose_fp8(WITH_FP8)), decompose_fp8(WITH_FP8)
+    assert merged.to_json() == whole.to_json()
+
+
+def test_five_terms_agree_with_a_slow_formula() -> None:
+    rows = []
+    for s in WITH_FP8:
+        rows += [[float(getattr(s, name)[t]) for name in s.logps] for t in np.flatnonzero(s.counted())]
+    steps = np.diff(np.asarray(rows), axis=1)  # in float64
+    d = steps.sum(axis=1)
+    found = decompose_fp8(WITH_FP8).to_json()
+    assert found["tokens"] == len(d) > 100
+    for i, term in enumerate(TERMS_WITH_FP8):
+        assert found["share"][term] == pytest.approx(covariance(list(steps[:, i]), list(d)) / d.var(), rel=1e-6)
+        assert found["term_variance"][term] == pytest.approx(steps[:, i].var(), rel=1e-6)
+    for s in WITH_FP8:
+        counted = s.counted()
+        np.testing.assert_allclose(
+            s.terms()[counted].sum(axis=1), s.current[counted] - s.rollout_logp[counted], atol=1e-5
+        )
+
+
 def test_counterfactuals_are_those_of_the_objectives() -> None:
     found = decompose_random(SEQUENCES).to_json()["counterfactual"]
     first = {"full": 0, "learner": 2, "R2": 2}
@@ -271,15 +344,15 @@ def test_counterfactuals_are_those_of_the_objectives() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e7])
-@pytest.mark.parametrize("where", [*LOGPS, "mismatch_sweep", "drift_sweep"])
+@pytest.mark.parametrize("where", [*LOGPS, "mismatch_sweep", "drift_sweep", "unquantised_replayed"])
 def test_a_broken_token_is_counted_and_left_out(where: str, value: float) -> None:
-    whole = random_sequence(3, broken=False)
+    whole = random_sequence(3, broken=False, fp8=True)
     at = len(whole.tokens) - 1
     damaged = getattr(whole, where).copy()
     damaged[..., at] = value
     without = dataclasses.replace(whole, loss_mask=whole.loss_mask & (np.arange(at + 1) != at))
-    expected = decompose_random([without]).sums
-    found = decompose_random([dataclasses.replace(whole, **{where: damaged})]).sums
+    expected = decompose_fp8([without]).sums
+    found = decompose_fp8([dataclasses.replace(whole, **{where: damaged})]).sums
     assert found["broken"] == 1
     for name in expected.keys() - {"broken"}:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)

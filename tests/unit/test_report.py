@@ -17,7 +17,7 @@ import yaml
 
 from megasapo import cli
 from megasapo.routing.decompose import decompose
-from megasapo.routing.scored import ScoredSequence
+from megasapo.routing.scored import TERMS, TERMS_WITH_FP8, ScoredSequence
 from megasapo.routing.store import token_rows, write_diagnosis
 
 NASTY = "</script><img src=x onerror=alert(1)>&<b>"
@@ -76,7 +76,15 @@ class Page(HTMLParser):
         return found
 
 
-def make_run(directory: Path, *, name: str = "one", seed: int = 0, diagnose: bool = True, **changes: Any) -> Path:
+def make_run(
+    directory: Path,
+    *,
+    name: str = "one",
+    seed: int = 0,
+    diagnose: bool = True,
+    fp8_from: int = STEPS + 1,
+    **changes: Any,
+) -> Path:
     """A run directory of STEPS steps, evaluated and diagnosed at every second."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True)
@@ -93,7 +101,7 @@ def make_run(directory: Path, *, name: str = "one", seed: int = 0, diagnose: boo
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if diagnose:
         for step in range(2, STEPS + 1, 2):
-            _diagnose(directory, step, rng)
+            _diagnose(directory, step, rng, fp8=step >= fp8_from)
     return directory
 
 
@@ -114,7 +122,7 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
     return row
 
 
-def _scored(uid: int, rng: np.random.Generator, *, spread: float = 0.3) -> ScoredSequence:
+def _scored(uid: int, rng: np.random.Generator, *, spread: float = 0.3, fp8: bool = False) -> ScoredSequence:
     n, num_layers, top_k, num_experts = 12, 3, 2, 4
     logps = [rng.normal(-1, spread, n).astype(np.float32) for _ in range(5)]
     cut = rng.normal(-1, spread, (2, n)).astype(np.float32)
@@ -128,13 +136,16 @@ def _scored(uid: int, rng: np.random.Generator, *, spread: float = 0.3) -> Score
         *routing,
         mismatch_sweep=np.stack([logps[2], cut[0], logps[1]]),
         drift_sweep=np.stack([logps[4], cut[1], logps[3]]),
+        unquantised_replayed=rng.normal(-1, spread, n).astype(np.float32) if fp8 else None,
     )
 
 
-def _diagnose(directory: Path, step: int, rng: np.random.Generator) -> None:
-    scored = [_scored(uid, rng) for uid in (4, 5, 7)]
+def _diagnose(directory: Path, step: int, rng: np.random.Generator, *, fp8: bool) -> None:
+    scored = [_scored(uid, rng, fp8=fp8) for uid in (4, 5, 7)]
     layers = (1, 2, 5)
-    whole = decompose(scored, layers=layers, num_experts=4, sweep_groups=((1, 2), (5,)), tau_pos=1.0, tau_neg=1.05)
+    terms = TERMS_WITH_FP8 if fp8 else TERMS
+    axes = {"layers": layers, "num_experts": 4, "sweep_groups": ((1, 2), (5,)), "terms": terms}
+    whole = decompose(scored, **axes, tau_pos=1.0, tau_neg=1.05)
     rows = [
         token_rows(
             one, reward=one.uid / 4, decode=lambda ids: f"<{ids[0]}>" + NASTY * (ids[0] % 2), tau_pos=1.0, tau_neg=1.05
@@ -236,6 +247,50 @@ def test_shares_are_those_of_the_diagnoses(run: Path, page: Page) -> None:
     assert whole["y"] == pytest.approx([d["variance"] for d in diagnoses], rel=1e-5)
 
 
+def names_of(figure: dict[str, Any]) -> list[str]:
+    return [trace["name"] for trace in figure["data"]]
+
+
+def test_a_run_without_fp8_does_not_speak_of_it(page: Page) -> None:
+    assert names_of(page.chart("Shares of the log-ratio's variance")) == ["engine", "mismatch", "update", "drift"]
+    assert "Variance that FP8 adds" not in page.source
+    visible = re.sub(r"<(script|style).*?</\1>", "", page.source, flags=re.DOTALL)
+    assert "fp8" not in visible.lower()
+    assert "fp8" not in page.samples[0]["groups"][0]["samples"][0]
+
+
+def test_fp8_is_a_term_of_the_runs_that_have_it(tmp_path: Path) -> None:
+    plain, fp8 = make_run(tmp_path / "plain"), make_run(tmp_path / "fp8", name="fp8", fp8_from=2)
+    resumed = make_run(tmp_path / "resumed", name="resumed", fp8_from=4)  # with another recipe after step 2
+    five = ["engine", "fp8", "mismatch", "update", "drift"]
+    page = report(plain, fp8, resumed)
+    charts = page.charts["Shares of the log-ratio's variance"]
+    assert [names_of(figure) for figure in charts] == [[*five[:1], *five[2:]], five, five]
+    colours = [{trace["name"]: trace["marker"]["color"] for trace in figure["data"]} for figure in charts]
+    assert colours[0].items() < colours[1].items(), "a term has one colour on the page"
+    assert len(set(colours[1].values())) == 5
+    diagnoses = diagnoses_of(resumed)
+    expected = [d["share"].get("fp8") for d in diagnoses]
+    assert expected[0] is None
+    (share,) = [trace["y"] for trace in charts[2]["data"] if trace["name"] == "fp8"]
+    assert share[0] is None
+    assert share[1:] == pytest.approx(expected[1:], rel=1e-5)
+    (variance,) = [t["y"] for t in page.charts["Variance of each term"][2]["data"] if t["name"] == "fp8"]
+    assert variance[1:] == pytest.approx([d["term_variance"]["fp8"] for d in diagnoses[1:]], rel=1e-5)
+    signs = page.charts["Variance by sign of the advantage"]
+    assert [names_of(figure) for figure in signs] == [[*five[:1], *five[2:]], five, five]
+    added = page.chart("Variance that FP8 adds")
+    lines = {trace["meta"]["run"]: trace for trace in added["data"]}
+    assert lines.keys() == {1, 2}
+    assert lines[2]["x"] == [4, 6]
+    assert lines[2]["y"] == pytest.approx(expected[1:], rel=1e-5)
+    assert "Not in this chart: one (only runs that are diagnosed and whose precision.recipe" in page.text
+    sample = page.samples[1]["groups"][0]["samples"][0]
+    np.testing.assert_allclose(
+        np.sum([sample[term] for term in five], axis=0), np.asarray(sample["log_ratio"]), atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("title", "figure", "term"),
     [
@@ -279,7 +334,7 @@ def test_counterfactuals(run: Path, page: Page) -> None:
         ("If this were SAPO: gate, advantage > 0", "sapo_gate_pos"),
         ("If this were SAPO: gate, advantage < 0", "sapo_gate_neg"),
     ):
-        for name, which in (("all four terms", "full"), ("update + drift", "learner"), ("update alone", "R2")):
+        for name, which in (("all terms", "full"), ("update + drift", "learner"), ("update alone", "R2")):
             expected = [d["counterfactual"][which][figure] for d in diagnoses_of(run)]
             assert page.trace(title, name)["y"] == pytest.approx(expected, rel=1e-5)
 

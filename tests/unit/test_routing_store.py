@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def test_token_rows_are_the_loss_tokens() -> None:
     assert np.isnan([found[name][2] for name in ("update", "drift", "log_ratio", "gate")]).all()
     assert found["flips_mismatch"].tolist() == [0, 2, 0]
     assert found["flips_drift"].tolist() == [0, 1, 0]
+
+
+def test_fp8_is_a_column_beside_the_engine_where_the_learner_quantises() -> None:
+    one = sequence(7)
+    two = dataclasses.replace(one, unquantised_replayed=one.behaviour_replayed - np.float32(0.125))
+    found = store.token_rows(two, reward=0.25, decode=str, **TAUS)
+    place = COLUMNS.index("mismatch")
+    assert list(found) == [*COLUMNS[:place], "fp8", *COLUMNS[place:]]
+    assert found["fp8"].tolist() == [0.125] * 3
+    assert found["engine"].tolist() == [0.375] * 3
+    for name in ("mismatch", "update", "drift", "log_ratio", "gate"):
+        np.testing.assert_array_equal(found[name], rows(7)[name])
 
 
 def test_a_diagnosis_reads_back(tmp_path: Path) -> None:
