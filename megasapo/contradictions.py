@@ -50,6 +50,11 @@ def _check_precision(cfg: Config) -> None:
         raise ValueError(
             "precision.fp8_param=true keeps real FP8 weights, which precision.emulate=true has not: drop one"
         )
+    if p.recipe == "mxfp8" and p.fp8_param:
+        raise ValueError(
+            "precision.fp8_param=true with recipe=mxfp8 would keep every weight twice and in no buffer that "
+            "megatron-core's optimizer gathers: drop fp8_param, or use another recipe"
+        )
     if not p.emulate and cfg.model.dtype != "bfloat16":
         raise ValueError(
             f"precision.recipe={p.recipe} computes in FP8 and bfloat16, but model.dtype={cfg.model.dtype}: use bfloat16"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 from dataclasses import dataclass
+
+from megasapo.extensions import Extension, apex, transformer_engine
 
 REQUIRED = ("torch", "megatron-core", "transformers", "safetensors", "httpx", "starlette", "uvicorn", "math-verify")
 
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> int:
         print("usage: megasapo doctor\n\nPrints versions, devices, what is missing and what that costs.")
         return 0 if argv[0] in ("-h", "--help") else 2
     required = [_required(name) for name in REQUIRED]
-    findings = [_machine(), *required, _device(), _transformer_engine(), _apex(), _nvml(), _sglang()]
+    te = _extension(transformer_engine(), "no FP8 but emulated, no fused attention; ")
+    optional = [_device(), te, _extension(apex(), ""), _nvml(), *_learner(), _sglang()]
+    findings = [_machine(), *required, *optional]
     for f in findings:
         print(f"{'ok ' if f.ok else '-- '} {f.name:20} {f.state}")
         if f.advice:
@@ -70,36 +73,49 @@ def _device() -> Finding:
     return Finding("device", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}", True)
 
 
-def _transformer_engine() -> Finding:
-    name = "transformer-engine"
-    version = _version(name)
-    if version is None:
-        cost = "no FP8 and no fused attention; the learner uses torch SDPA. On a GPU: pip install 'megasapo[gpu]'"
-        return Finding(name, "not installed", False, cost)
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as e:  # a broken TE raises whatever its loader raises; naming it is the point
-        advice = "a broken one also breaks `import megatron.core`: reinstall it for this torch, or uninstall it"
-        return Finding(name, f"{version}, does not import: {type(e).__name__}: {e}", False, advice)
-    return Finding(name, version, True)
-
-
-def _apex() -> Finding:
-    version = _version("apex")
-    if version is None and importlib.util.find_spec("apex") is None:
-        cost = "only gradient_accumulation_fusion needs it; NVIDIA's is built from source or comes in NGC images"
-        return Finding("apex", "not installed", False, cost)
-    if importlib.util.find_spec("amp_C") is None:
-        advice = "PyPI's apex is unrelated to NVIDIA's: pip uninstall apex, then build NVIDIA's from source"
-        return Finding("apex", f"{version or 'unknown version'}, not NVIDIA's (no amp_C extension)", False, advice)
-    return Finding("apex", f"{version or 'NVIDIA build'}", True)
+def _extension(found: Extension, cost: str) -> Finding:
+    if found.usable:
+        return Finding(found.name, found.version or "", True)
+    state = found.problem if found.version is None else f"{found.version}: {found.problem}"
+    breaks = " It breaks `import megatron.core` as it is." * found.breaks_megatron
+    return Finding(found.name, state, False, f"{cost}{found.advice}{breaks}")
 
 
 def _nvml() -> Finding:
-    version = _version("nvidia-ml-py")
+    name = "nvidia-ml-py"
+    version = _version(name)
     if version is None:
-        return Finding("nvidia-ml-py", "not installed", False, "no GPU utilisation, memory or power in the logs")
-    return Finding("nvidia-ml-py", version, True)
+        return Finding(name, "not installed", False, "no GPU utilisation, memory or power in the logs")
+    nvml = importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+        driver, devices = nvml.nvmlSystemGetDriverVersion(), nvml.nvmlDeviceGetCount()
+        nvml.nvmlShutdown()
+    except nvml.NVMLError as e:
+        return Finding(name, f"{version}, but {e}", False, "no NVIDIA driver answers: no GPU figures in the logs")
+    return Finding(name, f"{version}, driver {driver}, {devices} devices", True)
+
+
+def _learner() -> list[Finding]:
+    """What the learner would do here: fused kernels, and the precision recipes that need no emulation."""
+    try:
+        import torch
+
+        from megasapo.mcore.compat import transformer_engine_usable
+        from megasapo.mcore.fusions import Fusions
+        from megasapo.mcore.precision import AVAILABLE, why_not
+    except Exception as e:  # whatever a broken package raises; naming it is the point
+        advice = "the learner does not start; mend what is named here and above"
+        return [Finding("megatron-core", f"does not import: {type(e).__name__}: {e}", False, advice)]
+    fusions = Fusions.find(use_te=transformer_engine_usable(), on_gpu=torch.cuda.is_available())
+    found = [Finding(name, text, True) for name, text in (line.split(": ", 1) for line in fusions.lines())]
+    reasons = {recipe: why_not(recipe) for recipe in AVAILABLE}
+    for recipe, reason in reasons.items():
+        advice = "" if not reason else f"{reason[0].upper()}{reason[1:]}"
+        found.append(Finding(recipe, "only emulated" if reason else "runs here", not reason, advice))
+    if len(set(reasons.values())) == 1 and all(reasons.values()):  # one reason for all of them
+        found[-len(reasons) :] = [Finding("fp8 recipes", "only emulated", False, found[-1].advice)]
+    return found
 
 
 def _sglang() -> Finding:

@@ -112,7 +112,7 @@ def _read_routing(value: Any, where: str, slots: int, geometry: Geometry) -> np.
 def _score_on_rank(cfg: Config, lines: Sequence[Line], out: Path, with_routing: bool) -> None:
     from megasapo.mcore.topology import Topology
 
-    topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
+    topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
     try:
         records = score(cfg, lines, topo, with_routing=with_routing)
         if topo.rank == 0:

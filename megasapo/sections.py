@@ -42,6 +42,9 @@ class ModelConfig(Section):
     """Passed to megatron-core's TransformerConfig; names are checked against it."""
 
 
+FP8_MULTIPLES = {"fp8_delayed": 16, "fp8_tensorwise": 16, "fp8_blockwise": 128, "mxfp8": 32}
+
+
 class PrecisionConfig(Section):
     """FP8 in the learner's matrix products (docs/fp8.md). Router, norms, attention itself, embedding and output head
     stay as they are without it."""
@@ -67,6 +70,11 @@ class PrecisionConfig(Section):
     @property
     def quantises(self) -> bool:
         return self.recipe != "bf16"
+
+    @property
+    def rows(self) -> int:
+        """Rows that matrices come in multiples of: what the recipe's blocks, or cuBLAS, ask for; emulation nothing."""
+        return FP8_MULTIPLES[self.recipe] if self.quantises and not self.emulate else 1
 
     @property
     def chosen_format(self) -> Literal["e4m3", "hybrid"]:

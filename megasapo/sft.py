@@ -52,7 +52,7 @@ def train(cfg: Config) -> None:
     from megasapo.mcore.topology import Topology
 
     assert cfg.sft.data is not None  # main refuses it
-    topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
+    topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
     with ExitStack() as cleanup:
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
@@ -61,6 +61,8 @@ def train(cfg: Config) -> None:
         steps = -(-len(examples) // cfg.sft.batch_size) * cfg.sft.epochs
         algo = replace(resolve(cfg.algo, cfg.rollout), kl_coef=0.0)  # no reference model is needed here
         policy = Policy(cfg, topo, algo, temperature=1.0, total_steps=steps)
+        if topo.rank == 0:
+            print(*policy.summary(), sep="\n", flush=True)
         last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         step = policy.load(last)["step"] if last else 0
         log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)

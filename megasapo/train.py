@@ -213,7 +213,7 @@ def train(cfg: Config) -> None:
     from megasapo.mcore import checkpoint
     from megasapo.mcore.topology import Topology
 
-    topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
+    topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
     with ExitStack() as cleanup:
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
@@ -269,6 +269,8 @@ def _make_parts(
         temperature=cfg.rollout.temperature,
         total_steps=cfg.train.steps * cfg.algo.mini_batches,
     )
+    if topo.rank == 0:
+        print(*policy.summary(), sep="\n", flush=True)
     packing = PackingRule.of(cfg)
     rule = RoutingRule.of(read_geometry(cfg.model.path), check=cfg.routing.validation) if cfg.asks_for_routing else None
     fleet = _connect_fleet(cfg, topo, directory, cleanup)

@@ -36,11 +36,12 @@ class Shard:
     cp_rank: int = 0
     tp: int = 1
     tp_rank: int = 0
+    rows: int = 1  # each rank's tokens come in multiples of this (Precision.rows)
 
     @property
     def pack_multiple(self) -> int:
         """Slots of a pack come in multiples of this."""
-        return math.lcm(slot_multiple(self.cp), self.cp * self.tp)
+        return math.lcm(slot_multiple(self.cp), self.cp * self.tp * self.rows)
 
     def slots_for(self, tokens: int) -> int:
         """The slots that a sequence of so many tokens takes."""

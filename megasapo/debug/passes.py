@@ -65,7 +65,7 @@ def score_all(configs: Mapping[str, Config], samples: Sequence[Dumped], weights:
             if topo is not None:
                 topo.leave()
                 gc.collect()  # modules refer to one another: two models may not fit on a device
-            topo = Topology.init(cfg.parallel, seed=cfg.run.seed)
+            topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
             _score_variants(passes, Scorer(cfg, topo), against, samples, weights)
         assert topo is not None, "there is always the run's own configuration"
         return passes, topo.rank == 0

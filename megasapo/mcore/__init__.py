@@ -4,8 +4,10 @@ Importing it makes megatron-core runnable on this machine (cpu.py, compat.py) be
 is the one import side effect of the project.
 """
 
+from megasapo import extensions
 from megasapo.mcore import cpu
 
+extensions.refuse_broken()
 cpu.enable()
 
 from megasapo.mcore import compat  # noqa: E402

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -109,9 +110,9 @@ def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: T
             f"--nproc {record['world_size']}"
         )
     template = _state_dict(model, optimizer, topo, is_loading=True)
-    state = dist_checkpointing.load(template, str(path), strict=StrictHandling.RAISE_ALL)
-    for name, chunk in _named(model):
-        chunk.load_state_dict(state[name], strict=True)
+    state, missing, unexpected = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    _refuse_strays(path, missing, unexpected)
+    _load_chunks(path, model, state)
     optimizer.load_state_dict(state["optimizer"])
     optimizer.load_schedule_state(state["schedule"])
     _set_random_state(state["random"])
@@ -126,9 +127,29 @@ def load_weights(path: Path, model: list[torch.nn.Module]) -> None:
     """Collective. The model's weights alone, into any layout and dtype, whatever wrote them."""
     _read_record(path)
     template: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
-    state = dist_checkpointing.load(template, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    state, missing, _ = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    _refuse_strays(path, missing, ())
+    _load_chunks(path, model, state)
+
+
+def _load_chunks(path: Path, model: list[torch.nn.Module], state: dict[str, Any]) -> None:
     for name, chunk in _named(model):
-        chunk.load_state_dict(state[name], strict=True)
+        found = chunk.load_state_dict(state[name], strict=False)
+        _refuse_strays(path, found.missing_keys, found.unexpected_keys)
+
+
+def _refuse_strays(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """CheckpointError for whatever does not match, but Transformer Engine's scales, which a model may have or not.
+
+    They begin anew where a checkpoint comes from a CPU, and have no use where it comes to one.
+    """
+    strays = {
+        what: sorted(key for key in keys if not key.endswith("_extra_state"))
+        for what, keys in (("has no", missing), ("has, and this model not,", unexpected))
+    }
+    problems = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in strays.items() if keys]
+    if problems:
+        raise CheckpointError(f"{path} does not fit this model: it {'; it '.join(problems)}")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Called by the other modules of megasapo.mcore; holds no logic of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import queue
 import warnings
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+from megasapo import extensions
 
 if TYPE_CHECKING:
     from megasapo.mcore.topology import Topology
@@ -156,6 +157,18 @@ def separate_expert_gradients(model: torch.nn.Module, topo: Topology) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
+def set_quantised(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter that Transformer Engine keeps in FP8 the values of a tensor of its shape and dtype.
+
+    0.16.1 to 0.19.2 begin the optimizer's masters not with the parameter but with what it was made of, which is kept
+    beside it until then: random numbers, where weights are loaded afterwards.
+    """
+    with torch.no_grad():
+        parameter.copy_(value)
+    if hasattr(parameter, "_high_precision_init_val"):
+        parameter._high_precision_init_val = value.detach().cpu()
+
+
 def transformer_engine_usable() -> bool:
-    """Whether the layers of Transformer Engine can be used: it is installed and there is a GPU."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether the layers of Transformer Engine can be used: it works, and there is a GPU."""
+    return torch.cuda.is_available() and extensions.transformer_engine().usable

@@ -55,19 +55,20 @@ class GroupedExperts(SequentialMLP):
         return grouped_swiglu(tokens, gates, counts, fc1, fc2), None
 
 
-def use_grouped_experts(mlp: Any) -> None:
-    """Put GroupedExperts into the spec of a layer's MLP; a dense one is left as it is.
+def use_grouped_experts(mlp: Any) -> bool:
+    """Put GroupedExperts into the spec of a layer's MLP; false for a dense one, which is left as it is.
 
     A spec is a ModuleSpec up to megatron-core 0.16, and a functools.partial from 0.19 on.
     """
     moe = mlp.keywords.get("submodules") if isinstance(mlp, partial) else mlp.submodules
     if not isinstance(moe, MoESubmodules):
-        return
+        return False
     sequential = moe.experts
     if isinstance(sequential, partial):
         moe.experts = partial(GroupedExperts, **sequential.keywords)
     else:
         moe.experts = ModuleSpec(module=GroupedExperts, submodules=sequential.submodules)
+    return True
 
 
 def grouped_swiglu(

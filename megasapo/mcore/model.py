@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +29,11 @@ from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients
 from megasapo.mcore.emulation import install
 from megasapo.mcore.experts import use_grouped_experts
+from megasapo.mcore.fusions import Fusions, apex_kernel, output_layer_without_kernel
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
 from megasapo.mcore.norm import RMSNorm
-from megasapo.mcore.precision import Precision
+from megasapo.mcore.precision import Precision, refuse_widths
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ModelConfig, PrecisionConfig
 from megasapo.types import MicroBatch
@@ -73,6 +75,8 @@ def build_model(
     """
     numbers = Precision.of(precision or PrecisionConfig(), hf_config.num_hidden_layers)
     config = transformer_config(cfg, hf_config, topo, numbers, recompute=recompute)
+    if numbers.use_te and numbers.cfg.quantises:
+        refuse_widths(numbers.cfg, config)
     outside = Outside(
         vocab_size=hf_config.vocab_size,
         head_dim=_head_dim(hf_config),
@@ -91,19 +95,20 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
     )
     if not use_te:
         _use_own_modules(spec)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(hf_config.vocab_size, topo.tp),
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=topo.is_first_stage and number == 0,
-        post_process=topo.is_last_stage and number == topo.vpp - 1,
-        parallel_output=True,
-        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-        position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
-        rotary_base=_rope_theta(hf_config),
-        vp_stage=vp_stage,
-    )
+    with output_layer_without_kernel(use_te=use_te):
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(hf_config.vocab_size, topo.tp),
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=topo.is_first_stage and number == 0,
+            post_process=topo.is_last_stage and number == topo.vpp - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
+            rotary_base=_rope_theta(hf_config),
+            vp_stage=vp_stage,
+        )
     if model.post_process:
         model.output_layer.forward = _hidden_states
     model.outside = outside
@@ -133,7 +138,13 @@ def transformer_config(
         raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | family(hf_config)
     fields |= precision.transformer_fields()
-    return TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
+    config = TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
+    if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
+        raise ConfigError(
+            "model.override_transformer_config: gradient_accumulation_fusion=true needs Transformer Engine's layers "
+            "or fused_weight_gradient_mlp_cuda of NVIDIA's Apex, and neither is there: leave it out"
+        )
+    return config
 
 
 def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
         "moe_grouped_gemm": precision.use_te,
-        "gradient_accumulation_fusion": False,  # needs NVIDIA's Apex
+        "gradient_accumulation_fusion": Fusions.find(use_te=precision.use_te, on_gpu=on_gpu).gradient_accumulation,
     }
 
 
@@ -233,8 +244,10 @@ def _overridden(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, 
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"model.override_transformer_config: TransformerConfig has no field {name!r}{hint}")
-        if name in OWN_FIELDS:
-            raise ConfigError(f"model.override_transformer_config: {name} follows from `{OWN_FIELDS[name]}`; set that")
+        quantising = QUANTISING.search(name) and name not in TUNING
+        owner = OWN_FIELDS.get(name, "precision.recipe" if quantising else None)
+        if owner:
+            raise ConfigError(f"model.override_transformer_config: {name} follows from `{owner}`; set that")
     return fields | overrides
 
 
@@ -255,10 +268,15 @@ OWN_FIELDS = {
     "fp8": "precision.recipe",
     "fp8_recipe": "precision.recipe",
     "fp8_param": "precision.fp8_param",
+    "fp8_amax_history_len": "precision.amax_history",
+    "fp8_amax_compute_algo": "precision.amax_algo",
     "first_last_layers_bf16": "precision.first_layers_bf16",
     "num_layers_at_start_in_bf16": "precision.first_layers_bf16",
     "num_layers_at_end_in_bf16": "precision.last_layers_bf16",
 }
+# Other fields by these names quantise too, past what `precision` has checked; these two only tune it.
+QUANTISING = re.compile("fp4|fp8|quant|kitchen")
+TUNING = ("fp8_margin", "fp8_wgrad")
 
 
 def _use_own_modules(block: TransformerBlockSubmodules) -> None:
@@ -267,7 +285,10 @@ def _use_own_modules(block: TransformerBlockSubmodules) -> None:
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        use_grouped_experts(layer.submodules.mlp)
+        if use_grouped_experts(layer.submodules.mlp):
+            # 0.16.1 to 0.19.2 name this norm in a checkpoint as in a dense layer, but not with Transformer Engine
+            names = layer.submodules.sharded_state_dict_keys_map
+            layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         for name in ("q_layernorm", "k_layernorm"):

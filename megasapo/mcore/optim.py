@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megasapo.config import ConfigError
+from megasapo.mcore.fusions import implementation
 from megasapo.sections import OptimConfig
 
 
@@ -36,7 +37,10 @@ def wrap_ddp(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     The weights of docs/algorithms.md already normalise the loss, so the token count that megatron-core would divide
     by is dropped before its finalisation.
     """
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    keeps_fp8 = bool(getattr(chunks[0].config, "fp8_param", False))
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, fp8_param_gather=keeps_fp8
+    )
     wrapped = [
         DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
@@ -107,6 +111,12 @@ class Optimizer:
         return StepOutcome(norm, taken, lr, vetoed)
 
     @property
+    def implementation(self) -> str:
+        """The class that megatron-core made, or classes."""
+        parts = getattr(self._inner, "chained_optimizers", [self._inner])
+        return implementation([part.optimizer for part in parts])
+
+    @property
     def lr(self) -> float:
         return float(self._inner.param_groups[0]["lr"]) if self._inner.param_groups else float("nan")
 
@@ -170,8 +180,19 @@ def _everywhere_finite(norm: float) -> bool:
     return int(flag) == 0
 
 
+# Fields that other settings decide; overriding them here would contradict the model
+OWN_FIELDS = {
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "params_dtype": "model.dtype",
+    "fp8_recipe": "precision.recipe",
+    "reuse_grad_buf_for_mxfp8_param_ag": "precision.fp8_param",
+}
+
+
 def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) -> OptimizerConfig:
-    dtype = model[0].config.params_dtype
+    config: Any = model[0].config
+    dtype = config.params_dtype
     values: dict[str, Any] = {
         "optimizer": "adam",
         "lr": cfg.lr,
@@ -184,6 +205,7 @@ def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) ->
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
         "use_distributed_optimizer": True,
+        "fp8_recipe": config.fp8_recipe if config.fp8 and config.fp8_param else None,
     }
     known = [f.name for f in fields(OptimizerConfig)]
     for name, value in cfg.override_optimizer_config.items():
@@ -191,5 +213,7 @@ def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) ->
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"optim.override_optimizer_config: megatron-core has no {name!r}{hint}")
+        if name in OWN_FIELDS:
+            raise ConfigError(f"optim.override_optimizer_config: {name} follows from `{OWN_FIELDS[name]}`; set that")
         values[name] = value
     return OptimizerConfig(**values)

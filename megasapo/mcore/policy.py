@@ -20,6 +20,7 @@ from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
 from megasapo.data.packing import sequence_mean
 from megasapo.mcore import bridge, checkpoint, model, step
+from megasapo.mcore.fusions import Fusions
 from megasapo.mcore.model import TokenScores
 from megasapo.mcore.optim import Optimizer, wrap_ddp
 from megasapo.mcore.precision import unquantised
@@ -178,6 +179,13 @@ class Policy:
     def _sum_over_shards(self, sums: torch.Tensor) -> torch.Tensor:
         """Differentiable: what each rank makes of the sum sends its gradient to all of them."""
         return all_reduce(sums, group=self._topo.tokens_group)
+
+    def summary(self) -> list[str]:
+        """For people, at the start: number formats, and fused kernels."""
+        outside: Any = self._chunks[0].outside
+        numbers = outside.precision
+        fusions = Fusions.find(use_te=numbers.use_te, on_gpu=self._topo.device.type == "cuda")
+        return [numbers.line(), "; ".join([*fusions.lines(), f"made: {self._optimizer.implementation}"])]
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Collective. Full tensors under HF names, bucket by bucket, on rank 0; empty lists elsewhere."""

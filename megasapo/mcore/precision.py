@@ -6,6 +6,7 @@ FP8 is megatron-core's and Transformer Engine's; without them it can be emulated
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from megasapo import extensions
 from megasapo.config import ConfigError
 from megasapo.mcore.compat import transformer_engine_usable
 from megasapo.mcore.emulation import emulations
-from megasapo.sections import PrecisionConfig
+from megasapo.sections import FP8_MULTIPLES, PrecisionConfig
 
-# by recipe: what megatron-core calls it, and the rows that its blocks, or cuBLAS, want a multiple of
+# by recipe: what megatron-core calls it, and Transformer Engine's function that knows whether it runs here
 NAMES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
-ROWS = {"fp8_delayed": 16, "fp8_tensorwise": 16, "fp8_blockwise": 128, "mxfp8": 32}
+AVAILABLE = {
+    "fp8_delayed": "is_fp8_available",
+    "fp8_tensorwise": "is_fp8_available",
+    "fp8_blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +58,23 @@ class Precision:
     @property
     def rows(self) -> int:
         """Rows that a rank's matrices come in multiples of."""
-        return ROWS[self.cfg.recipe] if self.cfg.quantises and not self.cfg.emulate else 1
+        return self.cfg.rows
 
     def quantises_layer(self, index: int) -> bool:
         """Whether decoder layer `index` (from 0, over all stages) is quantised."""
         return self.cfg.quantises and self.cfg.first_layers_bf16 <= index < self.layers - self.cfg.last_layers_bf16
+
+    def line(self) -> str:
+        """For people: what computes in which numbers."""
+        cfg = self.cfg
+        layers = "Transformer Engine's layers" if self.use_te else "megatron-core's own layers"
+        if not cfg.quantises:
+            return f"precision: nothing quantised, {layers}"
+        by = "emulated" if cfg.emulate else f"by Transformer Engine {extensions.transformer_engine().version}"
+        kept = [i for i in range(self.layers) if not self.quantises_layer(i)]
+        left_out = f", all but layers {', '.join(map(str, kept))}" if kept else ", all layers"
+        weights = ", weights kept in FP8" * cfg.fp8_param
+        return f"precision: {cfg.recipe} in {cfg.chosen_format}, {by}{left_out} of {self.layers}{weights}"
 
     def transformer_fields(self) -> dict[str, Any]:
         """What megatron-core's TransformerConfig is told: nothing when there is nothing real to quantise."""
@@ -74,18 +93,72 @@ class Precision:
         }
 
 
+def why_not(recipe: str) -> str:
+    """What keeps this machine from running a recipe without emulation; empty when nothing does."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU of compute capability 8.9 or newer, and there is none here"
+    found = extensions.transformer_engine()
+    if not found.usable:
+        return f"it needs Transformer Engine, which is {found.problem}: {found.advice}"
+    ask = getattr(importlib.import_module("transformer_engine.pytorch"), AVAILABLE[recipe], None)
+    if ask is None:
+        return (
+            f"Transformer Engine {found.version} is too old for it, having no {AVAILABLE[recipe]}(): install "
+            f"'transformer-engine[pytorch]>=2.11' ({extensions.FITS})"
+        )
+    runs, reason = ask(return_reason=True)
+    if runs:
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    here = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+    return f"Transformer Engine {found.version} on this machine ({here}): {reason}"
+
+
 def refuse_unusable(cfg: PrecisionConfig) -> None:
     """ConfigError when this device or its Transformer Engine cannot run a recipe: which megatron-core would ignore."""
-    if not torch.cuda.is_available():
+    reason = why_not(cfg.recipe)
+    if not reason:
+        return
+    others = [recipe for recipe in AVAILABLE if recipe != cfg.recipe and not why_not(recipe)]
+    instead = "".join(f"precision.recipe={recipe}, " for recipe in others)
+    raise ConfigError(
+        f"precision.recipe={cfg.recipe} cannot run here: {reason}. "
+        f"Use {instead}precision.recipe=bf16, or precision.emulate=true to study it"
+    )
+
+
+def refuse_widths(cfg: PrecisionConfig, config: Any) -> None:
+    """ConfigError for a model whose matrices, as tensor parallelism cuts them, a recipe cannot multiply on a GPU.
+
+    `config`: the TransformerConfig. Transformer Engine would stop at the first product, with shapes but no names.
+    """
+    multiple = cfg.rows
+    tp, etp = config.tensor_model_parallel_size, config.expert_tensor_parallel_size or 1
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    widths = {
+        "hidden_size": config.hidden_size,
+        f"num_attention_heads * head_dim / tp({tp})": heads * config.kv_channels // tp,
+        f"(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp({tp})": (
+            (heads + 2 * groups) * config.kv_channels // tp
+        ),
+    }
+    if _has_dense_layers(config):
+        widths[f"intermediate_size / tp({tp})"] = config.ffn_hidden_size // tp
+    if config.num_moe_experts:
+        widths[f"moe_intermediate_size / etp({etp})"] = config.moe_ffn_hidden_size // etp
+    wrong = [f"{name} = {width}" for name, width in widths.items() if width % multiple]
+    if wrong:
         raise ConfigError(
-            f"precision.recipe={cfg.recipe} needs an NVIDIA GPU of compute capability 8.9 or newer and Transformer "
-            "Engine, and there is no GPU here: use precision.emulate=true to study it, or precision.recipe=bf16"
+            f"precision.recipe={cfg.recipe} needs widths that are multiples of {multiple} on every rank, and "
+            f"{', '.join(wrong)}: use a smaller parallel.tp or parallel.etp, another recipe "
+            f"({', '.join(f'{recipe}: {m}' for recipe, m in FP8_MULTIPLES.items() if m < multiple) or 'bf16'}), or "
+            "precision.emulate=true"
         )
-    if not transformer_engine_usable():
-        raise ConfigError(
-            f"precision.recipe={cfg.recipe} needs Transformer Engine: pip install 'megasapo[gpu]', or use "
-            "precision.emulate=true or precision.recipe=bf16"
-        )
+
+
+def _has_dense_layers(config: Any) -> bool:
+    layers = config.moe_layer_freq
+    return not config.num_moe_experts or (isinstance(layers, list) and not all(layers))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,13 +53,14 @@ class Topology:
     replica_group: dist.ProcessGroup  # gloo; the tp x cp x pp ranks that share a dp_rank, the leader is its rank 0
     leaders_group: dist.ProcessGroup | None  # gloo; the leaders in dp order, None on other ranks
     world_group_cpu: dist.ProcessGroup  # gloo; all ranks, apart from megatron-core's traffic
+    rows: int = 1  # a rank's tokens come in multiples of this
 
     @staticmethod
-    def init(parallel: ParallelConfig, *, seed: int = 1) -> Topology:
+    def init(parallel: ParallelConfig, *, seed: int = 1, rows: int = 1) -> Topology:
         """Join the process group that RANK, WORLD_SIZE and MASTER_* describe (one process without them), unless joined.
 
-        `seed` feeds megatron-core's random number tracker. Raises ConfigError on an impossible layout, before any
-        group is made.
+        `seed` feeds megatron-core's random number tracker; `rows`: PrecisionConfig.rows. Raises ConfigError on an
+        impossible layout, before any group is made.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(parallel, world_size)
@@ -74,12 +75,12 @@ class Topology:
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        return _read_parallel_state(parallel, device)
+        return replace(_read_parallel_state(parallel, device), rows=rows)
 
     @property
     def shard(self) -> Shard:
         """Which tokens of a micro-batch are this rank's."""
-        return Shard(self.cp, self.cp_rank, self.tp, self.tp_rank)
+        return Shard(self.cp, self.cp_rank, self.tp, self.tp_rank, self.rows)
 
     @property
     def micro_batch_multiple(self) -> int:

@@ -27,7 +27,7 @@ LAYERS = [
         "overrides",
         "",
     },
-    {"algo", "launch", "fp8"},
+    {"algo", "launch", "fp8", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis"},

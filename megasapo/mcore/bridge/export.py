@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
 from megasapo.mcore.bridge.placement import Locals, place
@@ -109,9 +110,9 @@ class Export:
     @torch.no_grad()
     def _send(self, names: Iterable[str]) -> NamedTensors:
         ops = [
-            dist.P2POp(dist.isend, view.to(dtype).contiguous(), 0)
+            dist.P2POp(dist.isend, _part(tensor, local).to(dtype).contiguous(), 0)
             for name in names
-            for view, _, dtype in self._sends.get(name, [])
+            for tensor, local, _, dtype in self._sends.get(name, [])
         ]
         _run(ops)
         return []
@@ -124,8 +125,8 @@ class Export:
         for name in names:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-            for view, box, _ in self._sends.get(name, []):
-                _at(full, box).copy_(view)
+            for tensor, local, box, _ in self._sends.get(name, []):
+                _at(full, box).copy_(_part(tensor, local))
             for rank, box in self._sources[name]:
                 if rank != 0:
                     target = _at(full, box)
@@ -140,7 +141,8 @@ class Export:
         return bucket
 
 
-_Sends = dict[str, list[tuple[torch.Tensor, Box, torch.dtype]]]  # local view, box in the full tensor, dtype to send
+# local tensor, box in it, box in the full tensor, dtype to send
+_Sends = dict[str, list[tuple[torch.Tensor, Box, Box, torch.dtype]]]
 
 
 def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sends]:
@@ -154,8 +156,7 @@ def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sen
         sent_as = dtype or placed.tensor.dtype
         for piece in placed.pieces:
             boxes[piece.source].append(piece.hf)
-            view = _at(placed.tensor.detach(), piece.local)
-            sends[placed.names[piece.source]].append((view, piece.hf, sent_as))
+            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece.local, piece.hf, sent_as))
         for source, held in boxes.items():
             spec = TensorSpec(placed.names[source], placed.shapes[source], sent_as)
             offers.append(_Offer((*placed.order, source), spec, tuple(held)))
@@ -188,6 +189,11 @@ def _run(ops: list[dist.P2POp]) -> None:
 
 def _at(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in box)]
+
+
+def _part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """A box of a parameter, as numbers where Transformer Engine keeps it in FP8."""
+    return _at(dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor, box)
 
 
 def _volume(box: Box) -> int:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
 from megasapo.mcore.bridge.table import BridgeError, pattern
+from megasapo.mcore.compat import set_quantised
 
 MOST_PROBLEMS_SHOWN = 5
 
@@ -58,11 +60,15 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
 @torch.no_grad()
 def _fill(placed: Placed, files: HFFiles) -> None:
     filled = sum(prod(stop - start for start, stop in piece.local) for piece in placed.pieces)
-    if filled < placed.tensor.numel():
-        placed.tensor.zero_()
+    quantised = is_float8tensor(placed.tensor)  # writes to a part of it would be lost
+    whole = torch.empty(placed.tensor.shape, dtype=placed.tensor.dtype) if quantised else placed.tensor
+    if filled < whole.numel():
+        whole.zero_()
     for piece in placed.pieces:
-        local = placed.tensor[tuple(slice(start, stop) for start, stop in piece.local)]
+        local = whole[tuple(slice(start, stop) for start, stop in piece.local)]
         local.copy_(files.read(placed.names[piece.source], piece.hf))
+    if quantised:
+        set_quantised(placed.tensor, whole.to(placed.tensor.device))
 
 
 # What is wrong with one tensor, said on demand: the nearest of many names takes a second to find.
