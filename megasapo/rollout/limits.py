@@ -1,6 +1,6 @@
 """What a model can be asked, and what engines can do with it: read from its config.json, checked before it matters.
 
-Used by the fleet. A real SGLang on the CPU dies of a token id beyond the vocabulary, and a server takes weights quantised
+Used by the fleet. A real SGLang on the CPU dies of a token id beyond the vocabulary, and any takes weights quantised
 otherwise than its own without a word. It must not import torch.
 """
 

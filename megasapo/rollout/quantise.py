@@ -24,7 +24,7 @@ BUCKET_BYTES = 1 << 30
 def is_quantised(name: str, num_dims: int) -> bool:
     """Whether servers get this HF weight as FP8. RolloutError for a matrix that is not known here.
 
-    SGLang expects FP8 in every linear layer of such a checkpoint, so a matrix left out by mistake would be read wrongly.
+    SGLang expects FP8 in every linear layer of such a checkpoint: one left out by mistake would be read wrongly.
     """
     *_, module, parameter = ("", *name.split("."))
     if parameter == "weight" and module in LINEAR:
