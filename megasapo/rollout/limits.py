@@ -100,7 +100,9 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
     It puts q, k, v and gate, up into one matrix each, whose parts must be whole blocks on every tensor-parallel rank,
     rounds activations by groups of 128, and takes no float32. RolloutError names the size.
     """
-    g, tp, ep = read_geometry(model_path), _flag(flags, "tp"), _flag(flags, "ep")
+    g = read_geometry(model_path)
+    tp = int(_flag(flags, "--tp", "--tp-size", "--tensor-parallel-size") or 1)
+    ep = int(_flag(flags, "--ep", "--ep-size", "--expert-parallel-size") or 1)
     sizes = {
         "hidden_size": g.hidden,
         "num_attention_heads * head_dim / tp": g.query_width / tp,
@@ -116,7 +118,7 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
                 f"rollout.quantization=fp8_block with engine=sglang needs multiples of {BLOCK}, and {model_path} has "
                 f"{name} = {size:g} (tp={tp}, ep={ep}): use quantization=none, a smaller --tp, or engine=embedded"
             )
-    if "float32" in flags:
+    if _flag(flags, "--dtype") in ("float32", "float"):
         raise RolloutError(
             "rollout.quantization=fp8_block: SGLang computes a quantised model in bfloat16 or float16, not in "
             "`--dtype float32`: drop the flag, or use engine=embedded"
@@ -150,10 +152,7 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
         )
 
 
-def _flag(flags: Sequence[str], name: str) -> int:
-    """The value of SGLang's tensor (tp) or expert (ep) parallel flag in any of its spellings; 1 without one."""
-    long = {"tp": "--tensor-parallel-size", "ep": "--expert-parallel-size"}[name]
-    spellings = (f"--{name}", f"--{name}-size", long)
+def _flag(flags: Sequence[str], *spellings: str) -> str | None:
+    """The value of a server's flag, given as two words or with `=`; the last one counts."""
     words = [word for flag in flags for word in flag.split("=", 1)]
-    values = [after for word, after in pairwise(words) if word in spellings]
-    return int(values[-1]) if values else 1
+    return next((value for name, value in reversed(list(pairwise(words))) if name in spellings), None)
