@@ -1,7 +1,7 @@
 """How far a learner's logprobs lie from those of the server that sampled, for each precision of either.
 
-The cold-started model of examples/arithmetic answers its held-out problems, served in model.dtype and in FP8 blocks; the
-learner scores the very tokens with the same weights under every recipe (emulated) and with the experts that it chooses
+The cold-started model of examples/arithmetic answers its held-out problems, served in model.dtype and in FP8 blocks;
+the learner scores the very tokens with the same weights under every recipe (emulated) and the experts that it chooses
 itself. The first half of the responses only fills the history of fp8_delayed, in one pass with gradients.
 
     python -m benchmarks.fp8_gap [--model DIR] [--samples 8] [--dtype bfloat16] [--out docs/benchmarks/fp8.md]
