@@ -20,6 +20,7 @@ from megasapo.rollout.broadcast import Broadcast
 from megasapo.rollout.disk import DiskDelivery
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.quantise import quantise_bucket
 from megasapo.rollout.watch import Server
 from megasapo.sections import RolloutConfig
 
@@ -78,11 +79,13 @@ class Publisher:
         if rank == 0 and fleet is None:
             raise ValueError("rank 0 publishes and needs the fleet that it started")
         self._export, self._fleet, self._agree, self._verify = export, fleet, agree, verify
+        self._quantise = cfg.quantization == "fp8_block"
         self._delivery: Delivery | None = None
         if rank == 0:
             assert fleet is not None
+            fleet.check_quantization()  # a server would take weights of the wrong kind without a word
             if cfg.publish == "disk":
-                self._delivery = DiskDelivery(fleet, run_dir, model_dir)
+                self._delivery = DiskDelivery(fleet, run_dir, model_dir, quantised=self._quantise)
             else:
                 self._delivery = Broadcast(fleet, device or torch.device("cpu"), timeout_s=cfg.start_timeout_s)
 
@@ -152,10 +155,7 @@ class Publisher:
         failed: str | None = None
         for bucket in self._export():
             if failed is None:
-                failed = self._guarded(lambda d, b=bucket: d.send(b))  # type: ignore[misc]
-            for name, tensor in bucket if checksum is not None else []:
-                assert checksum is not None
-                checksum.add(name, tensor)
+                failed = self._guarded(lambda d, b=bucket: self._send(d, b, checksum))  # type: ignore[misc]
         updated: list[Server] = []
         if failed is None:
             failed = self._guarded(lambda d: updated.extend(d.finish()))
@@ -163,6 +163,15 @@ class Publisher:
             wanted = checksum.hexdigest()
             failed = self._guarded(lambda _: self._compare(updated, wanted))
         return updated if failed is None else failed
+
+    def _send(self, delivery: Delivery, bucket: Bucket, checksum: Checksum | None) -> None:
+        """One bucket as the servers get it; what is hashed is what they are to hold."""
+        if self._quantise:
+            bucket = quantise_bucket(bucket)
+        delivery.send(bucket)
+        for name, tensor in bucket if checksum is not None else []:
+            assert checksum is not None
+            checksum.add(name, tensor)
 
     def _compare(self, servers: list[Server], wanted: str) -> None:
         fleet = self._fleet

@@ -6,52 +6,42 @@ Used by publish on rank 0. The newest directory stays: a server that was restart
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.quantise import quantised_config
 from megasapo.rollout.watch import Server
+from megasapo.rollout.weight_files import Bucket, Writer, read_config
 
 log = logging.getLogger(__name__)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 class DiskDelivery:
     """publish.Delivery by files. One safetensors file for each bucket, so that rank 0 never holds more than one."""
 
-    def __init__(self, fleet: Fleet, run_dir: Path, model_dir: Path) -> None:
+    def __init__(self, fleet: Fleet, run_dir: Path, model_dir: Path, *, quantised: bool = False) -> None:
+        """`model_dir`: of the learner's model, whose config and tokenizer go along; `quantised`: what `send` gets."""
         self.weights_dir: Path | None = None
         self._fleet, self._root, self._model_dir = fleet, Path(run_dir).absolute() / "weights", Path(model_dir)
+        self._config = quantised_config(read_config(self._model_dir), self._model_dir) if quantised else None
         self._version = 0
-        self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self._writer: Writer | None = None
 
     def open(self, version: int) -> None:
-        self._version, self._weight_map, self._bytes = version, {}, 0
-        shutil.rmtree(self._unfinished, ignore_errors=True)
-        self._unfinished.mkdir(parents=True)
+        self._version, self._writer = version, Writer(self._root / f"v{version}")
 
-    def send(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
-        if not bucket:
-            return
-        file = f"model-{len(set(self._weight_map.values())) + 1:05d}.safetensors"
-        for name, tensor in bucket:
-            if name in self._weight_map:
-                raise RolloutError(f"the export has tensor {name!r} twice")
-            self._weight_map[name] = file
-            self._bytes += tensor.nbytes
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket}
-        save_file(tensors, self._unfinished / file, metadata={"format": "pt"})
+    def send(self, bucket: Bucket) -> None:
+        assert self._writer is not None
+        self._writer.add(bucket)
 
     def finish(self) -> list[Server]:
-        target = self._complete()
+        assert self._writer is not None
+        self._writer.finish(self._model_dir, self._config)
+        target = self._writer.target
         up = self._fleet.wait_ready()
         updated = self._fleet.run(self._load_all(up, target))
         self.weights_dir = target
@@ -66,26 +56,11 @@ class DiskDelivery:
                     log.warning("%s is left behind: %s", old, e)
 
     def abandon(self) -> None:
-        shutil.rmtree(self._unfinished, ignore_errors=True)
+        if self._writer is not None:
+            self._writer.abandon()
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    @property
-    def _unfinished(self) -> Path:
-        return self._root / f".v{self._version}.unfinished"
-
-    def _complete(self) -> Path:
-        """The finished directory: index, and what lies beside the weights in the model's own directory."""
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
-        (self._unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
-        for file in sorted(self._model_dir.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and not file.name.startswith("."):
-                shutil.copyfile(file, self._unfinished / file.name)
-        target = self._root / f"v{self._version}"
-        shutil.rmtree(target, ignore_errors=True)  # of this version again, after a server came back
-        self._unfinished.rename(target)
-        return target
 
     async def _load_all(self, servers: list[Server], directory: Path) -> list[Server]:
         results = await asyncio.gather(

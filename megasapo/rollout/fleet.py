@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from megasapo.metrics import Metric, Sum
 from megasapo.rollout.client import ServerClient, read_key, retrying
-from megasapo.rollout.limits import ModelLimits
+from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
 from megasapo.rollout.spawn import free_port, with_routing
 from megasapo.rollout.watch import Server, Watch
@@ -63,13 +63,17 @@ class Fleet:
         cfg = with_routing(cfg) if routing else cfg
         urls = cfg.servers or tuple(f"http://127.0.0.1:{free_port()}" for _ in range(cfg.spawn))
         limits = ModelLimits.read(model_path)
+        served = Path(model_path)
         if not cfg.servers:
             limits.check_engine(cfg.engine)
+            served = _served_model(cfg, served, Path(run_dir))
         fleet = cls(cfg, urls, limits, leader_index)
-        watch = Watch(cfg, fleet.servers, Path(model_path), Path(run_dir), fleet._key)
+        watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._key)
         fleet._watch = watch
         try:
             watch.start()
+            if cfg.quantization != "none":
+                fleet.check_quantization()
         except BaseException:
             watch.stop()
             raise
@@ -249,6 +253,18 @@ class Fleet:
         """Run a coroutine in the fleet's own event loop and wait for it."""
         return self.submit(work).result()
 
+    def check_quantization(self) -> None:
+        """RolloutError unless the servers of `rollout.servers` hold their model as rollout.quantization says."""
+        if not self.cfg.servers:
+            return  # this run started them, on the model that it chose
+        for server in self.wait_ready():
+            info = self.run(self._described(server))
+            check_quantization(server.url, info, self.cfg.quantization)
+
+    async def _described(self, server: Server) -> dict[str, Any]:
+        client = self._owner().client(server)
+        return await client.server_info() | await client.model_info()
+
     def begin_publish(self) -> None:
         """No server is judged or brought up to date by the watch until `end_publish`."""
         self._owner().hold()
@@ -266,3 +282,14 @@ class Fleet:
         if self._watch is None:
             raise RolloutError("this process only connected to the fleet; the one that started it must do this")
         return self._watch
+
+
+def _served_model(cfg: RolloutConfig, model: Path, run_dir: Path) -> Path:
+    """What servers of this run start from: the learner's model, or its quantised copy in the run's directory."""
+    if cfg.quantization == "none":
+        return model
+    if cfg.engine == "sglang":
+        check_blocks(model, (*cfg.spawn_command, *cfg.server_args))
+    from megasapo.rollout.quantise import rollout_model  # imports torch
+
+    return rollout_model(model, run_dir / "rollout_model")

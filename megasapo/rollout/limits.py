@@ -1,19 +1,24 @@
-"""What a model can be asked: read from its config.json, checked before a request leaves.
+"""What a model can be asked, and what engines can do with it: read from its config.json, checked before it matters.
 
-Used by the fleet. It matters because a real SGLang on the CPU dies of a token id beyond the vocabulary.
+Used by the fleet. A real SGLang on the CPU dies of a token id beyond the vocabulary, and any takes weights quantised
+otherwise than its own without a word. It must not import torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megasapo.geometry import read_geometry
 from megasapo.rollout.protocol import RolloutError
 from megasapo.routing.validate import RoutingRule
 from megasapo.types import SamplingParams
+
+BLOCK = 128  # sides of SGLang's FP8 blocks, and its groups of activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +92,67 @@ def _dense_layers(config: dict[str, Any]) -> tuple[int, ...]:
     first = config.get("first_k_dense_replace") or 0
     layers = range(config["num_hidden_layers"])
     return tuple(i for i in layers if i in only or (i + 1) % step or i < first)
+
+
+def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
+    """Refuse what SGLang (0.5.21), started with `flags`, would not load or run of a block-quantised model.
+
+    It puts q, k, v and gate, up into one matrix each, whose parts must be whole blocks on every tensor-parallel rank,
+    rounds activations by groups of 128, and takes no float32. RolloutError names the size.
+    """
+    g = read_geometry(model_path)
+    tp = int(_flag(flags, "--tp", "--tp-size", "--tensor-parallel-size") or 1)
+    ep = int(_flag(flags, "--ep", "--ep-size", "--expert-parallel-size") or 1)
+    sizes = {
+        "hidden_size": g.hidden,
+        "num_attention_heads * head_dim / tp": g.query_width / tp,
+        "num_key_value_heads * head_dim / tp": max(1, g.kv_heads / tp) * g.head_dim,
+    }
+    if not all(g.moe_layers):
+        sizes["intermediate_size / tp"] = g.ffn / tp
+    if any(g.moe_layers):
+        sizes["moe_intermediate_size / (tp / ep)"] = g.moe_ffn * ep / tp
+    for name, size in sizes.items():
+        if size % BLOCK:
+            raise RolloutError(
+                f"rollout.quantization=fp8_block with engine=sglang needs multiples of {BLOCK}, and {model_path} has "
+                f"{name} = {size:g} (tp={tp}, ep={ep}): use quantization=none, a smaller --tp, or engine=embedded"
+            )
+    if _flag(flags, "--dtype") in ("float32", "float"):
+        raise RolloutError(
+            "rollout.quantization=fp8_block: SGLang computes a quantised model in bfloat16 or float16, not in "
+            "`--dtype float32`: drop the flag, or use engine=embedded"
+        )
+
+
+def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
+    """Refuse a running server whose model is not quantised as `wanted` (rollout.quantization) says.
+
+    `info`: its /server_info and /model_info. SGLang (0.5.21) names a quantization only where a flag asked for it, so
+    the config.json of its model decides where this machine can read it.
+    """
+    path = Path(str(info.get("model_path"))) / "config.json"
+    if path.is_file():
+        found = json.loads(path.read_text()).get("quantization_config") or {}
+        method, blocks = found.get("quant_method"), found.get("weight_block_size") == [BLOCK, BLOCK]
+    else:
+        method, blocks = info.get("quantization"), info.get("quantization") == "fp8"
+    is_wanted = method is None if wanted == "none" else method == "fp8" and blocks
+    if not is_wanted:
+        where = "says its config.json" if path.is_file() else "it says itself (its config.json is not readable here)"
+        raise RolloutError(
+            f"{url} serves {info.get('model_path')}, quantised as {method or 'nothing'}, {where}, but "
+            f"rollout.quantization={wanted}: change that, or serve "
+            + (
+                "an unquantised model"
+                if wanted == "none"
+                else "a copy made by tools/quantise_checkpoint.py, and where "
+                "its directory is not readable here, start SGLang with --quantization fp8"
+            )
+        )
+
+
+def _flag(flags: Sequence[str], *spellings: str) -> str | None:
+    """The value of a server's flag, given as two words or with `=`; the last one counts."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    return next((value for name, value in reversed(list(pairwise(words))) if name in spellings), None)

@@ -193,6 +193,7 @@ class App:
                 "port": o.port,
                 "device": o.device,
                 "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
+                "quantization": "fp8" if self._loaded.weights is not None else None,
                 "context_length": self._loaded.context_length,
                 "max_total_num_tokens": self._max_total_tokens,
                 "max_running_requests": o.max_running_requests,

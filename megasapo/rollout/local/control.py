@@ -149,6 +149,7 @@ class Control:
         if self._session:
             raise Refused("a weight-update session is already open; call end_weight_update() first")
         self._session = True
+        await self._on_engine(self._weights.begin)
         return {"success": True, "message": "Success"}
 
     @takes()
@@ -156,6 +157,7 @@ class Control:
         if not self._session:
             raise Refused("no weight-update session is open; call begin_weight_update() first")
         self._session = False
+        await self._on_engine(self._weights.end)
         return {"success": True, "message": "Success"}
 
     @takes("group_name", "master_address", "master_port", "rank_offset", "world_size", "backend")

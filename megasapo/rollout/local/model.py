@@ -13,7 +13,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megasapo.errors import UserError
+from megasapo.rollout.local import quantised
 from megasapo.rollout.local.options import Options
+from megasapo.rollout.local.weights import Weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -29,6 +31,7 @@ class Loaded:
     context_length: int
     eos_ids: frozenset[int]
     num_experts: int | None
+    weights: Weights | None = None  # of a quantised model
 
     def text_decoder(self) -> Callable[[list[int]], str] | None:
         """Token ids to text, special tokens kept; None without a tokenizer."""
@@ -49,10 +52,14 @@ def load(options: Options) -> Loaded:
     if context > limit:
         raise UserError(f"--context-length {context} exceeds the model's max_position_embeddings={limit}")
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
-    model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` in its wrapper
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # loading may have mapped the file, which the next update overwrites
+    weights = None
+    if getattr(config, "quantization_config", None) is not None:
+        model, weights = quantised.load(path, config, dtype, options.device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+        model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` here
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # loading may have mapped the file, which updates overwrite
     tokenizer = None
     if any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -67,6 +74,7 @@ def load(options: Options) -> Loaded:
         context,
         frozenset(t for t in eos if 0 <= t < text.vocab_size),  # others can never be sampled
         getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None),
+        weights,
     )
 
 

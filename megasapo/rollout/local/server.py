@@ -52,8 +52,9 @@ def serve(options: Options, listener: socket.socket) -> int:
 def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
     """The engine (not started) and the application of a loaded model."""
     rows, routing = options.max_running_requests, options.enable_return_routed_experts
-    forward = Forward(loaded.model, options.max_total_tokens, rows, routing, options.plain_forward)
-    weights = Weights(loaded.model)  # after the forward pass, which may move parameters
+    plain = options.plain_forward or loaded.weights is not None  # the fused arithmetic rounds no activations
+    forward = Forward(loaded.model, options.max_total_tokens, rows, routing, plain)
+    weights = loaded.weights or Weights(loaded.model)  # after the forward pass, which may move parameters
     batch = Batch(forward, options.max_prefill_tokens, loaded.num_layers, loaded.text_decoder())
     engine = Engine(batch, options.weight_version, options.deterministic)
     control = Control(engine, weights, options.model, loaded.model.device)

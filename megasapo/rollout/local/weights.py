@@ -6,100 +6,143 @@ engine's thread. Every replacement is checked as a whole before anything is writ
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megasapo.checksum import Checksum
+from megasapo.fp8.blocks import WEIGHT_BLOCK, dequantise_blocks
+from megasapo.fp8.formats import E4M3
+from megasapo.rollout.quantise import SCALE
+from megasapo.rollout.weight_files import WeightError, entries, tensors
 
 
-class WeightError(ValueError):
-    """Weights were refused; the message says which and why. The old ones are intact."""
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """One quantised weight as it was received."""
+
+    values: torch.Tensor  # [M, N] e4m3
+    scale_inv: torch.Tensor  # [ceil(M / 128), ceil(N / 128)] float32
 
 
 class Weights:
-    """Views of the model's parameters by HF file name; writing to a view changes the model."""
+    """Views of the model's parameters by HF file name; writing to a view changes the model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Of a quantised model the parameters hold the products of values and scales; both are kept as they came, and a
+    parameter follows as soon as there are new ones of both.
+    """
+
+    def __init__(self, model: PreTrainedModel, fp8_names: Iterable[str] = ()) -> None:
+        """`fp8_names`: of the weights that come as e4m3 with scales."""
         self._views = file_views(model)
         tied = model.get_expanded_tied_weights_keys(all_submodels=True)
         self._aliases = {name: source for name, source in tied.items() if name in self._views}
-        self.names = [name for name in self._views if name not in self._aliases]
+        self._half: dict[str, str] = {}  # quantised weights of which one part is new -> the part that is not
+        self._stored = dict(self._views)  # what came under each name
+        self._fp8 = {name: _empty_fp8(self.get(name)) for name in fp8_names}
+        for name, fp8 in self._fp8.items():
+            self._stored |= {name: fp8.values, name + SCALE: fp8.scale_inv}
+        self.names = [name for name in self._stored if name not in self._aliases]
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self._fp8)
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor itself, not a copy. Raises WeightError for an unknown name, listing the nearest."""
-        view = self._views.get(name)
-        if view is None:
-            near = get_close_matches(name, self._views, n=3, cutoff=0.5)
+        """What is held under the name, not a copy. Raises WeightError for an unknown name, listing the nearest."""
+        held = self._stored.get(name)
+        if held is None:
+            if name.endswith(SCALE) and name.removesuffix(SCALE) in self._views:
+                raise WeightError(f"{name!r}: {name.removesuffix(SCALE)!r} is not quantised in this server's model")
+            near = get_close_matches(name, self._stored, n=3, cutoff=0.5)
             raise WeightError(f"unknown weight {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
-        return view
+        return held
 
-    def check(self, name: str, shape: Iterable[int]) -> None:
-        view = self.get(name)
-        if list(view.shape) != list(shape):
-            raise WeightError(f"weight {name!r} has shape {list(shape)}, the model's has {list(view.shape)}")
+    def check(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+        held = self.get(name)
+        if list(held.shape) != list(shape):
+            raise WeightError(f"weight {name!r} has shape {list(shape)}, the model's has {list(held.shape)}")
+        if (name.removesuffix(SCALE) in self._fp8 or dtype is E4M3.dtype) and held.dtype is not dtype:
+            raise WeightError(
+                f"weight {name!r} is {_short(dtype)}, this server's is {_short(held.dtype)}: does the learner's "
+                "rollout.quantization fit the model that the server was started with?"
+            )
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the named tensors, converted to the model's dtype; all names and shapes are checked first."""
         checked = list(tensors)
         for name, tensor in checked:
-            self.check(name, tensor.shape)
+            self.check(name, tensor.shape, tensor.dtype)
+            if name.endswith(SCALE):
+                _check_scales(name, tensor)
         for name, tensor in checked:
-            self.get(name).copy_(tensor)
+            self._put(name, tensor)
+
+    def begin(self) -> None:
+        """Forget what an earlier update left unfinished: this one brings all of it."""
+        self._half.clear()
+
+    def end(self) -> None:
+        """Raises WeightError when values came without their scales, or scales without values, since `begin`."""
+        if self._half:
+            name, lacking = next(iter(self._half.items()))
+            self._half.clear()
+            raise WeightError(f"weight {name!r} was updated without {lacking!r}")
 
     def load(self, directory: str) -> None:
         """Replace all weights by those of an HF directory. Raises WeightError, before writing, unless all fit."""
-        shards = _shards(Path(directory))
-        try:
-            found = {name: shape for shard in shards for name, shape in _header(shard)}
-            for name, shape in found.items():
-                self.check(name, shape)
-            missing = [name for name in self.names if name not in found]
-            if missing:
-                raise WeightError(f"{directory} lacks {len(missing)} weights, the first is {missing[0]!r}")
-            for shard in shards:
-                with safe_open(shard, framework="pt") as f:
-                    for name in f.keys():  # noqa: SIM118  safe_open is not a mapping
-                        self.get(name).copy_(f.get_tensor(name))
-        except (OSError, SafetensorError) as e:
-            raise WeightError(f"{directory}: cannot read the weights: {e}") from e
+        path = Path(directory)
+        found = entries(path)
+        for name, entry in found.items():
+            self.check(name, entry.shape, entry.dtype)
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise WeightError(f"{directory} lacks {len(missing)} weights, the first is {missing[0]!r}")
+        for name, tensor in tensors(path, {name for name in found if name.endswith(SCALE)}):
+            _check_scales(name, tensor)
+        self.begin()
+        for name, tensor in tensors(path):
+            self._put(name, tensor)
 
     def checksum(self) -> str:
         """megasapo.checksum over the names that a file of this model has."""
         total = Checksum()
         for name in self.names:
-            total.add(name, self._views[name])
+            total.add(name, self._stored[name])
         return total.hexdigest()
 
-
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files, by the index where there is one. All of them exist."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise WeightError(f"{index}: not a safetensors index: {e!r}") from e
-        shards = [directory / name for name in names]
-    else:
-        shards = [directory / "model.safetensors"]
-    absent = [str(s) for s in shards if not s.is_file()]
-    if absent:
-        raise WeightError(f"no such weights: {', '.join(absent)}")
-    return shards
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        self._stored[name].copy_(tensor)
+        weight = name.removesuffix(SCALE)
+        fp8 = self._fp8.get(weight)
+        if fp8 is None:
+            return
+        if self._half.get(weight) == name:
+            del self._half[weight]
+            self._views[weight].copy_(dequantise_blocks(fp8.values, fp8.scale_inv, dtype=self._views[weight].dtype))
+        else:
+            self._half[weight] = weight if name != weight else weight + SCALE
 
 
-def _header(shard: Path) -> Iterator[tuple[str, list[int]]]:
-    with safe_open(shard, framework="pt") as f:
-        for name in f.keys():  # noqa: SIM118
-            yield name, f.get_slice(name).get_shape()
+def _empty_fp8(view: torch.Tensor) -> Fp8:
+    blocks = [-(-size // side) for size, side in zip(view.shape, WEIGHT_BLOCK, strict=True)]
+    values = torch.empty(view.shape, dtype=E4M3.dtype, device=view.device)
+    return Fp8(values, torch.empty(blocks, dtype=torch.float32, device=view.device))
+
+
+def _check_scales(name: str, scales: torch.Tensor) -> None:
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise WeightError(f"weight {name!r} holds scales that are not positive numbers")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def file_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """SGLang plugin (entry point group sglang.srt.plugins): no pinned host buffers on a machine without a GPU.
 
 SGLang calls `load` in each of its processes. With --enable-return-routed-experts it pins a host buffer, which asserts
-that torch has CUDA.
+that torch has CUDA. MEGASAPO_SGLANG_FP8=torch brings block FP8 in torch operations, for want of kernels.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -18,3 +19,7 @@ def load() -> None:
         return allocate(*args, **{**kwargs, "pin_memory": False})
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate_unpinned
+    if os.environ.get("MEGASAPO_SGLANG_FP8") == "torch":
+        import sgl_fp8_on_cpu
+
+        sgl_fp8_on_cpu.install()
