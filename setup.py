@@ -31,7 +31,7 @@ TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_6
 EXTRAS = {
     # TransformerEngine is compiled against the torch that is installed: see README "On GPUs". NVIDIA's Apex is not on
     # PyPI (the package of that name there is unrelated); megatron-core needs it only for gradient_accumulation_fusion.
-    "gpu": ["transformer-engine[pytorch]>=2.11", "nvidia-ml-py"],
+    "gpu": ["transformer-engine[pytorch]>=2.11", "nvidia-ml-py>=12"],
     # SGLang is a separate process and pins its own torch: install it into an environment of its own.
     "sglang": ["sglang>=0.5.18"],
     "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", TRITON],
