@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megasapo.config import Config
-from megasapo.geometry import Geometry, read_geometry
+from megasapo.geometry import BACKWARD, Geometry, read_geometry
 from megasapo.log.nvml import Sampler, start_sampler
 from megasapo.metrics import Metric, Sum
 from megasapo.plan.hardware import known_peak
-from megasapo.types import Batch
+from megasapo.types import Batch, MicroBatch
 
 if TYPE_CHECKING:
+    import torch
+
     from megasapo.mcore.topology import Topology
 
 
@@ -34,7 +36,7 @@ class Meter:
     @staticmethod
     def start(cfg: Config, topo: Topology, *, old_logprobs: bool, reference: bool) -> Meter:
         """Collective. Says on rank 0 what cannot be measured here, and why."""
-        peak, unknown = _peak(cfg, topo)
+        peak, unknown = peak_flops(cfg, topo.device)
         if unknown and topo.rank == 0:
             print(f"no perf/mfu: {unknown}", flush=True)
         sampler = start_sampler(cfg.log.gpu_every_s, topo)
@@ -45,12 +47,15 @@ class Meter:
         """This rank's share of a step's figures, to be merged over all ranks; `batch` is what was learned from."""
         metrics = self.sampler.take() if self.sampler is not None else {}
         if self.counts_flops:
-            lengths = [[n for micro in mini.micro for n in micro.slots] for mini in batch.mini]
-            update = sum(self.geometry.training_flops(n) for n in lengths)
-            forward = [self.geometry.forward_flops(n) for n in lengths]
+            forward = [sum(self._forward_flops(micro) for micro in mini.micro) for mini in batch.mini]
+            update = (1 + BACKWARD) * sum(forward)
             scored = sum(forward[1:]) * self.old_logprobs + sum(forward) * self.reference
             metrics |= {"perf/update_tflop": Sum(update / 1e12), "perf/old_logprobs_tflop": Sum(scored / 1e12)}
         return metrics
+
+    def _forward_flops(self, micro: MicroBatch) -> int:
+        """Of the whole replica: what the loss needs, without padding and without what recomputation adds."""
+        return self.geometry.forward_flops(micro.slots, head_tokens=int(micro.loss_tokens.sum()))
 
     def rates(self, numbers: Mapping[str, float], tokens: float) -> dict[str, float]:
         """What follows from the merged figures and the times of a step that processed so many tokens."""
@@ -67,17 +72,18 @@ class Meter:
             self.sampler.close()
 
 
-def _peak(cfg: Config, topo: Topology) -> tuple[float | None, str]:
-    """FLOPs a second of this rank's device at the run's precision, or why they are unknown."""
-    if topo.device.type != "cuda":
+def peak_flops(cfg: Config, device: torch.device) -> tuple[float | None, str]:
+    """FLOPs a second of a device at the run's precision, or None and why they are unknown."""
+    if device.type != "cuda":
         return None, "the peak of a CPU is unknown"
     import torch
 
-    name = torch.cuda.get_device_name(topo.device)
+    name = torch.cuda.get_device_name(device)
     known = known_peak(name)
     if known is None:
         return None, f"the peak of {name!r} is unknown (known ones: megasapo/plan/hardware.py)"
+    if cfg.precision.quantises and not cfg.precision.emulate:
+        return known.fp8, "" if known.fp8 else f"{name!r} has no FP8 products"
     if cfg.model.dtype != "bfloat16":
-        return None, f"model.dtype={cfg.model.dtype}, and only bfloat16 and FP8 peaks are known"
-    quantised = cfg.precision.quantises and not cfg.precision.emulate
-    return (known.fp8 if quantised else known.bf16), ""
+        return None, f"model.dtype={cfg.model.dtype}, and only the peaks of bfloat16 and FP8 are known"
+    return known.bf16, ""
