@@ -28,13 +28,14 @@ REQUIRES = [
 ]
 # torch's CUDA builds bring the Triton that they were tested with; its interpreter tests the kernels where there is none
 TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
+NVML = "nvidia-ml-py>=12"
 EXTRAS = {
     # TransformerEngine is compiled against the torch that is installed: see README "On GPUs". NVIDIA's Apex is not on
     # PyPI (the package of that name there is unrelated); megatron-core needs it only for gradient_accumulation_fusion.
-    "gpu": ["transformer-engine[pytorch]>=2.11", "nvidia-ml-py"],
+    "gpu": ["transformer-engine[pytorch]>=2.11", NVML],
     # SGLang is a separate process and pins its own torch: install it into an environment of its own.
     "sglang": ["sglang>=0.5.18"],
-    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", TRITON],
+    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", NVML, TRITON],
 }
 
 setup(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # what is known of a mini-batch before the optimizer moves the weights
 BEFORE_STEP = ("ratio/", "sapo/", "mismatch/", "loss/", "entropy/mean", "grad/norm")
+MOST_PROFILED = 10  # steps: a trace of more does not open, and its events are kept in memory
 NOT_SHARED = ("time/", "perf/", "gpu/")  # differ between ranks, which must all come to the same decision
 
 
@@ -25,6 +26,7 @@ def refuse(cfg: Config) -> None:
         _check_algo,
         _check_rollout,
         _check_eval,
+        _check_profile,
         _check_stability,
     ):
         check(cfg)
@@ -127,6 +129,20 @@ def _check_eval(cfg: Config) -> None:
     too_many = [k for k in cfg.eval.k if not 1 <= k <= cfg.eval.samples]
     if too_many:
         raise ValueError(f"eval.k={too_many} needs at least that many eval.samples (now {cfg.eval.samples})")
+
+
+def _check_profile(cfg: Config) -> None:
+    spec = cfg.train.profile
+    if spec is None:
+        return
+    asked = f"train.profile: start={spec.start}, stop={spec.stop}"
+    if spec.start > spec.stop:
+        raise ValueError(f"{asked}: the last step comes before the first; swap them")
+    if spec.stop > cfg.train.steps:
+        raise ValueError(f"{asked} is beyond train.steps={cfg.train.steps}: choose steps that the run has")
+    steps = spec.stop - spec.start + 1
+    if steps > MOST_PROFILED:
+        raise ValueError(f"{asked} are {steps} steps, whose events would fill the memory: at most {MOST_PROFILED}")
 
 
 def _check_stability(cfg: Config) -> None:

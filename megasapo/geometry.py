@@ -117,14 +117,19 @@ class Geometry:
         """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included."""
         return sum(n * (n + 1) // 2 for n in lengths) * self.pair_flops
 
-    def forward_flops(self, lengths: Iterable[int]) -> int:
-        """FLOPs of one forward pass over sequences of these lengths: matrix products only."""
-        lengths = list(lengths)
-        return sum(lengths) * self.linear_flops() + self.attention_flops(lengths)
+    def forward_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
+        """FLOPs of one forward pass over sequences of these lengths: matrix products only.
 
-    def training_flops(self, lengths: Iterable[int]) -> int:
+        `head_tokens`: how many of the tokens need a logprob and so the output head; all without it.
+        """
+        lengths = list(lengths)
+        flops = sum(lengths) * self.linear_flops() + self.attention_flops(lengths)
+        without = 0 if head_tokens is None else sum(lengths) - head_tokens
+        return flops - without * 2 * self.vocab * self.hidden
+
+    def training_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
         """Forward and backward, without what recomputation adds: the figure of model FLOPs utilisation."""
-        return (1 + BACKWARD) * self.forward_flops(lengths)
+        return (1 + BACKWARD) * self.forward_flops(lengths, head_tokens)
 
     @property
     def cost_ratio(self) -> float:

@@ -36,6 +36,12 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def visible_device(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls device `index` of this process: a number, a UUID, or nothing (empty)."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names[index].strip() if index < len(names) else ""
+
+
 def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] | None = None) -> int:
     """Run `megasapo COMMAND ARGV` on `nproc` local ranks, as torchrun would; 0, or 1 when a rank failed.
 

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
@@ -110,24 +110,29 @@ class RunDir:
 
 
 class Phases:
-    """Seconds spent in each named phase of one step; `take` returns them and starts over."""
+    """Seconds spent in each named phase of one step; `take` returns them and starts over.
 
-    def __init__(self) -> None:
+    Each phase runs inside `around(name)`: log.profile.Profiler.phase.
+    """
+
+    def __init__(self, around: Callable[[str], AbstractContextManager[object]] = nullcontext) -> None:
+        self._around = around
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         before = time.perf_counter()
-        yield
+        with self._around(name):
+            yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - before
 
-    def take(self) -> tuple[dict[str, float], float]:
-        """({"time/<phase>_s": seconds}, seconds of the whole step)."""
+    def take(self) -> dict[str, float]:
+        """{"time/<phase>_s": seconds}, and of the whole step "time/step_s"."""
         now = time.perf_counter()
         whole, self._started = now - self._started, now
         seconds, self._seconds = self._seconds, {}
-        return {f"time/{name}_s": s for name, s in seconds.items()} | {"time/step_s": whole}, whole
+        return {f"time/{name}_s": s for name, s in seconds.items()} | {"time/step_s": whole}
 
 
 def report_end(headline: str, places: dict[str, str]) -> None:

@@ -243,10 +243,12 @@ class OptimConfig(Section):
 
 
 class ProfileSpec(Section):
+    """Steps of `megasapo train` (docs/monitoring.md)."""
+
     start: PositiveInt
     """First step that is profiled."""
     stop: PositiveInt
-    """Last one."""
+    """Last one; at most 10 steps, whose events are kept in memory until then."""
 
 
 class TrainConfig(Section):
@@ -370,5 +372,7 @@ class LogConfig(Section):
     )
     samples_per_step: NonNegativeInt = 2
     """Rollouts shown as text in TensorBoard each step."""
+    gpu_every_s: NonNegativeFloat = 5.0
+    """Seconds between readings of each learner rank's GPU (docs/monitoring.md); 0: none."""
     keep_rollouts: bool = True
     """Write every scored sample to RUN/rollouts/step_*.jsonl."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megasapo.log.sinks import Log
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
+    from megasapo.meter import Meter
 
 
 def main(argv: list[str]) -> int:
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
             f"sft.max_tokens={cfg.sft.max_tokens} is more than train.micro_batch_tokens="
             f"{cfg.train.micro_batch_tokens}: lower the first or raise the second"
         )
+    if cfg.train.profile is not None:
+        raise ConfigError("train.profile is for `megasapo train`, and would do nothing here: remove it")
     run.refuse_other_command("sft", cfg)
     code = run.on_ranks("sft", argv, nproc, cfg.run_dir / "stop")
     if code is None:
@@ -50,6 +53,7 @@ def train(cfg: Config) -> None:
     from megasapo.mcore import checkpoint
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
+    from megasapo.meter import Meter
 
     assert cfg.sft.data is not None  # main refuses it
     topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
@@ -67,7 +71,9 @@ def train(cfg: Config) -> None:
         step = policy.load(last)["step"] if last else 0
         log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)
         cleanup.callback(log.close)
-        step = _loop(cfg, topo, policy, examples, directory, stop, log, step, steps)
+        meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)
+        cleanup.callback(meter.close)
+        step = _loop(cfg, topo, policy, examples, directory, stop, log, meter, step, steps)
         if step == steps:
             out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
             policy.save_hf(out)
@@ -85,6 +91,7 @@ def _loop(
     directory: run.RunDir,
     stop: Callable[[], bool],
     log: Log,
+    meter: Meter,
     step: int,
     steps: int,
 ) -> int:
@@ -95,7 +102,7 @@ def _loop(
 
     phases, packing = run.Phases(), PackingRule.of(cfg)
     for rows in _batches(examples, cfg, start=step):
-        with phases("update"):
+        with phases("batch"):
             mine = rows[topo.dp_rank :: topo.dp] if topo.is_leader else []
             batch = build_batch(
                 mine,
@@ -105,11 +112,12 @@ def _loop(
                 packing=packing,
                 weight_rule=partial(token_weights, normalisation="token", constant_length=1),
             )
-            stats = metrics.merge(topo.gather(policy.update_supervised(batch.mini[0])))
+        with phases("update"):
+            learned = policy.update_supervised(batch.mini[0])
+        stats = metrics.merge(topo.gather(metrics.merge([learned, meter.take(batch)])))
         step += 1
-        times, seconds = phases.take()
-        speed = sum(len(row.tokens) for row in rows) / seconds
-        log(step, metrics.scalars(stats) | times | {"perf/tokens_per_s": speed})
+        numbers = metrics.scalars(stats) | phases.take()
+        log(step, numbers | meter.rates(numbers, sum(len(row.tokens) for row in rows)))
         ending = topo.any(stop() or directory.stop_requested())
         if ending or step % cfg.train.save_every == 0 or step == steps:
             policy.save(directory.path, step, {"command": "sft", "step": step})

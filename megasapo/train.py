@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from megasapo.data.prompts import PromptStream
     from megasapo.diagnosis import Diagnosis, Figures
     from megasapo.evaluate import Problem
+    from megasapo.log.profile import Profiler
     from megasapo.log.sinks import Log
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
+    from megasapo.meter import Meter
     from megasapo.metrics import Metrics
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
@@ -63,6 +65,8 @@ class Parts:
     diagnosis: Diagnosis
     evaluate: Callable[[int], dict[str, float]]
     log: Log
+    meter: Meter
+    profiler: Profiler
     guard: Guard
     directory: run.RunDir
     stop: Callable[[], bool]
@@ -73,10 +77,11 @@ def loop(p: Parts, step: int) -> int:
     from megasapo import metrics
     from megasapo.rollout.stats import group_stats, routing_stats
 
-    phases = run.Phases()
+    phases = run.Phases(p.profiler.phase)
     p.publish(step)
     p.diagnosis.keep(step)
     while step < p.cfg.train.steps:
+        p.profiler.at(step + 1)
         with phases("rollout"):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
@@ -95,7 +100,7 @@ def loop(p: Parts, step: int) -> int:
             p.diagnosis.keep(step)
         with phases("evaluate"):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
-        own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics()]
+        own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics(), p.meter.take(batch)]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
         also = diagnosed.scalars | held_out | metrics.quantiles(stats, "ratio/log_hist", "ratio/log")
         figures = metrics.observed(stats) | metrics.defined(also)
@@ -112,6 +117,7 @@ def loop(p: Parts, step: int) -> int:
             p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
         if ending:
             break
+    p.profiler.close()
     return step
 
 
@@ -196,10 +202,9 @@ def write_step(
 
     if p.cfg.log.keep_rollouts and p.topo.is_leader:
         write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
-    times, seconds = phases.take()
-    numbers = scalars(stats) | diagnosed.scalars | held_out | times
+    numbers = scalars(stats) | diagnosed.scalars | held_out | phases.take()
     numbers |= quantiles(stats, "ratio/log_hist", "ratio/log")
-    numbers["perf/tokens_per_s"] = numbers["rollout/tokens"] / seconds
+    numbers |= p.meter.rates(numbers, numbers["rollout/tokens"])
     numbers["stability/events"] = float(len(events))
     histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | diagnosed.histograms
     texts = sample_texts(groups, p.cfg.log.samples_per_step)
@@ -249,10 +254,12 @@ def _make_parts(
     from megasapo.data.tokenizer import load_tokenizer
     from megasapo.diagnosis import Diagnosis, open_trace
     from megasapo.geometry import read_geometry
+    from megasapo.log.profile import Profiler
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
     from megasapo.mcore.exchange import PackingRule
     from megasapo.mcore.policy import Policy
+    from megasapo.meter import Meter
     from megasapo.publish import Publisher
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Guard
@@ -288,19 +295,19 @@ def _make_parts(
     cleanup.callback(publisher.close)
     source, evaluate = _make_source(cfg, topo, tokenizer, stream, fleet, publisher, cleanup)
     resume_step = checkpoint.step_of(last) if last else None
-    log = make_log(
-        cfg.log,
-        directory.path,
-        topo.rank == 0,
-        resume_step=resume_step,
-        total_steps=cfg.train.steps,
-    )
+    log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=resume_step, total_steps=cfg.train.steps)
     cleanup.callback(log.close)
+    meter = Meter.start(cfg, topo, old_logprobs=cfg.algo.old_logprobs == "learner", reference=bool(cfg.algo.kl_coef))
+    cleanup.callback(meter.close)
+    profiler = Profiler(cfg.train.profile, directory.path, topo.rank, topo.device)
     traces = partial(open_trace, cfg, topo, rule, directory.path)
     diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, traces, resume_step)
     cleanup.callback(diagnosis.close)
     guard = Guard(cfg.stability, topo, directory.path)
-    return Parts(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate, log, guard, directory, stop)
+    return Parts(
+        *(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate),
+        *(log, meter, profiler, guard, directory, stop),
+    )
 
 
 def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: ExitStack) -> Fleet | None:

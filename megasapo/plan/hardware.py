@@ -1,11 +1,13 @@
 """GPUs, and the assumptions that turn FLOPs and bytes into seconds: every number that the planner does not derive.
 
-Read by memory.py, traffic.py and timing.py; docs/planner.md repeats both tables. Peaks are the makers' figures for
-dense bf16; the factors are what well-tuned runs reach, not promises.
+Read by memory.py, traffic.py and timing.py; docs/planner.md repeats the tables of GPUs and assumptions. Peaks are the
+makers' figures for dense products; the factors are what well-tuned runs reach, not promises. meter.py measures against
+the peaks.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -18,6 +20,37 @@ class Gpu:
     hbm: float  # bytes a second
     nvlink: float  # bytes a second and direction, to all GPUs of its node together
     network: float  # bytes a second and direction, of the GPU's own network card
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """FLOPs a second, dense, accumulated in fp32; None: the card has no such products."""
+
+    bf16: float
+    fp8: float | None
+
+
+# by words of the name that the driver gives a card; of several entries that fit, the one with the most words
+PEAKS: dict[tuple[str, ...], Peak] = {
+    ("A100",): Peak(312e12, None),
+    ("L4",): Peak(121e12, 242e12),
+    ("L40S",): Peak(362e12, 733e12),
+    ("H100",): Peak(989e12, 1979e12),
+    ("H100", "PCIE"): Peak(756e12, 1513e12),
+    ("H100", "NVL"): Peak(835e12, 1671e12),
+    ("H200",): Peak(989e12, 1979e12),
+    ("H200", "NVL"): Peak(835e12, 1671e12),
+    ("GH200",): Peak(989e12, 1979e12),
+    ("B200",): Peak(2250e12, 4500e12),
+    ("GB200",): Peak(2500e12, 5000e12),
+}
+
+
+def known_peak(device_name: str) -> Peak | None:
+    """That of a card by the name that torch.cuda.get_device_name gives it; None for others, and for parts of a card."""
+    words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
+    fitting = [entry for entry in PEAKS if words.issuperset(entry)]
+    return None if "MIG" in words or not fitting else PEAKS[max(fitting, key=len)]
 
 
 GPUS = {

@@ -17,7 +17,8 @@ import psutil
 import yaml
 
 TIMEOUT_S = 240
-TIMING = ("time/", "perf/", "rollout/retries", "rollout/unreachable", "rollout/server_restarts", "rollout/bad_answer")
+FAULTS = ("rollout/retries", "rollout/unreachable", "rollout/server_restarts", "rollout/bad_answer")
+TIMING = ("time/", "perf/", "gpu/", *FAULTS)
 
 
 def write_config(path: Path, settings: dict[str, Any]) -> Path:

@@ -31,7 +31,7 @@ LAYERS = [
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis"},
-    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
