@@ -19,9 +19,7 @@ TOTAL_STEPS = 20
 class Learner:
     """`Policy` on this rank, with packed or single sequences from a seed."""
 
-    def __init__(
-        self, path: Path, topo: Any, precision: dict[str, Any], *, pack: bool = True, **sections: Any
-    ) -> None:
+    def __init__(self, path: Path, topo: Any, precision: dict[str, Any], *, pack: bool = True, **sections: Any) -> None:
         from megasapo.algo.settings import resolve
         from megasapo.mcore.policy import Policy
 
