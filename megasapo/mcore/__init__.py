@@ -4,10 +4,13 @@ Importing it makes megatron-core runnable on this machine (cpu.py, compat.py) be
 is the one import side effect of the project.
 """
 
+import torch
+
 from megasapo import extensions
 from megasapo.mcore import cpu
 
-extensions.refuse_broken()
+if torch.cuda.is_available():
+    extensions.refuse_broken()
 cpu.enable()
 
 from megasapo.mcore import compat  # noqa: E402

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+# Kernels for GPUs alone: where they are installed megatron-core would take its optimizer and its norms from them.
+KEPT_AWAY = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+
 
 def enable() -> None:
     """Make megatron-core importable and runnable without CUDA; a second call does nothing.
@@ -27,6 +30,8 @@ def enable() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before megasapo.mcore: import megasapo.mcore first")
+    for name in KEPT_AWAY:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError from here on
     _patch_devices()
     _patch_streams()
     _patch_random()

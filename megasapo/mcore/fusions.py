@@ -41,7 +41,7 @@ class Fusions:
         if root == "torch":
             optimizer += ", one kernel for all weights" * on_gpu or ", fused on the CPU"
         accumulates, why = _gradient_accumulation(use_te=use_te, on_gpu=on_gpu)
-        return Fusions(optimizer, _optimizer_why(root), accumulates, why)
+        return Fusions(optimizer, _optimizer_why(root, on_gpu=on_gpu), accumulates, why)
 
     def lines(self) -> list[str]:
         """For people: one line each."""
@@ -52,9 +52,11 @@ class Fusions:
         ]
 
 
-def _optimizer_why(root: str) -> str:
+def _optimizer_why(root: str, *, on_gpu: bool) -> str:
     if root == "transformer_engine":
         return "megatron-core's first choice"
+    if not on_gpu:
+        return "no GPU"
     te, apex = extensions.transformer_engine(), extensions.apex()
     missing = f"{te.name}: {te.problem}"
     return missing if root == "apex" else f"{missing}; apex: {apex.problem}"

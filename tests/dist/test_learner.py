@@ -1,6 +1,6 @@
 """The learner's step on real ranks: one batch gives one step on every layout, checkpoints continue exactly, NaN is skipped.
 
-Run as `python -m tests.dist.test_learner MODEL DIR tp pp ep` it is one rank of the scenario below.
+Run as `python -m tests.dist.test_learner MODEL DIR tp pp ep rows` it is one rank of the scenario below.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return run_layout(1, 1, 1, 1, model, tmp_path_factory.mktemp("one"))
 
 
-def run_layout(world: int, tp: int, pp: int, ep: int, model: Path, where: Path) -> dict[str, Any]:
-    run_ranks(world, "tests.dist.test_learner", str(model), str(where), str(tp), str(pp), str(ep), logs=where / "logs")
+def run_layout(world: int, tp: int, pp: int, ep: int, model: Path, where: Path, rows: int = 1) -> dict[str, Any]:
+    sizes = [str(n) for n in (tp, pp, ep, rows)]
+    run_ranks(world, "tests.dist.test_learner", str(model), str(where), *sizes, logs=where / "logs")
     return json.loads((where / "result.json").read_text())
 
 
@@ -57,6 +58,19 @@ def test_every_layout_takes_the_same_steps(
     assert result["skipped"] == 1.0
     assert result["unchanged"], "a skipped step must leave the weights alone"
     assert_vetoed(result, expected)
+
+
+@pytest.mark.parametrize(("layout", "rows"), [((2, 1, 1, 1), 16), ((2, 2, 1, 1), 128)], ids=str)
+def test_padding_to_the_rows_of_a_recipe_changes_no_step(
+    layout: tuple[int, int, int, int], rows: int, model: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """The scenario checks every shape; in its last step a replica has nothing but padding."""
+    result = run_layout(*layout, model, tmp_path, rows)
+    for padded, plain in zip(result["steps"], expected["steps"], strict=True):
+        for name in COMPARED:
+            np.testing.assert_allclose(padded[name], plain[name], rtol=1e-4, err_msg=name)
+    assert result["resumed"] == result["continued"]
+    assert result["skipped"] == 1.0
 
 
 def assert_vetoed(result: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -93,7 +107,7 @@ def sequences(seed: int) -> list[TrainSequence]:
     return rows
 
 
-def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
+def scenario(model: Path, where: Path, tp: int, pp: int, ep: int, rows: int) -> None:
     from megasapo import metrics
     from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
@@ -113,7 +127,7 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
             "train": {"micro_batch_tokens": 96},
         }
     )
-    topo = Topology.init(cfg.parallel)
+    topo = Topology.init(cfg.parallel, rows=rows)
     policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=0.8, total_steps=TOTAL_STEPS)
     rule = partial(token_weights, normalisation="sequence", constant_length=1)
 
@@ -124,6 +138,8 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
         made = exchange.build_batch(
             rows, topo, mini_batches=2, group_size=GROUP, packing=exchange.PackingRule.of(cfg), weight_rule=rule
         )
+        for mb in (mb for mini in made.mini for mb in mini.micro):
+            assert mb.loss_mask.numel() % rows == mb.tokens.numel() % rows == 0
         return policy.with_old_logprobs(made, first=first)
 
     def step(seed: int, **options: Any) -> dict[str, float]:
@@ -199,4 +215,4 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int) -> None:
 
 
 if __name__ == "__main__":
-    scenario(Path(sys.argv[1]), Path(sys.argv[2]), *(int(x) for x in sys.argv[3:6]))
+    scenario(Path(sys.argv[1]), Path(sys.argv[2]), *(int(x) for x in sys.argv[3:7]))

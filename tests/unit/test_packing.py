@@ -93,6 +93,27 @@ def test_a_context_parallel_rank_holds_an_early_and_a_late_chunk_of_every_sequen
     assert shards[0].slots == (8, 3)
 
 
+@pytest.mark.parametrize("lengths", [(), (9,), (9, 2, 30, 17)], ids=str)
+@pytest.mark.parametrize("rows", [16, 32, 128])
+@pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 4), (2, 1), (2, 2), (3, 2)])
+def test_every_rank_has_a_multiple_of_the_rows_that_a_recipe_needs(cp, tp, rows, lengths):
+    sequences = [sequence(uid, range(1, n + 1), 2) for uid, n in enumerate(lengths)]
+    weights = [0.5] * len(lengths)
+    shards = [pack(sequences, weights, shard=Shard(cp, c, tp, t, rows)) for c in range(cp) for t in range(tp)]
+    for mb in shards:
+        assert mb.tokens.numel() % rows == mb.loss_mask.numel() % rows == 0
+        assert mb.loss_mask.numel() > 0
+        assert mb.uids == tuple(range(len(lengths)))
+        real = mb.sequence < len(lengths)
+        assert not mb.loss_mask[~real].any()
+        assert (mb.weight[~real] == 0).all()
+    whole = pack(sequences, weights)
+    for name in ("weight", "rollout_logp"):  # padding comes apart again
+        got = join([pieces(mb, getattr(mb, name)) for mb in shards])
+        for uid, values in join([pieces(whole, getattr(whole, name))]).items():
+            np.testing.assert_array_equal(got[uid], values)
+
+
 @pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (3, 1)])
 def test_shards_hold_every_token_once_and_their_sums_make_the_mean(cp, tp):
     generator = np.random.default_rng(0)
