@@ -132,11 +132,11 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int, rows: int) -> 
     rule = partial(token_weights, normalisation="sequence", constant_length=1)
 
     def batch(seed: int, advantage: float | None = None, first: bool = False) -> Any:
-        rows = [r for r in sequences(seed) if topo.is_leader and r.uid % topo.dp == topo.dp_rank]
+        mine = [r for r in sequences(seed) if topo.is_leader and r.uid % topo.dp == topo.dp_rank]
         if advantage is not None:
-            rows = [TrainSequence(r.uid, r.tokens, r.loss_mask, r.rollout_logp, advantage) for r in rows]
+            mine = [TrainSequence(r.uid, r.tokens, r.loss_mask, r.rollout_logp, advantage) for r in mine]
         made = exchange.build_batch(
-            rows, topo, mini_batches=2, group_size=GROUP, packing=exchange.PackingRule.of(cfg), weight_rule=rule
+            mine, topo, mini_batches=2, group_size=GROUP, packing=exchange.PackingRule.of(cfg), weight_rule=rule
         )
         for mb in (mb for mini in made.mini for mb in mini.micro):
             assert mb.loss_mask.numel() % rows == mb.tokens.numel() % rows == 0
