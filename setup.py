@@ -30,9 +30,10 @@ REQUIRES = [
 TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NVML = "nvidia-ml-py>=12"
 EXTRAS = {
-    # TransformerEngine is compiled against the torch that is installed: see README "On GPUs". NVIDIA's Apex is not on
-    # PyPI (the package of that name there is unrelated); megatron-core needs it only for gradient_accumulation_fusion.
-    "gpu": ["transformer-engine[pytorch]>=2.11", NVML],
+    # TransformerEngine is compiled against the torch that is installed: see README "On GPUs" for versions that fit.
+    # megatron-core 0.16.1 wants one below 2.12; 2.13 needs a newer cuBLAS than torch 2.11 brings. NVIDIA's Apex is not
+    # on PyPI (the package of that name there is unrelated), and nothing here needs it.
+    "gpu": ["transformer-engine[pytorch]>=2.11,<2.12", NVML],
     # SGLang is a separate process and pins its own torch: install it into an environment of its own.
     "sglang": ["sglang>=0.5.18"],
     "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", NVML, TRITON],

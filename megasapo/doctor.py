@@ -86,7 +86,10 @@ def _nvml() -> Finding:
     version = _version(name)
     if version is None:
         return Finding(name, "not installed", False, "no GPU utilisation, memory or power in the logs")
-    nvml = importlib.import_module("pynvml")
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError as e:
+        return Finding(name, f"{version}, does not import: {e}", False, "reinstall it: no GPU figures in the logs")
     try:
         nvml.nvmlInit()
         driver, devices = nvml.nvmlSystemGetDriverVersion(), nvml.nvmlDeviceGetCount()

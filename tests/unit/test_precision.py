@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from megasapo import config
 from megasapo.config import ConfigError
 from megasapo.mcore import compat, precision
+from megasapo.mcore.checkpoint import CheckpointError, _refuse_strays
 from megasapo.mcore.model import TransformerConfig, transformer_config
+from megasapo.mcore.optim import _optimizer_config
 from megasapo.mcore.precision import Precision, refuse_unusable, refuse_widths, why_not
-from megasapo.sections import FP8_MULTIPLES, ModelConfig, PrecisionConfig
+from megasapo.sections import FP8_MULTIPLES, ModelConfig, OptimConfig, PrecisionConfig
 from tests.unit import fake_packages as fake
 from tests.unit.test_mcore_model import layout, moe
 
@@ -154,6 +157,20 @@ def test_mxfp8_weights_are_not_kept() -> None:
         config.from_dict(given)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_optimizer_is_told_of_weights_in_fp8(keeps: bool) -> None:
+    model: Any = SimpleNamespace(params_dtype=torch.bfloat16, fp8="e4m3", fp8_param=keeps, fp8_recipe="blockwise")
+    told = _optimizer_config(OptimConfig(), [SimpleNamespace(config=model)])  # type: ignore[list-item]
+    assert told.fp8_recipe == ("blockwise" if keeps else None)
+
+
+def test_an_optimizer_of_another_recipe_is_refused() -> None:
+    model: Any = SimpleNamespace(params_dtype=torch.bfloat16, fp8=None, fp8_param=False, fp8_recipe="delayed")
+    cfg = OptimConfig(override_optimizer_config={"fp8_recipe": "mxfp8"})
+    with pytest.raises(ConfigError, match=r"fp8_recipe follows from `precision\.recipe`"):
+        _optimizer_config(cfg, [SimpleNamespace(config=model)])  # type: ignore[list-item]
+
+
 class KeptInFp8(torch.nn.Parameter):
     """A parameter with the value that it was made of beside it, as Transformer Engine keeps one."""
 
@@ -167,3 +184,11 @@ def test_the_optimizer_begins_with_the_weights_that_were_loaded() -> None:
     compat.set_quantised(parameter, value)
     assert torch.equal(parameter, value)
     assert torch.equal(parameter._high_precision_init_val, value)
+
+
+def test_a_checkpoint_may_lack_scales_but_nothing_else() -> None:
+    _refuse_strays(Path("run"), ["decoder.final_layernorm._extra_state"], ["output_layer._extra_state"])
+    with pytest.raises(CheckpointError, match=r"run does not fit this model: it has no a\.weight \(1 in all\)$"):
+        _refuse_strays(Path("run"), ["a.weight", "b._extra_state"], [])
+    with pytest.raises(CheckpointError, match=r"it has, and this model not, a\.weight, b\.weight \(2 in all\)"):
+        _refuse_strays(Path("run"), [], {"b.weight", "a.weight"})
