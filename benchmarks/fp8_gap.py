@@ -28,13 +28,15 @@ from megasapo.config import Config
 from megasapo.data.prompts import PromptDataset
 from megasapo.data.tokenizer import load_tokenizer
 from megasapo.geometry import read_geometry
-from megasapo.mcore import step
+from megasapo.mcore import model, step
+from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.scorer import Scorer
 from megasapo.mcore.topology import Topology
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.weight_files import Writer, read_config
 from megasapo.routing.flips import flips
 from megasapo.routing.validate import RoutingRule, validate
+from megasapo.sections import PrecisionConfig
 from megasapo.types import SamplingParams
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "arithmetic"
@@ -83,13 +85,8 @@ def sample(cfg: Config, run_dir: Path, samples: int) -> list[Sampled]:
 
 def gap(cfg: Config, topo: Topology, warm_up: Sequence[Sampled], measured: Sequence[Sampled]) -> list[str]:
     """One row: the learner of `cfg` against what the server said of `measured`."""
-    scorer = Scorer(cfg, topo)
+    scorer = with_history(cfg, topo, warm_up) if cfg.precision.recipe == "fp8_delayed" else Scorer(cfg, topo)
     scorer.load(Path(cfg.model.path))
-    if cfg.precision.recipe == "fp8_delayed":  # its first pass has no history, and only passes with gradients make one
-        micro = scorer._micro_batches([s.tokens for s in warm_up])
-        step.forward_backward(
-            scorer._chunks, micro, topo, lambda scores, _: (scores.logp.sum(), {}), temperature=1.0, with_entropy=False
-        )
     scored = scorer.score([s.tokens for s in measured], with_routing=True)
     difference = torch.from_numpy(
         np.concatenate([own.logp[-len(s.logp) :] - s.logp for own, s in zip(scored, measured, strict=True)])
@@ -109,11 +106,25 @@ def gap(cfg: Config, topo: Topology, warm_up: Sequence[Sampled], measured: Seque
     ]
 
 
-def settings(model: Path, a: argparse.Namespace, *overrides: str) -> Config:
+def with_history(cfg: Config, topo: Topology, responses: Sequence[Sampled]) -> Scorer:
+    """A scorer of recipe fp8_delayed, which Scorer refuses for want of a history: one pass with gradients makes it."""
+    scorer = Scorer(cfg.model_copy(update={"precision": PrecisionConfig()}), topo)
+    hf_config = model.read_hf_config(cfg.model.path)
+    scorer._chunks = [*model.build_model(cfg.model, hf_config, topo, precision=cfg.precision)]
+    scorer._replay = RoutingReplay(scorer._chunks)
+    scorer.load(Path(cfg.model.path))
+    micro = scorer._micro_batches([s.tokens for s in responses])
+    step.forward_backward(
+        scorer._chunks, micro, topo, lambda scores, _: (scores.logp.sum(), {}), temperature=1.0, with_entropy=False
+    )
+    return scorer
+
+
+def settings(path: Path, a: argparse.Namespace, *overrides: str) -> Config:
     return config.load(
         EXAMPLE / "sapo.yaml",
         [
-            *(f"model.path={model}", f"model.dtype={a.dtype}", f"data.eval={a.data}", f"data.train={a.data}"),
+            *(f"model.path={path}", f"model.dtype={a.dtype}", f"data.eval={a.data}", f"data.train={a.data}"),
             *("parallel.ep=1", f"rollout.server_args=[--threads, '1', --dtype, {a.dtype}]"),
             *overrides,
         ],
@@ -137,18 +148,18 @@ def main() -> None:
 
 
 def table(a: argparse.Namespace, scratch: Path) -> str:
-    model = scratch / "model"
-    cast(a.model, model, getattr(torch, a.dtype))
+    path = scratch / "model"
+    cast(a.model, path, getattr(torch, a.dtype))
     sampled = {
-        kind: sample(settings(model, a, f"rollout.quantization={kind}"), scratch / kind, a.samples) for kind in ROLLOUTS
+        kind: sample(settings(path, a, f"rollout.quantization={kind}"), scratch / kind, a.samples) for kind in ROLLOUTS
     }
-    cfg = settings(model, a)
+    cfg = settings(path, a)
     topo = Topology.init(cfg.parallel, seed=0)
     rows = []
     try:
         for recipe in RECIPES:
             precision = [] if recipe == "bf16" else [f"precision.recipe={recipe}", "precision.emulate=true"]
-            cfg = settings(model, a, *precision)
+            cfg = settings(path, a, *precision)
             for kind, responses in sampled.items():
                 half = len(responses) // 2
                 name = a.dtype if recipe == "bf16" else recipe
@@ -158,7 +169,7 @@ def table(a: argparse.Namespace, scratch: Path) -> str:
         topo.destroy()
     header = ["learner", "rollout", "mismatch/kl (k3)", "mean abs. difference", "variance", "> 1 %", "> 10 %", "flips"]
     tokens = " and ".join(str(sum(len(s.logp) for s in r[len(r) // 2 :])) for r in sampled.values())
-    sizes = read_geometry(model)
+    sizes = read_geometry(path)
     return "\n".join(
         [
             measure.machine("megatron-core", "transformers") + ".",

@@ -2,7 +2,8 @@
 
 publish calls it bucket by bucket, the fleet for the model that its servers start with, tools/quantise_checkpoint.py by
 hand. The layout is that of DeepSeek-V3's and Qwen3's FP8 checkpoints: `NAME` in e4m3 beside `NAME_scale_inv` in fp32,
-one scale for each 128 x 128 block, by which the stored values are multiplied.
+one scale for each 128 x 128 block, by which the stored values are multiplied. Scales are powers of two, as Transformer
+Engine's: so both round to the same numbers, although the learner's matrices, fused, have other blocks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def quantise_bucket(bucket: Bucket) -> Bucket:
     quantised: Bucket = []
     for name, tensor in bucket:
         if is_quantised(name, tensor.dim()):
-            values, scale_inv = quantise_blocks(tensor.detach())
+            values, scale_inv = quantise_blocks(tensor.detach(), power_of_two=True)
             quantised += [(name, values), (name + SCALE, scale_inv)]
         else:
             quantised.append((name, tensor))

@@ -53,12 +53,16 @@ def prompt_logprobs(server: Any) -> np.ndarray:
 
 
 def e4m3(x: np.ndarray, rows: int) -> np.ndarray:
-    """[M, N] rounded by blocks of rows x 128, in numpy: three bits of mantissa, steps of 2^-9 at the bottom."""
+    """[M, N] rounded by blocks of rows x 128, in numpy: three bits of mantissa, steps of 2^-9 at the bottom.
+
+    Weights, which have many rows a block, have powers of two as scales.
+    """
     out = np.empty(x.shape, dtype=np.float64)
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], 128):
             block = x[i : i + rows, j : j + 128].astype(np.float32)
             scale = np.float32(np.abs(block).max() / np.float32(448)) or np.float32(1)
+            scale = scale if rows == 1 else 2.0 ** np.ceil(np.log2(scale))
             scaled = (block / scale).astype(np.float64)
             step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 2.0**-9))), -6) - 3)
             out[i : i + rows, j : j + 128] = np.round(scaled / step) * step * scale
