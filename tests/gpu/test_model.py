@@ -21,9 +21,7 @@ NOISE = 0.02
 
 @needs_te
 @pytest.mark.parametrize("kind", ["moe", "dense"])
-def test_te_spec_agrees_with_local_spec_and_transformers(
-    kind: Kind, models: dict[Kind, Path], topo: Topology
-) -> None:
+def test_te_spec_agrees_with_local_spec_and_transformers(kind: Kind, models: dict[Kind, Path], topo: Topology) -> None:
     from tests.gpu.checks import spec_agrees
 
     spec_agrees(models[kind], topo, "te")

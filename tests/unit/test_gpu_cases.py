@@ -11,6 +11,8 @@ from megasapo.mcore.topology import Topology
 from megasapo.sections import ParallelConfig
 from tests.gpu import checks
 from tests.gpu.cases import Kind, Model, make_models
+from tests.gpu.quick_run import assert_healthy, quick_run
+from tests.gpu.sides import assert_carried_over, run_side
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +41,16 @@ def test_replay_in_bfloat16(models: dict[Kind, Path], topo: Topology) -> None:
 @pytest.mark.parametrize("replay", ["none", "R2", "R3"])
 def test_policy_steps(replay: str, models: dict[Kind, Path], topo: Topology) -> None:
     checks.policy_steps(models["moe"], topo, {}, replay)
+
+
+@pytest.mark.parametrize("te_like", [False, True], ids=["AdamW", "an Adam like Transformer Engine's"])
+def test_checkpoint_goes_on_in_another_process(te_like: bool, models: dict[Kind, Path], tmp_path: Path) -> None:
+    """Between AdamW, which a CPU has, and an Adam with the habits of Transformer Engine's, both ways."""
+    saved = run_side(models["moe"], tmp_path, "save", "saved", gpu=False, te_like=te_like)
+    loaded = run_side(models["moe"], tmp_path, "load", "loaded", gpu=False, te_like=not te_like)
+    assert {saved["adam"], loaded["adam"]} == {"AdamW", "TeLikeAdam"}
+    assert_carried_over(saved, loaded, next_step=1e-5)
+
+
+def test_quick_run(models: dict[Kind, Path], tmp_path: Path) -> None:
+    assert_healthy(quick_run(models["moe"], tmp_path, device="cpu"))
