@@ -20,7 +20,6 @@ from megasapo.config import ConfigError
 from megasapo.mcore.fusions import implementation
 from megasapo.sections import OptimConfig
 
-
 # what a checkpoint decides of an Adam; the rest of its settings belong to the implementation that runs here
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 

@@ -1,4 +1,4 @@
-"""What the GPU tests run, on whatever device there is: tests/unit/test_gpu_cases.py runs it on a CPU, in the local spec.
+"""What the GPU tests run, on any device: tests/unit/test_gpu_cases.py runs it on a CPU, in the local spec.
 
 Tiny models whose widths suit FP8, a model under test with its passes and gradients, and a policy with a batch.
 """
@@ -132,7 +132,7 @@ class Model:
         return self.logprobs(micro, self.replay.replay) if self.replay is not None else self.logprobs()
 
     def gradients(self, micro: list[MicroBatch] | None = None) -> dict[str, torch.Tensor]:
-        """Of model_reference's loss, in the weights' precision, by HF name; replayed where the micro-batches bring a routing."""
+        """Of model_reference's loss, in the weights' precision, by HF name; replayed where there is a routing."""
         micro = self.micro if micro is None else micro
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
@@ -193,15 +193,18 @@ def settings(model_dir: Path, **sections: Any) -> config.Config:
     return config.from_dict(base)
 
 
+def padded(topo: Topology, cfg: config.Config) -> Topology:
+    """The tests share one topology; a run makes its own, whose micro-batches are padded to the recipe's rows."""
+    rows = precision.Precision.of(cfg.precision, LAYERS).rows
+    return replace(topo, rows=rows) if rows > 1 else topo
+
+
 def make_policy(cfg: config.Config, topo: Topology) -> Policy:
     return Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=given.TEMPERATURE, total_steps=100)
 
 
 def make_batch(cfg: config.Config, policy: Policy, topo: Topology, routing: list[np.ndarray] | None = None) -> Batch:
     """The rows as one rollout batch, packed as train.py packs them."""
-    outside: Any = policy._chunks[0].outside
-    if outside.precision.rows > 1:
-        topo = replace(topo, rows=outside.precision.rows)  # the tests share a topology, a run makes its own
     found = rows()
     if routing is not None:
         found = [

@@ -16,7 +16,18 @@ from megasapo.mcore.precision import unquantised
 from megasapo.mcore.topology import Topology
 from megasapo.sections import PrecisionConfig
 from tests.dist import model_reference as given
-from tests.gpu.cases import Spec, Model, apart, foreign_routing, make_batch, make_policy, relative, same, settings
+from tests.gpu.cases import (
+    Model,
+    Spec,
+    apart,
+    foreign_routing,
+    make_batch,
+    make_policy,
+    padded,
+    relative,
+    same,
+    settings,
+)
 
 TIMES_BF16 = 2.0  # how much further from fp32 than the local spec in bfloat16 another implementation may be
 
@@ -73,6 +84,7 @@ def policy_steps(model_dir: Path, topo: Topology, precision: dict[str, Any], rep
     """Two optimizer steps of a policy: finite, taken, rows aligned, and logprobs off those in bfloat16 by a little."""
     algo = {"mini_batches": 2, "routing_replay": replay}
     cfg = settings(model_dir, precision=precision, algo=algo)
+    topo = padded(topo, cfg)
     policy = make_policy(cfg, topo)
     batch = make_batch(cfg, policy, topo, foreign_routing() if replay == "R3" else None)
     rows = policy._chunks[0].outside.precision.rows
@@ -130,6 +142,7 @@ def fp8_parameters_hold(model_dir: Path, topo: Topology, recipe: str) -> None:
     wanted = _logprobs(plain, batch)
     del plain
     cfg = settings(model_dir, precision={"recipe": recipe, "fp8_param": True}, optim={"lr": 1e-9})
+    topo = padded(topo, cfg)
     policy = make_policy(cfg, topo)
     kept = [type(p).__name__ for chunk in policy._chunks for p in chunk.parameters() if "Float8" in type(p).__name__]
     assert kept, "no weight is kept in FP8"

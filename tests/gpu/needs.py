@@ -1,6 +1,6 @@
 """What a GPU test needs and, where that is missing, the reason it is skipped for.
 
-`pytestmark = GPU` or `TE` in each file of this folder; all of them carry the marker `gpu`, which `make test` leaves out.
+Each file of this folder has `pytestmark = GPU` or `TE`, and so the marker `gpu`, which `make test` leaves out.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ STEPS = 5
 
 
 def quick_run(model: Path, directory: Path, *, device: str, **sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of a run of a few steps with R3, whose learner is on the GPU if there is one, whose server on `device`."""
+    """Metrics of a run of a few steps with R3: the learner is where torch finds a GPU, the server on `device`."""
     problems = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8)]
     (directory / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The learner's model of Transformer Engine's layers: against the local spec, transformers, and under replayed routing."""
+"""The learner's model of Transformer Engine's layers: against the local spec and transformers, and under replay."""
 
 from __future__ import annotations
 
