@@ -49,7 +49,7 @@ def test_the_slice_is_of_qwen3_30b_a3b(tmp_path: Path) -> None:
     assert (whole.total / 1e9, whole.active / 1e9) == pytest.approx((30.53, 3.35), abs=0.01)
     work = Work(write_model(tmp_path / "slice", SLICE), 16384, runs=1, warm_up=0, overrides={})
     assert sum(work.lengths) == 16384
-    # by hand: attention, router and 8 experts of 4 layers, the head: 3 passes of 2 FLOPs a weight; and attention's pairs
+    # by hand: attention, router and 8 experts of 4 layers, the head: 3 passes of 2 FLOPs a weight, attention's pairs
     weights = 4 * (2048 * 9216 + 2048 * 128 + 8 * 3 * 2048 * 768) + 151936 * 2048
     pairs = sum(n * (n + 1) // 2 for n in work.lengths)
     flops = 3 * (2 * weights * 16384 + 4 * 4 * 32 * 128 * pairs)
