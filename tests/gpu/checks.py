@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megasapo import metrics
+from megasapo.mcore.emulation import end_pass
 from megasapo.mcore.precision import unquantised
 from megasapo.mcore.topology import Topology
 from megasapo.sections import PrecisionConfig
@@ -143,6 +144,7 @@ def fp8_parameters_hold(model_dir: Path, topo: Topology, recipe: str) -> None:
     del plain
     cfg = settings(model_dir, precision={"recipe": recipe, "fp8_param": True}, optim={"lr": 1e-9})
     topo = padded(topo, cfg)
+    topo = padded(topo, cfg)
     policy = make_policy(cfg, topo)
     kept = [type(p).__name__ for chunk in policy._chunks for p in chunk.parameters() if "Float8" in type(p).__name__]
     assert kept, "no weight is kept in FP8"
@@ -192,13 +194,13 @@ def projection(model: Model, rows: int = 256) -> dict[str, torch.Tensor]:
     out_width, in_width = linear.weight.shape
     x, dy = (torch.randn(rows, 1, n, generator=generator).to(linear.weight) for n in (in_width, out_width))
     x.requires_grad_()
-    for chunk in model.ddp:
-        chunk.zero_grad_buffer()
     for _ in range(3):  # delayed scaling learns from the first passes
         x.grad = None
         model.ddp[0].zero_grad_buffer()
+        model.ddp[0].set_is_first_microbatch()  # weights are rounded anew
         with get_fp8_context(layer.config, layer.layer_number - 1):
             y, _ = linear(x)
         y.backward(dy)
+        end_pass(model.ddp, model.topo)
     assert x.grad is not None
     return {"output": y.detach(), "input's gradient": x.grad, "weight's gradient": linear.weight.main_grad.clone()}

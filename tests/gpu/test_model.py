@@ -51,3 +51,15 @@ def test_policy_steps_under_replay(replay: str, models: dict[Kind, Path], topo: 
     from tests.gpu.checks import policy_steps
 
     policy_steps(models["moe"], topo, {}, replay)
+
+
+@needs_te
+def test_fp32_is_left_to_the_local_spec(models: dict[Kind, Path], topo: Topology) -> None:
+    """Transformer Engine attends in fp32 by whole score matrices only."""
+    from megasapo.mcore.model import build_model, read_hf_config
+    from megasapo.sections import ModelConfig
+
+    for dtype, wanted in (("float32", False), ("bfloat16", True)):
+        cfg = ModelConfig(path=str(models["dense"]), dtype=dtype)  # type: ignore[arg-type]
+        (chunk,) = build_model(cfg, read_hf_config(models["dense"]), topo)
+        assert chunk.outside.precision.use_te is wanted

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from megasapo.mcore.topology import Topology
-from megasapo.sections import ParallelConfig
+from megasapo.sections import ParallelConfig, PrecisionConfig
 from tests.gpu import checks
-from tests.gpu.cases import Kind, Model, make_models
+from tests.gpu.cases import Kind, Model, make_models, relative
 from tests.gpu.quick_run import assert_healthy, quick_run
 from tests.gpu.sides import assert_carried_over, run_side
+
+Recipe = Literal["fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,26 @@ def test_replay_in_bfloat16(models: dict[Kind, Path], topo: Topology) -> None:
 @pytest.mark.parametrize("replay", ["none", "R2", "R3"])
 def test_policy_steps(replay: str, models: dict[Kind, Path], topo: Topology) -> None:
     checks.policy_steps(models["moe"], topo, {}, replay)
+
+
+RECIPES = ["fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_emulated_recipes(recipe: Recipe, models: dict[Kind, Path], topo: Topology) -> None:
+    emulated = PrecisionConfig(recipe=recipe, emulate=True)
+    checks.rounding_is_seen(models["moe"], topo, emulated, "local")
+    plain, rounded = (
+        checks.projection(Model(models["dense"], topo, spec="local", quantised=q)) for q in (None, emulated)
+    )
+    for what, wanted in plain.items():
+        assert 0.005 < relative(rounded[what], wanted) < 0.1, f"{recipe}: {what}"
+
+
+def test_emulated_steps_and_outer_layers(models: dict[Kind, Path], topo: Topology) -> None:
+    checks.policy_steps(models["moe"], topo, {"recipe": "fp8_blockwise", "emulate": True}, "R3")
+    quantised = PrecisionConfig(recipe="fp8_tensorwise", emulate=True, first_layers_bf16=1)
+    checks.outer_layers_are_plain(models["moe"], topo, quantised, "local")
 
 
 @pytest.mark.parametrize("te_like", [False, True], ids=["AdamW", "an Adam like Transformer Engine's"])
