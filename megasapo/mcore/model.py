@@ -358,7 +358,7 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
             shard=topo.shard,
             cp_group=topo.cp_group if topo.cp > 1 else None,
         )
-    # Padding at a sequence's end is attended like its tokens, and masked later. Context parallelism wants that said; for
+    # Padding at a sequence's end is attended like its tokens, and masked later. Context parallelism wants it said; for
     # others Transformer Engine would compare the two in every layer, and wait for the GPU each time.
     padded = mb.cu_seqlens if topo.cp > 1 else None
     return PackedSeqParams(
