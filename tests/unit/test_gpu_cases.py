@@ -75,5 +75,6 @@ def test_checkpoint_goes_on_in_another_process(te_like: bool, models: dict[Kind,
     assert_carried_over(saved, loaded, next_step=1e-5)
 
 
+@pytest.mark.slow
 def test_quick_run(models: dict[Kind, Path], tmp_path: Path) -> None:
     assert_healthy(quick_run(models["moe"], tmp_path, device="cpu"))
