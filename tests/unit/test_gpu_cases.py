@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
+from megasapo.mcore import checkpoint
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ParallelConfig, PrecisionConfig
 from tests.gpu import checks
@@ -78,3 +80,19 @@ def test_checkpoint_goes_on_in_another_process(te_like: bool, models: dict[Kind,
 @pytest.mark.slow
 def test_quick_run(models: dict[Kind, Path], tmp_path: Path) -> None:
     assert_healthy(quick_run(models["moe"], tmp_path, device="cpu"))
+
+
+def test_the_random_state_of_a_gpu_does_not_reach_a_cpus_tracker(topo: Topology) -> None:
+    """A GPU's generator has 16 bytes of state, a CPU's 5056: the tracker would fail at its next use."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker, few_bytes = get_cuda_rng_tracker(), torch.zeros(16, dtype=torch.uint8)
+    before = {name: state.clone() for name, state in tracker.get_states().items()}
+    assert before
+    own = checkpoint._random_state()
+    checkpoint._set_random_state(own | {"cuda": few_bytes, "megatron": dict.fromkeys(before, few_bytes)})
+    assert all(torch.equal(tracker.get_states()[name], state) for name, state in before.items())
+    other = {name: state.roll(1) for name, state in before.items()}
+    checkpoint._set_random_state(own | {"megatron": other})
+    assert all(torch.equal(tracker.get_states()[name], state) for name, state in other.items())
+    checkpoint._set_random_state(own | {"megatron": before})
