@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install train train-sglang test parity lint test-py312 clean
+.PHONY: install train train-sglang test test-gpu bench-gpu parity lint test-py312 clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,14 @@ train-sglang: install
 test: install
 	bash tests/sglang/setup.sh
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(PARALLEL) $(ARGS)
+
+# On a machine with a GPU, in an environment that has what docs/gpu.md names; GPU_PY is its python.
+GPU_PY ?= python3
+test-gpu:
+	$(GPU_PY) -m pytest -m gpu tests/gpu -p no:cacheprovider $(ARGS)
+
+bench-gpu:
+	$(GPU_PY) -m benchmarks.gpu $(ARGS)
 
 # The whole matrix of docs/numerics.md: prints its table and writes it there.
 parity: install

@@ -193,9 +193,12 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    # A GPU's generator has another kind of state than a CPU's, and a tracker given the wrong one fails at its next use:
+    # a run that changes from one to the other keeps the seeds that it began with.
+    if ("cuda" in state) == torch.cuda.is_available():
+        get_cuda_rng_tracker().set_states(state["megatron"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -73,7 +73,7 @@ def build_model(
     Each chunk is an unwrapped GPTModel with an `outside`. Raises ConfigError for a family that is not supported, or a
     precision that this machine cannot run; megasapo.layout has checked that the layout can cut the model.
     """
-    numbers = Precision.of(precision or PrecisionConfig(), hf_config.num_hidden_layers)
+    numbers = Precision.of(precision or PrecisionConfig(), hf_config.num_hidden_layers, DTYPES[cfg.dtype])
     config = transformer_config(cfg, hf_config, topo, numbers, recompute=recompute)
     if numbers.use_te and numbers.cfg.quantises:
         refuse_widths(numbers.cfg, config)
@@ -170,6 +170,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
         "moe_grouped_gemm": precision.use_te,
+        "moe_permute_fusion": precision.use_te,  # and adds up a token's experts in order: CUDA's scatter_add_ does not
         "gradient_accumulation_fusion": Fusions.find(use_te=precision.use_te, on_gpu=on_gpu).gradient_accumulation,
     }
 
@@ -357,12 +358,15 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
             shard=topo.shard,
             cp_group=topo.cp_group if topo.cp > 1 else None,
         )
+    # Padding at a sequence's end is attended like its tokens, and masked later. Context parallelism wants it said; for
+    # others Transformer Engine would compare the two in every layer, and wait for the GPU each time.
+    padded = mb.cu_seqlens if topo.cp > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=mb.cu_seqlens,
         cu_seqlens_kv=mb.cu_seqlens,
-        cu_seqlens_q_padded=mb.cu_seqlens,  # padding at a sequence's end is attended like its tokens, and masked later
-        cu_seqlens_kv_padded=mb.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=mb.max_seqlen,
         max_seqlen_kv=mb.max_seqlen,
     )

@@ -20,6 +20,9 @@ from megasapo.config import ConfigError
 from megasapo.mcore.fusions import implementation
 from megasapo.sections import OptimConfig
 
+# what a checkpoint decides of an Adam; the rest of its settings belong to the implementation that runs here
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
@@ -139,6 +142,8 @@ class Optimizer:
             if not isinstance(part.optimizer, torch.optim.AdamW):
                 if not is_loading:
                     part.init_state_fn(part.optimizer, part.config)
+                    for group in part.optimizer.param_groups:
+                        group.setdefault("step", 0)  # torch's AdamW could not load a checkpoint without
                 continue
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -149,7 +154,16 @@ class Optimizer:
                         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's state, which may be of another Adam: torch's, Transformer Engine's, Apex's."""
+        parts = getattr(self._inner, "chained_optimizers", [self._inner])
+        own = [[dict(group) for group in part.optimizer.param_groups] for part in parts]
         self._inner.load_state_dict(state)
+        for part, groups in zip(parts, own, strict=True):
+            for group, before in zip(part.optimizer.param_groups, groups, strict=True):
+                mine = before.keys() & part.optimizer.defaults.keys() - set(HYPERPARAMETERS)
+                group.update({name: before[name] for name in mine})
+                if "step" in group:  # torch's Adams count in fp32, the kernels of fused ones take nothing but an int
+                    group["step"] = int(group["step"])
 
     def schedule_state(self) -> dict[str, Any]:
         return {"schedule": self._schedule.state_dict(), "skipped": self.skipped}

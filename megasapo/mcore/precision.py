@@ -40,8 +40,12 @@ class Precision:
     use_te: bool  # whether the model is built of Transformer Engine's modules
 
     @staticmethod
-    def of(cfg: PrecisionConfig, layers: int) -> Precision:
-        """Raises ConfigError for a recipe that neither this machine nor emulation can run."""
+    def of(cfg: PrecisionConfig, layers: int, dtype: torch.dtype = torch.bfloat16) -> Precision:
+        """`dtype`: model.dtype. Raises ConfigError for a recipe that neither this machine nor emulation can run.
+
+        A model in fp32 is built of megatron-core's own layers: Transformer Engine has no fused attention in fp32, and
+        its products may be in TF32.
+        """
         if cfg.first_layers_bf16 + cfg.last_layers_bf16 >= layers and cfg.quantises:
             raise ConfigError(
                 f"precision.first_layers_bf16={cfg.first_layers_bf16} + last_layers_bf16={cfg.last_layers_bf16} leave "
@@ -49,7 +53,8 @@ class Precision:
             )
         if cfg.quantises and not cfg.emulate:
             refuse_unusable(cfg)
-        return Precision(cfg, layers, use_te=transformer_engine_usable() and not cfg.emulate)
+        use_te = transformer_engine_usable() and not cfg.emulate and dtype is torch.bfloat16
+        return Precision(cfg, layers, use_te=use_te)
 
     @property
     def emulates(self) -> bool:

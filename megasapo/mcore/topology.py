@@ -123,7 +123,9 @@ def _init_process_group(world_size: int) -> torch.device:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Slurm may show each rank its own GPU alone
+        one_each = torch.cuda.device_count() == 1
+        device = torch.device("cuda", 0 if one_each else int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:

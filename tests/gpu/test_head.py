@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasapo.mcore.head import token_logprobs
+from megasapo.mcore.head import CHUNK_BYTES, token_logprobs
+from tests.gpu.needs import GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = GPU
 
 TOKENS, HIDDEN, VOCAB, PADDED = 300, 128, 32003, 32064
 
@@ -87,3 +85,25 @@ def test_main_grad_of_bfloat16_is_added_to_in_fp32() -> None:
     added = weight.main_grad - 1  # type: ignore[attr-defined]
     assert (added - want.float()).abs().max() < 0.01 * want.float().abs().max()
     assert not added[VOCAB:].any()
+
+
+def test_memory_is_a_fraction_of_full_logits() -> None:
+    """16 times as many logits as the head holds at once: what it needs above its inputs does not grow with tokens."""
+    tokens, hidden_size, vocab = 28672, 512, 151936
+    hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (0.02 * torch.randn(vocab, hidden_size, device="cuda")).bfloat16().requires_grad_()
+    weight.main_grad = torch.zeros(vocab, hidden_size, device="cuda")  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    targets = torch.randint(0, vocab, (tokens,), device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    logp, entropy = token_logprobs(hidden, weight, targets, vocab_size=vocab, with_entropy=True, kernel="triton")
+    assert entropy is not None
+    (logp.sum() + 0.1 * entropy.sum()).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    held, full = CHUNK_BYTES["cuda"], 2 * tokens * vocab  # logits of one chunk, and of all tokens
+    small = 2 * 2 * hidden.nbytes + 100 * tokens * 4  # gradients of hidden states, sums per token
+    assert full > 16 * held
+    assert extra < 1.1 * held + small, f"{extra / 2**20:.0f} MiB above the inputs"
+    assert torch.isfinite(logp).all()
