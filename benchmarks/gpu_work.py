@@ -123,7 +123,7 @@ class Learner:
             algo = resolve(cfg.algo, cfg.rollout)
             self.policy = Policy(cfg, topo, algo, temperature=1.0, total_steps=1000)
         outside: Any = self.policy._chunks[0].outside
-        rows = outside.precision.rows
+        rows = outside.precision.cfg.rows
         self.batch: Batch = build_batch(
             work.sequences(),
             replace(topo, rows=rows) if rows > 1 else topo,

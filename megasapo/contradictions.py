@@ -42,6 +42,11 @@ def _check_precision(cfg: Config) -> None:
                 f"precision.recipe=bf16 quantises nothing, so {settings} would do nothing: choose a recipe"
             )
         return
+    if p.recipe != "fp8_delayed" and {"amax_history", "amax_algo"} & p.model_dump(exclude_defaults=True).keys():
+        raise ValueError(
+            f"precision.amax_history={p.amax_history}, amax_algo={p.amax_algo} mean something to fp8_delayed only, and "
+            f"precision.recipe={p.recipe}: leave them out"
+        )
     bf16_layers = p.first_layers_bf16 + p.last_layers_bf16
     if p.recipe == "fp8_delayed" and bf16_layers:
         raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from megasapo.errors import ConfigError
 
 TE = "transformer-engine"
+INSTALL = "pip install --no-build-isolation -e '.[gpu]'"  # in the repository: versions are setup.py's
 FITS = "python 3.12, torch 2.11.0 + CUDA 13.0 and transformer-engine 2.11 fit one another"
 
 
@@ -36,7 +37,7 @@ class Extension:
 def transformer_engine() -> Extension:
     """Transformer Engine with its PyTorch part."""
     if importlib.util.find_spec("transformer_engine") is None:
-        advice = f"on a GPU: pip install 'megasapo[gpu]' (README, On GPUs; {FITS})"
+        advice = f"on a GPU: {INSTALL} (README, On GPUs; {FITS})"
         return Extension(TE, None, "not installed", advice)
     version = _version(TE)
     advice = f"reinstall it for the torch that is installed ({FITS}), or pip uninstall transformer-engine"

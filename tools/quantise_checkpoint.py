@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         quantise_checkpoint(args.source, args.target)
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"quantise_checkpoint: {e}", file=sys.stderr)
         return 2
     print(f"{args.target}: done")

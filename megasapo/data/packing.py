@@ -36,7 +36,7 @@ class Shard:
     cp_rank: int = 0
     tp: int = 1
     tp_rank: int = 0
-    rows: int = 1  # each rank's tokens come in multiples of this (Precision.rows)
+    rows: int = 1  # each rank's tokens come in multiples of this (PrecisionConfig.rows)
 
     @property
     def pack_multiple(self) -> int:

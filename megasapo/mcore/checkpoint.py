@@ -155,7 +155,10 @@ def _refuse_strays(path: Path, missing: Iterable[str], unexpected: Iterable[str]
 def _read_record(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((path / "megasapo.json").read_text())
     if record["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {record['format']}, this version reads {FORMAT}: finish the run with the version that "
+            "began it, or start another run.name from its exported HF directory (model.path=RUN/hf)"
+        )
     return record
 
 

@@ -102,7 +102,8 @@ def histories(chunks: Sequence[nn.Module]) -> list[dict[str, Any]]:
 
 
 def restore_histories(chunks: Sequence[nn.Module], states: Sequence[dict[str, Any]]) -> None:
-    """Continue from `histories`. Without any, as after a run of another recipe, histories begin anew.
+    """Continue from `histories`, for a model that has made no pass. Without any, as after a run of another recipe,
+    histories begin with its first.
 
     Raises ValueError when they are of another model or layout.
     """

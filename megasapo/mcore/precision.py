@@ -60,11 +60,6 @@ class Precision:
     def emulates(self) -> bool:
         return self.cfg.quantises and self.cfg.emulate
 
-    @property
-    def rows(self) -> int:
-        """Rows that a rank's matrices come in multiples of."""
-        return self.cfg.rows
-
     def quantises_layer(self, index: int) -> bool:
         """Whether decoder layer `index` (from 0, over all stages) is quantised."""
         return self.cfg.quantises and self.cfg.first_layers_bf16 <= index < self.layers - self.cfg.last_layers_bf16
@@ -109,7 +104,7 @@ def why_not(recipe: str) -> str:
     if ask is None:
         return (
             f"Transformer Engine {found.version} is too old for it, having no {AVAILABLE[recipe]}(): install "
-            f"'transformer-engine[pytorch]>=2.11' ({extensions.FITS})"
+            f"'transformer-engine[pytorch]>=2.11,<2.12' ({extensions.FITS})"
         )
     runs, reason = ask(return_reason=True)
     if runs:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from megasapo.metrics import Metric, Sum
 from megasapo.rollout.client import ServerClient, read_key, retrying
-from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization
+from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
 from megasapo.rollout.spawn import free_port, with_routing
 from megasapo.rollout.watch import Server, Watch
@@ -286,10 +286,12 @@ class Fleet:
 
 def _served_model(cfg: RolloutConfig, model: Path, run_dir: Path) -> Path:
     """What servers of this run start from: the learner's model, or its quantised copy in the run's directory."""
+    flags = (*cfg.spawn_command, *cfg.server_args)
     if cfg.quantization == "none":
+        refuse_quantising_flags(flags)
         return model
     if cfg.engine == "sglang":
-        check_blocks(model, (*cfg.spawn_command, *cfg.server_args))
+        check_blocks(model, flags)
     from megasapo.rollout.quantise import rollout_model  # imports torch
 
     return rollout_model(model, run_dir / "rollout_model")

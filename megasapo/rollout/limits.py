@@ -101,8 +101,8 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
     rounds activations by groups of 128, and takes no float32. RolloutError names the size.
     """
     g = read_geometry(model_path)
-    tp = int(_flag(flags, "--tp", "--tp-size", "--tensor-parallel-size") or 1)
-    ep = int(_flag(flags, "--ep", "--ep-size", "--expert-parallel-size") or 1)
+    tp = _size(flags, "--tp", "--tp-size", "--tensor-parallel-size")
+    ep = _size(flags, "--ep", "--ep-size", "--expert-parallel-size")
     sizes = {
         "hidden_size": g.hidden,
         "num_attention_heads * head_dim / tp": g.query_width / tp,
@@ -129,17 +129,23 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
     """Refuse a running server whose model is not quantised as `wanted` (rollout.quantization) says.
 
     `info`: its /server_info and /model_info. SGLang (0.5.21) names a quantization only where a flag asked for it, so
-    the config.json of its model decides where this machine can read it.
+    the config.json of its model counts, too, where this machine can read it.
     """
-    path = Path(str(info.get("model_path"))) / "config.json"
-    if path.is_file():
-        found = json.loads(path.read_text()).get("quantization_config") or {}
-        method, blocks = found.get("quant_method"), found.get("weight_block_size") == [BLOCK, BLOCK]
+    config = _served_config(info)
+    own = (config or {}).get("quantization_config") or {}
+    asked = info.get("quantization")  # by a flag
+    if wanted == "none":
+        method = own.get("quant_method") or asked
+        fits = method is None
+    elif config is None:
+        method, fits = asked, asked == "fp8"
     else:
-        method, blocks = info.get("quantization"), info.get("quantization") == "fp8"
-    is_wanted = method is None if wanted == "none" else method == "fp8" and blocks
-    if not is_wanted:
-        where = "says its config.json" if path.is_file() else "it says itself (its config.json is not readable here)"
+        method = own.get("quant_method")
+        fits = method == "fp8" and own.get("weight_block_size") == [BLOCK, BLOCK]
+    if not fits:
+        where = (
+            "it says itself (its config.json is not readable here)" if config is None else "say config.json and flags"
+        )
         raise RolloutError(
             f"{url} serves {info.get('model_path')}, quantised as {method or 'nothing'}, {where}, but "
             f"rollout.quantization={wanted}: change that, or serve "
@@ -150,6 +156,36 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
                 "its directory is not readable here, start SGLang with --quantization fp8"
             )
         )
+
+
+def refuse_quantising_flags(flags: Sequence[str]) -> None:
+    """RolloutError for a server that is to quantise by itself what it gets: it would take the updates wrongly."""
+    asked = _flag(flags, "--quantization")
+    if asked is not None:
+        raise RolloutError(
+            f"`--quantization {asked}` among the servers' flags: SGLang would copy bf16 updates into quantised weights "
+            "without a word; drop the flag, or use rollout.quantization=fp8_block"
+        )
+
+
+def _served_config(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config.json of a server's model; None where this machine has none."""
+    path = Path(str(info.get("model_path"))) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise RolloutError(f"{path}: cannot read the configuration of the servers' model: {e}") from e
+    return config if isinstance(config, dict) else {}
+
+
+def _size(flags: Sequence[str], *spellings: str) -> int:
+    """The value of a flag that is a positive number; 1 without it."""
+    value = _flag(flags, *spellings) or "1"
+    if not value.isdigit() or int(value) < 1:
+        raise RolloutError(f"`{spellings[0]} {value}` among the servers' flags: give a positive whole number")
+    return int(value)
 
 
 def _flag(flags: Sequence[str], *spellings: str) -> str | None:

@@ -101,7 +101,7 @@ class Model:
         assert self.precision.use_te == (spec == "te"), f"asked for the {spec} spec, got {self.precision}"
         self.ddp: list[Any] = wrap_ddp(self.chunks)
         self.replay = RoutingReplay(self.ddp) if getattr(self._hf, "num_experts", 0) else None
-        packed = partial(pack, shard=topo.shard, pad_to=self.precision.rows)
+        packed = partial(pack, shard=topo.shard, pad_to=self.precision.cfg.rows)
         self.micro = [packed(rows(), given.token_weights()).to(topo.device), packed([], []).to(topo.device)]
 
     def logprobs(self, micro: list[MicroBatch] | None = None, routed: step.Routed = step.natively) -> Values:
@@ -195,7 +195,7 @@ def settings(model_dir: Path, **sections: Any) -> config.Config:
 
 def padded(topo: Topology, cfg: config.Config) -> Topology:
     """The tests share one topology; a run makes its own, whose micro-batches are padded to the recipe's rows."""
-    rows = precision.Precision.of(cfg.precision, LAYERS).rows
+    rows = cfg.precision.rows
     return replace(topo, rows=rows) if rows > 1 else topo
 
 

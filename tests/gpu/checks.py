@@ -88,7 +88,7 @@ def policy_steps(model_dir: Path, topo: Topology, precision: dict[str, Any], rep
     topo = padded(topo, cfg)
     policy = make_policy(cfg, topo)
     batch = make_batch(cfg, policy, topo, foreign_routing() if replay == "R3" else None)
-    rows = policy._chunks[0].outside.precision.rows
+    rows = policy._chunks[0].outside.precision.cfg.rows
     for mini in batch.mini:
         assert all(mb.tokens.numel() % rows == 0 for mb in mini.micro), f"rows are not multiples of {rows}"
     stats = metrics.scalars(metrics.merge(topo.gather(policy.update(policy.with_old_logprobs(batch)))))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasapo.rollout.limits import check_blocks, check_quantization
+from megasapo.rollout.limits import check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import is_quantised, quantise_bucket, quantise_checkpoint, rollout_model
 from tests.tiny import make_model
@@ -203,6 +203,7 @@ FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         ("fp8_block", {"quant_method": "awq"}, None, False),
         ("none", None, None, True),
         ("none", FP8_BLOCKS, None, False),
+        ("none", None, "fp8", False),  # --quantization fp8: it would take bf16 for FP8
         ("fp8_block", "elsewhere", "fp8", True),
         ("fp8_block", "elsewhere", None, False),
         ("none", "elsewhere", "fp8", False),
@@ -220,3 +221,21 @@ def test_running_servers_must_hold_the_right_kind(
     else:
         with pytest.raises(RolloutError, match=rf"http://s serves .*rollout\.quantization={wanted}"):
             check_quantization("http://s", info, wanted)
+
+
+def test_a_servers_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RolloutError, match=r"config\.json: cannot read"):
+        check_quantization("http://s", {"model_path": str(tmp_path)}, "none")
+
+
+def test_servers_may_not_quantise_by_themselves() -> None:
+    refuse_quantising_flags(["--dtype", "bfloat16"])
+    for flags in (["--quantization", "fp8"], ["--tp", "2", "--quantization=awq"]):
+        with pytest.raises(RolloutError, match=r"`--quantization (fp8|awq)` .*rollout\.quantization=fp8_block"):
+            refuse_quantising_flags(flags)
+
+
+def test_a_flag_that_is_no_number(models: dict[str, Path]) -> None:
+    with pytest.raises(RolloutError, match=r"`--tp two` .*positive whole number"):
+        check_blocks(models["moe"], ["--tp", "two"])

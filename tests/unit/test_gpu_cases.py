@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -37,6 +39,40 @@ def test_local_spec_agrees_with_fp32_and_that_with_transformers(
     kind: Kind, models: dict[Kind, Path], topo: Topology
 ) -> None:
     checks.spec_agrees(models[kind], topo, "local")
+
+
+def test_checkpoints_are_named_as_those_of_transformer_engines_layers(models: dict[Kind, Path], topo: Topology) -> None:
+    """Whose norms belong to the linear layers after them, but not to a router (test_te_spec.py compares the two)."""
+
+    def norms(kind: Kind) -> set[str]:
+        keys = Model(models[kind], topo, spec="local").chunks[0].sharded_state_dict()
+        found = (re.match(r"decoder\.layers\.(?:\d+\.)?(.*norm.*)", value.key) for value in keys.values())
+        return {match[1] for match in found if match}
+
+    attention = {"self_attention.linear_qkv.layer_norm_weight"}
+    attention |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
+    assert norms("moe") == attention | {"pre_mlp_layernorm.weight"}
+    assert norms("dense") == attention | {"mlp.linear_fc1.layer_norm_weight"}
+
+
+def test_passes_without_gradient_keep_the_histories_of_transformer_engine(
+    models: dict[Kind, Path], topo: Topology
+) -> None:
+    """Its modules note the largest values of such passes, too, in the first row of what the next scales come from."""
+    model = Model(models["dense"], topo, spec="local")
+    noting = model.chunks[0].decoder.layers[0].mlp
+    history = torch.tensor([[2.0, 1.0], [9.0, 9.0]])
+    noting.fp8_meta = {"scaling_fwd": SimpleNamespace(amax_history=history)}
+    seen = []
+
+    def note(*_: object) -> None:
+        history[0] = 100.0
+        seen.append(True)
+
+    noting.register_forward_hook(note)
+    model.logprobs()
+    assert seen
+    torch.testing.assert_close(history[0], torch.tensor([2.0, 1.0]), rtol=0, atol=0)
 
 
 def test_replay_in_bfloat16(models: dict[Kind, Path], topo: Topology) -> None:
