@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -216,10 +215,13 @@ def _head(s: Snapshot) -> list[tuple[str, Style]]:
     where = ""
     if s.ranks:
         job = f"job {s.leader['job']}, " if s.leader["job"] else ""
-        where = f"   rank 0 on {s.leader['host']}, {job}attempt {s.leader['attempt']}"
+        where = f"rank {s.leader['rank']} on {s.leader['host']}, {job}attempt {s.leader['attempt']}; "
     style: Style = "red" if not found.well else "green" if found.word in ("running", "finished") else "yellow"
-    head: list[tuple[str, Style]] = [(f"{s.run_dir}   {time.strftime('%F %T', time.localtime(s.now))}{where}", "bold")]
-    return [*head, (f"{found.word.upper()}{f': {found.detail}' if found.detail else ''}", style)]
+    return [
+        (f"{time.strftime('%F %T', time.localtime(s.now))}  {s.run_dir}", "bold"),
+        (f"{found.word.upper()}{f': {found.detail}' if found.detail else ''}", style),
+        (f"{where}last checkpoint: {s.checkpoint or 'none yet'}", ""),
+    ]
 
 
 def _progress(s: Snapshot) -> list[tuple[str, Style]]:
@@ -234,7 +236,7 @@ def _progress(s: Snapshot) -> list[tuple[str, Style]]:
     text += f"   {mean_s:.3g} s a step (mean of {len(times)})"
     if total is not None and s.alive and step < total:
         text += f"   ETA {_duration(mean_s * (total - step))}"
-    return [(text, ""), (f"last checkpoint: {s.checkpoint or 'none yet'}", "")]
+    return [(text, "")]
 
 
 def _phases(row: dict[str, Any], width: int) -> list[tuple[str, Style]]:
@@ -342,7 +344,7 @@ def _duration(seconds: float) -> str:
 # --- the terminal ---
 
 
-def _live(run_dir: Path, every_s: float, size: Callable[[], os.terminal_size] = shutil.get_terminal_size) -> None:
+def _live(run_dir: Path, every_s: float) -> None:
     """Frames in the terminal's second screen, fitted to its size at that moment, until the run has finished."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the terminal is put back
     out = sys.stdout
@@ -350,7 +352,7 @@ def _live(run_dir: Path, every_s: float, size: Callable[[], os.terminal_size] = 
     try:
         snapshot = read(run_dir)
         while snapshot.done is None:
-            out.write(_screen(snapshot, *size()))
+            out.write(_screen(snapshot, *os.get_terminal_size(out.fileno())))  # shutil's would believe COLUMNS
             out.flush()
             time.sleep(every_s)
             snapshot = read(run_dir)
@@ -364,9 +366,10 @@ def _screen(s: Snapshot, columns: int, rows: int) -> str:
     lines = frame(s, columns)
     if len(lines) > rows:
         cut = len(lines) - rows + 1
-        lines = [*lines[: rows - 1], (f"... {cut} more lines: enlarge the terminal, or use --once", "yellow")]
+        more = f"... {cut} more lines: enlarge the terminal, or use --once"
+        lines = [*lines[: rows - 1], (more[:columns], "yellow")]
     drawn = (f"{CODES[style]}{text}\x1b[0m\x1b[K" for text, style in lines)
-    return "\x1b[H" + "\r\n".join(drawn) + "\x1b[J"
+    return "\x1b[H" + "\n".join(drawn) + "\x1b[J"
 
 
 def _serve_tensorboard(run_dir: Path, port: int) -> int:
