@@ -48,7 +48,8 @@ RUN (getent passwd "${UID}" > /dev/null || useradd --create-home --uid "${UID}" 
 USER ${UID}
 WORKDIR /work
 
-ENV SGLANG_PYTHON=/opt/sglang/bin/python \
+# as the batch script's knob of that name
+ENV SERVER_PYTHON=/opt/sglang/bin/python \
     HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1
 
