@@ -24,6 +24,7 @@ STALE_S = 30.0  # a rank writes every 5 s, and machines' clocks differ by a litt
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: some hundred steps
 RATE_STEPS = 50  # whose mean time the rest is estimated by
 TREND_STEPS = 40
+UNCUT = 1000  # columns: where there is no terminal, errors are shown whole
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = (  # metric, format
     ("reward/mean", ".4f"),
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
         _live(run_dir, args.every)
     snapshot = read(run_dir)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without the trend's blocks
-    print("\n".join(text for text, _ in frame(snapshot)))
+    print("\n".join(text for text, _ in frame(snapshot, UNCUT)))
     return 0 if condition(snapshot).well else 1
 
 
