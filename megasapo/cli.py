@@ -37,6 +37,11 @@ COMMANDS = {
         "RUN_DIR [RUN_DIR2 ...] [--out FILE.html]",
         "one page of charts about one run or several",
     ),
+    "watch": (
+        "megasapo.watch",
+        "RUN_DIR [--once] [--tensorboard PORT]",
+        "live view of a run: progress, phases, metrics, ranks, servers, warnings",
+    ),
     "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
 }
 

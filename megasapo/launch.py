@@ -10,9 +10,11 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from megasapo.config import ConfigError
 
@@ -34,6 +36,29 @@ def is_rank() -> bool:
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ["WORLD_SIZE"] = tasks
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs: its rank, and which attempt of which job on which machine that is."""
+
+    host: str
+    rank: int
+    world_size: int
+    job: str  # Slurm's number, empty without Slurm
+    attempt: int  # how often Slurm has requeued the job
+
+
+def place() -> Place:
+    """That of this process; call `is_rank` before, which translates srun's variables."""
+    env = os.environ
+    return Place(
+        host=socket.gethostname(),
+        rank=int(env.get("RANK", "0")),
+        world_size=int(env.get("WORLD_SIZE", "1")),
+        job=env.get("SLURM_JOB_ID", ""),
+        attempt=int(env.get("SLURM_RESTART_COUNT", "0")),
+    )
 
 
 def visible_device(index: int) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -56,9 +56,11 @@ def on_ranks(command: str, argv: list[str], nproc: int, stop_file: Path | None =
 
     SIGTERM makes `stop_file`, which the ranks look for between two steps.
     """
-    rank = f"rank {os.environ['RANK']} " if launch.is_rank() else ""
-    logging.basicConfig(level=logging.WARNING, format=f"{rank}%(levelname)s %(name)s: %(message)s")
-    if launch.is_rank():
+    is_rank = launch.is_rank()
+    here = launch.place()
+    who = f"{here.host} attempt {here.attempt}{f' rank {here.rank}' if is_rank else ''}"
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {who} %(levelname)s %(name)s: %(message)s")
+    if is_rank:
         launch.die_with_parent()
         return None
     return launch.run(command, argv, nproc, stop_file.touch if stop_file else None) if nproc > 1 else None
@@ -112,10 +114,10 @@ class RunDir:
 class Phases:
     """Seconds spent in each named phase of one step; `take` returns them and starts over.
 
-    Each phase runs inside `around(name)`: log.profile.Profiler.phase.
+    Each phase runs inside every `around(name)`: log.heartbeat.Heartbeat.phase, log.profile.Profiler.phase.
     """
 
-    def __init__(self, around: Callable[[str], AbstractContextManager[object]] = nullcontext) -> None:
+    def __init__(self, *around: Callable[[str], AbstractContextManager[object]]) -> None:
         self._around = around
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -123,7 +125,9 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         before = time.perf_counter()
-        with self._around(name):
+        with ExitStack() as inside:
+            for around in self._around:
+                inside.enter_context(around(name))
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - before
 

@@ -19,6 +19,7 @@ from megasapo.config import Config, ConfigError
 from megasapo.types import TrainSequence
 
 if TYPE_CHECKING:
+    from megasapo.log.heartbeat import Heartbeat
     from megasapo.log.sinks import Log
     from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
@@ -49,6 +50,7 @@ def train(cfg: Config) -> None:
     from megasapo.algo.settings import resolve
     from megasapo.data.sft import load_demonstrations
     from megasapo.data.tokenizer import load_tokenizer
+    from megasapo.log.heartbeat import Heartbeat
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
     from megasapo.mcore.policy import Policy
@@ -56,8 +58,10 @@ def train(cfg: Config) -> None:
     from megasapo.meter import Meter
 
     assert cfg.sft.data is not None  # main refuses it
-    topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
     with ExitStack() as cleanup:
+        heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
+        with heartbeat.phase("join"):
+            topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
@@ -73,7 +77,7 @@ def train(cfg: Config) -> None:
         cleanup.callback(log.close)
         meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)
         cleanup.callback(meter.close)
-        step = _loop(cfg, topo, policy, examples, directory, stop, log, meter, step, steps)
+        step = _loop(cfg, topo, policy, examples, directory, stop, log, meter, heartbeat, step, steps)
         if step == steps:
             out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
             policy.save_hf(out)
@@ -92,6 +96,7 @@ def _loop(
     stop: Callable[[], bool],
     log: Log,
     meter: Meter,
+    heartbeat: Heartbeat,
     step: int,
     steps: int,
 ) -> int:
@@ -100,8 +105,9 @@ def _loop(
     from megasapo.algo.weights import token_weights
     from megasapo.mcore.exchange import PackingRule, build_batch
 
-    phases, packing = run.Phases(), PackingRule.of(cfg)
+    phases, packing = run.Phases(heartbeat.phase), PackingRule.of(cfg)
     for rows in _batches(examples, cfg, start=step):
+        heartbeat.at(step + 1, steps)
         with phases("batch"):
             mine = rows[topo.dp_rank :: topo.dp] if topo.is_leader else []
             batch = build_batch(
@@ -120,7 +126,8 @@ def _loop(
         log(step, numbers | meter.rates(numbers, sum(len(row.tokens) for row in rows)))
         ending = topo.any(stop() or directory.stop_requested())
         if ending or step % cfg.train.save_every == 0 or step == steps:
-            policy.save(directory.path, step, {"command": "sft", "step": step})
+            with heartbeat.phase("save"):
+                policy.save(directory.path, step, {"command": "sft", "step": step})
         if ending:
             break
     return step

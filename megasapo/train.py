@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megasapo.data.prompts import PromptStream
     from megasapo.diagnosis import Diagnosis, Figures
     from megasapo.evaluate import Problem
+    from megasapo.log.heartbeat import Heartbeat
     from megasapo.log.profile import Profiler
     from megasapo.log.sinks import Log
     from megasapo.mcore.exchange import PackingRule
@@ -67,6 +68,7 @@ class Parts:
     log: Log
     meter: Meter
     profiler: Profiler
+    heartbeat: Heartbeat
     guard: Guard
     directory: run.RunDir
     stop: Callable[[], bool]
@@ -77,10 +79,12 @@ def loop(p: Parts, step: int) -> int:
     from megasapo import metrics
     from megasapo.rollout.stats import group_stats, routing_stats
 
-    phases = run.Phases(p.profiler.phase)
-    p.publish(step)
+    phases = run.Phases(p.heartbeat.phase, p.profiler.phase)
+    with p.heartbeat.phase("publish"):
+        p.publish(step)
     p.diagnosis.keep(step)
     while step < p.cfg.train.steps:
+        p.heartbeat.at(step + 1, p.cfg.train.steps)
         p.profiler.at(step + 1)
         with phases("rollout"):
             groups, dropped = p.source.next(version=step)
@@ -114,7 +118,8 @@ def loop(p: Parts, step: int) -> int:
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
                 save(p, step)
         if _every(p.cfg.train.export_every, step):
-            p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
+            with p.heartbeat.phase("export"):
+                p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
         if ending:
             break
     p.profiler.close()
@@ -215,21 +220,26 @@ def write_step(
 
 def train(cfg: Config) -> None:
     """Set everything up on this rank, resume, run the loop, export."""
+    from megasapo.log.heartbeat import Heartbeat
     from megasapo.mcore import checkpoint
     from megasapo.mcore.topology import Topology
 
-    topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
     with ExitStack() as cleanup:
+        heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
+        with heartbeat.phase("join"):
+            topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
         last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
-        parts = _make_parts(cfg, topo, directory, stop, last, cleanup)
-        step = resume(parts, last)
+        with heartbeat.phase("load"):
+            parts = _make_parts(cfg, topo, directory, stop, last, heartbeat, cleanup)
+            step = resume(parts, last)
         step = loop(parts, step)
         finished = step >= cfg.train.steps
         if finished:
-            parts.policy.save_hf(directory.path / "hf")
+            with heartbeat.phase("export"):
+                parts.policy.save_hf(directory.path / "hf")
             directory.finish("train", step)
     if topo.rank == 0:
         _report_end(cfg, directory, step, finished)
@@ -247,7 +257,13 @@ def resume(p: Parts, last: Path | None) -> int:
 
 
 def _make_parts(
-    cfg: Config, topo: Topology, directory: run.RunDir, stop: Callable[[], bool], last: Path | None, cleanup: ExitStack
+    cfg: Config,
+    topo: Topology,
+    directory: run.RunDir,
+    stop: Callable[[], bool],
+    last: Path | None,
+    heartbeat: Heartbeat,
+    cleanup: ExitStack,
 ) -> Parts:
     from megasapo.algo.settings import resolve
     from megasapo.data.prompts import PromptDataset, PromptStream
@@ -306,7 +322,7 @@ def _make_parts(
     guard = Guard(cfg.stability, topo, directory.path)
     return Parts(
         *(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate),
-        *(log, meter, profiler, guard, directory, stop),
+        *(log, meter, profiler, heartbeat, guard, directory, stop),
     )
 
 

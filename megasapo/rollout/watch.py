@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megasapo.log.heartbeat import write_json
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.protocol import Refused, Retryable, RolloutError, parse_version
 from megasapo.rollout.spawn import ServerProcess, free_port, server_command
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 0.2
 LOOK_EVERY_S = 2.0
+REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
 
 
@@ -46,6 +48,11 @@ class Server:
     look_at: float = 0.0  # when to ask for its version next
     outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
     failed_at: float = field(default=float("-inf"))  # when a request to it last failed
+
+    def record(self) -> dict[str, Any]:
+        """What people want to know of it, as JSON values."""
+        names = ("index", "url", "up", "ready", "version", "restarts", "trouble", "outstanding_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 class Watch:
@@ -123,11 +130,12 @@ class Watch:
     # --- in the loop ---
 
     async def _start_all(self) -> None:
+        self._tasks = [asyncio.create_task(self._report())]
         results = await asyncio.gather(*(self._first_start(s) for s in self._servers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        self._tasks = [asyncio.create_task(self._keep(s)) for s in self._servers]
+        self._tasks += [asyncio.create_task(self._keep(s)) for s in self._servers]
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -144,6 +152,22 @@ class Watch:
             if isinstance(info, BaseException) and not isinstance(info, Retryable):
                 raise info
         return [s for s, info in zip(up, infos, strict=True) if not isinstance(info, BaseException)]
+
+    async def _report(self) -> None:
+        """Forever: the servers as they are, into RUN/logs/servers.json, for `megasapo watch`."""
+        path = self._run_dir / "logs" / "servers.json"
+        while True:
+            record = {
+                "written": time.time(),
+                "version": self._version,
+                "max_restarts": self._cfg.max_restarts,
+                "servers": [s.record() for s in self._servers],
+            }
+            try:
+                await asyncio.to_thread(write_json, path, record)
+            except OSError as e:  # a file system that is slow to answer must not end the run
+                log.warning("cannot write %s: %s", path, e)
+            await asyncio.sleep(REPORT_EVERY_S)
 
     async def _acquire(self) -> None:
         await self._updating.acquire()

@@ -17,7 +17,13 @@ import psutil
 import yaml
 
 TIMEOUT_S = 240
-FAULTS = ("rollout/retries", "rollout/unreachable", "rollout/server_restarts", "rollout/bad_answer")
+FAULTS = (
+    "rollout/retries",
+    "rollout/unreachable",
+    "rollout/server_restarts",
+    "rollout/bad_answer",
+    "rollout/wrong_version",
+)
 TIMING = ("time/", "perf/", "gpu/", *FAULTS)
 
 

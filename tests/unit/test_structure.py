@@ -31,7 +31,7 @@ LAYERS = [
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis"},
-    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
@@ -94,7 +94,7 @@ def test_light_modules_do_not_import_torch(code: str) -> None:
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
 
 
-COMMANDS = ("train", "sft", "evaluate", "score", "serve", "plan", "report", "debug", "doctor")
+COMMANDS = ("train", "sft", "evaluate", "score", "serve", "plan", "report", "debug", "watch", "doctor")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
