@@ -101,8 +101,8 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
     rounds activations by groups of 128, and takes no float32. RolloutError names the size.
     """
     g = read_geometry(model_path)
-    tp = int(_flag(flags, "--tp", "--tp-size", "--tensor-parallel-size") or 1)
-    ep = int(_flag(flags, "--ep", "--ep-size", "--expert-parallel-size") or 1)
+    tp = int(flag(flags, "--tp", "--tp-size", "--tensor-parallel-size") or 1)
+    ep = int(flag(flags, "--ep", "--ep-size", "--expert-parallel-size") or 1)
     sizes = {
         "hidden_size": g.hidden,
         "num_attention_heads * head_dim / tp": g.query_width / tp,
@@ -118,7 +118,7 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
                 f"rollout.quantization=fp8_block with engine=sglang needs multiples of {BLOCK}, and {model_path} has "
                 f"{name} = {size:g} (tp={tp}, ep={ep}): use quantization=none, a smaller --tp, or engine=embedded"
             )
-    if _flag(flags, "--dtype") in ("float32", "float"):
+    if flag(flags, "--dtype") in ("float32", "float"):
         raise RolloutError(
             "rollout.quantization=fp8_block: SGLang computes a quantised model in bfloat16 or float16, not in "
             "`--dtype float32`: drop the flag, or use engine=embedded"
@@ -152,7 +152,7 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
         )
 
 
-def _flag(flags: Sequence[str], *spellings: str) -> str | None:
+def flag(flags: Sequence[str], *spellings: str) -> str | None:
     """The value of a server's flag, given as two words or with `=`; the last one counts."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     return next((value for name, value in reversed(list(pairwise(words))) if name in spellings), None)
