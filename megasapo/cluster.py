@@ -118,8 +118,8 @@ def _ranks_a_node(args: argparse.Namespace) -> int:
     nproc = args.nproc if args.nproc is not None else args.gpus
     if args.learner_nodes < 1 or args.gpus < 0 or nproc < 1:
         raise ConfigError(
-            f"--learner-nodes {args.learner_nodes}, --gpus {args.gpus}, ranks a node {nproc}: give at least one node and "
-            "one rank on it (without GPUs by --nproc)"
+            f"--learner-nodes {args.learner_nodes}, --gpus {args.gpus}, ranks a node {nproc}: give at least one node "
+            "and one rank on it (without GPUs by --nproc)"
         )
     if args.gpus and nproc > args.gpus:
         raise ConfigError(f"--nproc {nproc} ranks do not fit on --gpus {args.gpus}: each needs a GPU of its own")
@@ -140,7 +140,7 @@ def _settle_servers(cfg: Config, args: argparse.Namespace) -> tuple[Config, int]
     tp = int(given) if given is not None else args.server_tp or max(1, args.gpus)
     if tp < 1 or args.gpus % tp:
         raise ConfigError(
-            f"servers of {tp} GPUs do not fill a node of {args.gpus}: choose a divisor (a server cannot span nodes here)"
+            f"servers of {tp} GPUs do not fill a node of {args.gpus}: choose a divisor; a server cannot span nodes here"
         )
     if rollout.engine == "sglang" and given is None and tp > 1 and (args.server_tp or not rollout.spawn_command):
         rollout = rollout.model_copy(update={"server_args": (*rollout.server_args, TP_FLAGS[0], str(tp))})

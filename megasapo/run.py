@@ -22,6 +22,7 @@ from megasapo.config import Config, ConfigError
 
 STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
 
+
 def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]:
     """CONFIG.yaml, overrides and --nproc of a learner command. Exits on --help or unusable arguments."""
     parser = argparse.ArgumentParser(prog=f"megasapo {command}", description=description)

@@ -194,7 +194,17 @@ end() {                                            # EXIT_CODE MESSAGE...
     say "$@"
     exit "$code"                                   # Slurm ends what is left
 }
+# Slurm may have started this job again without the node of this script, which then is a ghost and must touch nothing.
+leave_if_superseded() {
+    local shown=
+    for _ in {1..30}; do
+        shown=$(scontrol show job "$job" 2>/dev/null) && break
+        nap 10
+    done
+    [[ $shown == *"Restarts=$attempt "* ]] || { say "Slurm has taken the job away from this attempt"; exit 1; }
+}
 again() {                                          # the same job, from its last checkpoint
+    leave_if_superseded
     [ "$((attempt + 1))" -lt "$MAX_ATTEMPTS" ] || end 1 "FAILED: $1; MAX_ATTEMPTS=$MAX_ATTEMPTS are used up"
     say "$1: requeue; the next attempt continues from checkpoint $(checkpoint)"
     for _ in {1..30}; do
@@ -206,8 +216,7 @@ again() {                                          # the same job, from its last
 }
 crashed() {                                        # the budget is for crashes in a row without a new checkpoint
     local was=none count=0 now
-    # Slurm may have given this job to other nodes when one of these lost touch; then this script is a ghost.
-    if ! scontrol show job "$job" 2>/dev/null | grep -q "Restarts=$attempt "; then exit 1; fi
+    leave_if_superseded
     read -r was count 2>/dev/null < "$RUN_DIR/logs/crashes.$job" || was=none count=0
     now=$(checkpoint)
     [ "$now" = "$was" ] || count=0
@@ -295,7 +304,7 @@ code=0
 if [ -e "$RUN_DIR/done" ]; then end 0 "finished: $RUN_DIR"; fi
 case $why in
 "time limit or preemption") again "stopped for $why (learner ended with $code)" ;;
-"told to end") end "$code" "stopped as told, at checkpoint $(checkpoint); sbatch it again to continue" ;;
+"told to end") leave_if_superseded; end "$code" "stopped as told, at checkpoint $(checkpoint); sbatch it again to continue" ;;
 ?*) end 1 "FAILED: $why; the learner ended with $code, checkpoint $(checkpoint); see $(server_log 0)" ;;
 esac
 if [ "$code" = 0 ]; then

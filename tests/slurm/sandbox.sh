@@ -42,9 +42,10 @@
 #   SLURM_SANDBOX_TIMEOUT  SlurmdTimeout, s  (10: a dead node is down in 8-20 s)
 #   SLURM_SANDBOX_CONF     extra lines for slurm.conf
 #
-# With gcc and libslurm-dev (install fetches the latter) srun and sbatch also
+# With gcc and libslurm-dev (install fetches both) srun and sbatch also
 # take pyxis' --container-* options.  No container is entered: each option is
 # checked, and shown to the task as SANDBOX_CONTAINER_IMAGE, ..._MOUNTS and so on.
+# shellcheck disable=SC2016  # what stands in single quotes is for the shell of another machine
 set -euo pipefail
 
 self=$(readlink -f "${BASH_SOURCE[0]}")
@@ -61,12 +62,11 @@ die() { say "$*"; exit 1; }
 # kernel has handed to someone else is never signalled.
 
 start_time() {                # PID -> field 22 of /proc/PID/stat, nothing if dead
-    local s
-    s=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-    s=${s##*) }               # the command name may hold blanks
-    read -r -a s <<< "$s"
-    [ "${s[0]}" != Z ] || return 1
-    echo "${s[19]}"
+    local stat fields
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    read -r -a fields <<< "${stat##*) }"    # the command name may hold blanks
+    [ "${fields[0]}" != Z ] || return 1
+    echo "${fields[19]}"
 }
 
 init_pid() {                  # MACHINE -> pid of its init, fails when it is not alive
@@ -157,7 +157,7 @@ enter() {                     # MACHINE CMD...: in its namespaces, same director
 start_machine() {
     local name=$1 pid
     rm -f "$DIR/pids/$name" "$DIR/pids/$name.wired"
-    DIR=$DIR SLURM_SANDBOX_DIR=$DIR PRIVATE=$PRIVATE SLURM_CONF=$DIR/etc/slurm.conf \
+    SLURM_SANDBOX_DIR=$DIR PRIVATE=$PRIVATE SLURM_CONF=$DIR/etc/slurm.conf \
         setsid unshare --net --uts --mount --ipc --pid --fork --kill-child \
         bash "$self" __init "$name" < /dev/null >> "$DIR/log/$name.out" 2>&1 9>&- &
     wait_for 10 test -s "$DIR/pids/$name" || die "$name did not start: $(tail -3 "$DIR/log/$name.out")"
@@ -361,7 +361,7 @@ EOF
 
 missing() {
     local c
-    for c in slurmctld slurmd sbatch srun munged unshare nsenter setpriv ip; do
+    for c in slurmctld slurmd sbatch srun munged unshare nsenter setpriv ip gcc; do
         command -v $c > /dev/null || echo $c
     done
 }
@@ -396,7 +396,7 @@ install)
     fi
     apt-get update
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        slurmctld slurmd slurm-client munge iproute2 util-linux libslurm-dev
+        slurmctld slurmd slurm-client munge iproute2 util-linux gcc libc6-dev libslurm-dev
     ;;
 up)
     [ -z "$(missing)" ] || die "missing: $(missing | xargs); run: $self install"
