@@ -86,8 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Check everything that can be checked before a rank or a server starts. Makes RUN/api_key and RUN/rollout_model
-    where they are needed and it is not a dry run."""
+    """Check everything that can be checked before a rank or a server starts.
+
+    Unless it is a dry run, makes the run directory, and in it api_key and rollout_model where they are needed.
+    """
     cfg = config.load(args.config, args.overrides)
     if cfg.rollout.servers:
         raise ConfigError(f"rollout.servers={list(cfg.rollout.servers)}: the batch script starts them: remove it")
@@ -104,6 +106,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ModelLimits.read(cfg.model.path).check_engine(cfg.rollout.engine)
     model = Path(cfg.model.path).absolute()
     if not args.dry_run:
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
         model = served_model(cfg.rollout, model, cfg.run_dir.absolute())
     return Plan(
         cfg=cfg,

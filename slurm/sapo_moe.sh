@@ -26,8 +26,9 @@
 #   SERVER_PYTHON=           of the rollout servers (SGLang's environment); default: PYTHON
 #   SRUN_FLAGS=              further flags of every srun, in one string
 #   CONTAINER_IMAGE=         run everything in this image (pyxis): file or registry URL
-#   CONTAINER_MOUNTS=        SRC:DST,... beside the directory of sbatch and the run's; models and data outside need it
-#   DRY_RUN=                 1: print the plan and end
+#   CONTAINER_MOUNTS=        SRC:DST,... beside the directory of sbatch, for runs, models and data outside of it
+#   DRY_RUN=                 1: print the plan and end; makes no file
+#   NODES=2                  nodes of the plan, where DRY_RUN is used outside Slurm
 #
 # Whatever else is in the environment reaches learners and servers, too: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME,
 # NCCL_IB_HCA and NCCL_DEBUG are the site's to set; nothing is guessed. No secret is ever on a command line: the
@@ -85,8 +86,8 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 else
     [ -n "$DRY_RUN" ] || { echo "sapo_moe.sh: no Slurm job here: use sbatch, or DRY_RUN=1" >&2; exit 2; }
-    nodes=${SLURM_NNODES:-${NODES:-2}}
-    mapfile -t hosts < <(seq -f 'node%g' 1 "$nodes")
+    NODES=${NODES:-2}
+    mapfile -t hosts < <(seq -f 'node%g' 1 "$NODES")
 fi
 colocated=()
 if [ "$LEARNER_NODES" = all ]; then
@@ -143,7 +144,10 @@ fi
 decided=$("${plan[@]}") || { say "FAILED: this cannot run; the reason is above"; exit 2; }
 eval "$decided"                                    # RUN_DIR NPROC SERVER_HOSTS SERVER_PORTS SERVER_COMMANDS TRAIN
 : "${NPROC:?}" "${SERVER_HOSTS[0]:?}" "${SERVER_PORTS[0]:?}" "${SERVER_COMMANDS[0]:?}" "${TRAIN[0]:?}"
-mounts+=("$RUN_DIR:$RUN_DIR")
+if [ ! -d "$RUN_DIR" ]; then
+    say "FAILED: the container made $RUN_DIR, and it is not on $(hostname): add the directory above it to CONTAINER_MOUNTS"
+    exit 2
+fi
 mapfile -t flags < <(container)
 step+=("${flags[@]}")
 logs=$RUN_DIR/logs/$job.$attempt
@@ -157,19 +161,20 @@ if [ "$other" != "$job" ] && [ "$(squeue -h -j "$other" -t R -o %t 2>/dev/null)"
 fi
 echo "$job" > "$RUN_DIR/logs/owner"
 say "learners ${learners[*]}; rollouts ${rollouts[*]}; rendezvous ${learners[0]}:$master_port; logs in $logs"
+checkpoint() { cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || echo none; }
+began=$(checkpoint)
 
 # ---- small tools
 nap() { sleep "$1" & wait $! 2>/dev/null; }        # unlike a plain sleep, a trap interrupts it
 alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
-last_words() { tail -n "$1" "$2" 2>/dev/null | sed 's/^/    | /'; }
+# The end of a log, without what torchrun has to say about ranks that failed by then.
+last_words() { sed '/torch\/distributed\/elastic/,$d' "$1" 2>/dev/null | tail -n 20 | sed 's/^/    | /'; }
 healthy() {                                        # no curl: containers' hosts and compute nodes may lack it
     # shellcheck disable=SC2016
     timeout 25 bash -c 'exec 3<> "/dev/tcp/$1/$2" && printf "GET /health HTTP/1.0\r\nHost: $1\r\n\r\n" >&3 &&
         read -r line <&3 && [[ $line == HTTP/*" 200"* ]]' - "${SERVER_HOSTS[$1]}" "${SERVER_PORTS[$1]}" 2>/dev/null
 }
 node_lost() { [[ $(sinfo -h -n "$1" -o %t 2>/dev/null | head -n 1) =~ \*|down|fail ]]; }
-checkpoint() { cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || echo none; }
-
 # ---- signals: only a note to the learner, which looks between two steps
 why=                                               # why this attempt has to end, once it has to
 ask_to_stop() {
@@ -207,6 +212,7 @@ again() {                                          # the same job, from its last
     leave_if_superseded
     [ "$((attempt + 1))" -lt "$MAX_ATTEMPTS" ] || end 1 "FAILED: $1; MAX_ATTEMPTS=$MAX_ATTEMPTS are used up"
     say "$1: requeue; the next attempt continues from checkpoint $(checkpoint)"
+    trap 'exit 0' TERM INT                         # Slurm's word that it has taken the job back
     for _ in {1..30}; do
         scontrol requeue "$job" && break
         nap 10
@@ -222,7 +228,7 @@ crashed() {                                        # the budget is for crashes i
     [ "$now" = "$was" ] || count=0
     count=$((count + 1))
     echo "$now $count" > "$RUN_DIR/logs/crashes.$job"
-    [ "$count" -gt "$MAX_CRASHES" ] || again "$1 (crash $count of $MAX_CRASHES since checkpoint $now)"
+    [ "$count" -gt "$MAX_CRASHES" ] || again "$1 (try $count of $MAX_CRASHES since checkpoint $now)"
     end 1 "FAILED: $1; attempts in a row without a checkpoint after $now: $count; see $logs"
 }
 
@@ -240,10 +246,10 @@ for i in "${!SERVER_HOSTS[@]}"; do
     name=${SERVER_HOSTS[$i]}:${SERVER_PORTS[$i]}
     until healthy "$i"; do
         [ "$why" != "told to end" ] || end 1 "ended while servers were starting; checkpoint $(checkpoint)"
-        [ -z "$why" ] || again "$why while servers were starting"
-        alive "${server_pid[$i]}" || { last_words 20 "$(server_log "$i")"; crashed "server $name died while starting"; }
+        [ -z "$why" ] || crashed "$why while servers were starting"
+        alive "${server_pid[$i]}" || { last_words "$(server_log "$i")"; crashed "server $name died while starting"; }
         [ "$SECONDS" -lt "$deadline" ] || {
-            last_words 20 "$(server_log "$i")"
+            last_words "$(server_log "$i")"
             crashed "server $name does not answer after HEALTH_TIMEOUT=$HEALTH_TIMEOUT s"
         }
         nap 1
@@ -303,12 +309,16 @@ code=0
 # ---- the outcome, by files: torchrun turns every bad exit into 1
 if [ -e "$RUN_DIR/done" ]; then end 0 "finished: $RUN_DIR"; fi
 case $why in
-"time limit or preemption") again "stopped for $why (learner ended with $code)" ;;
+"time limit or preemption")
+    # A job too short for one step would else be requeued for ever.
+    [ "$(checkpoint)" != "$began" ] || crashed "$why before a new checkpoint"
+    again "stopped for $why (learner ended with $code)"
+    ;;
 "told to end") leave_if_superseded; end "$code" "stopped as told, at checkpoint $(checkpoint); sbatch it again to continue" ;;
 ?*) end 1 "FAILED: $why; the learner ended with $code, checkpoint $(checkpoint); see $(server_log 0)" ;;
 esac
 if [ "$code" = 0 ]; then
     end 0 "the learner stopped by itself (somebody made $RUN_DIR/stop?); sbatch it again to continue"
 fi
-for host in "${learners[@]}"; do last_words 5 "$logs/learner-$host.log"; done
+for host in "${learners[@]}"; do echo "    $host:"; last_words "$logs/learner-$host.log"; done
 crashed "the learner ended with $code"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.runs import metrics, without_timing, write_config
-from tests.slurm.cluster import Cluster, running_cluster
+from tests.slurm.cluster import Cluster, Job, running_cluster
 from tests.tiny import make_model
 
 STEPS, SAVE_EVERY = 6, 2
@@ -73,8 +73,10 @@ class Experiment:
     def hold(self) -> None:
         self._gate.write_text(str(STANDS_AFTER))
 
-    def stands(self) -> bool:
-        return len(metrics(self.run)) == STANDS_AFTER
+    def stands(self, job: Job) -> bool:
+        """Whether the attempt that runs now is through with the step."""
+        log = self.run / "logs" / f"{job.number}.{job.restarts()}" / "learner-n1.log"
+        return log.exists() and f"step {STANDS_AFTER}/{STEPS}" in log.read_text()
 
     def go_on(self) -> None:
         self._gate.unlink()

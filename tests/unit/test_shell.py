@@ -28,7 +28,7 @@ def test_every_knob_is_documented_with_its_default() -> None:
     text = (ROOT / "slurm" / "sapo_moe.sh").read_text()
     head, body = text.split("set -uo pipefail", 1)
     readme = (ROOT / "slurm" / "README.md").read_text()
-    assigned = [line for line in body.splitlines() if "=${" in line and line.split("=")[0].isupper()]
+    assigned = [line for line in map(str.strip, body.splitlines()) if "=${" in line and line.split("=")[0].isupper()]
     defaults = {line.split("=")[0]: line.split(":-")[1].split("}")[0] for line in assigned if ":-" in line}
     assert len(defaults) >= 10
     for name, default in defaults.items():
