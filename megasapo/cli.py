@@ -32,6 +32,11 @@ COMMANDS = {
         "CONFIG.yaml [a.b=c ...] --gpus N --gpu h100|h200|b200",
         "memory, messages and time of parallel layouts",
     ),
+    "cluster": (
+        "megasapo.cluster",
+        "CONFIG.yaml [a.b=c ...] --learner-nodes N --gpus G --servers HOST:PORT,... [--dry-run]",
+        "what slurm/sapo_moe.sh will start, checked",
+    ),
     "report": (
         "megasapo.report",
         "RUN_DIR [RUN_DIR2 ...] [--out FILE.html]",

@@ -61,6 +61,15 @@ def place() -> Place:
     )
 
 
+def attempt() -> str:
+    """What tells this start of a run's ranks from earlier and later ones, equal on all; empty: nothing does.
+
+    The local launcher's pid, or Slurm's job with the count of its restarts.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    return os.environ.get(LAUNCHER) or (f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "")
+
+
 def visible_device(index: int) -> str:
     """What CUDA_VISIBLE_DEVICES calls device `index` of this process: a number, a UUID, or nothing (empty)."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -12,12 +12,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from megasapo import config, launch, layout
 from megasapo.config import Config, ConfigError
+
+STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
 
 
 def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]:
@@ -28,13 +31,13 @@ def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
-    _check_files(cfg)
+    check_files(cfg)
     ranks = world_size(cfg.parallel, args.nproc)
     layout.check_run(cfg, ranks)
     return cfg, ranks
 
 
-def _check_files(cfg: Config) -> None:
+def check_files(cfg: Config) -> None:
     """Refuse what is not there before any rank starts."""
     files = {"data.train": cfg.data.train, "data.eval": cfg.data.eval, "sft.data": cfg.sft.data}
     for name, path in files.items():
@@ -51,10 +54,10 @@ def world_size(parallel: config.ParallelConfig, nproc: int | None) -> int:
     return nproc or layout.fewest_ranks(parallel)
 
 
-def on_ranks(command: str, argv: list[str], nproc: int, stop_file: Path | None = None) -> int | None:
+def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = None) -> int | None:
     """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank.
 
-    SIGTERM makes `stop_file`, which the ranks look for between two steps.
+    SIGTERM asks the ranks in `run_dir` to stop between two steps.
     """
     is_rank = launch.is_rank()
     here = launch.place()
@@ -63,7 +66,15 @@ def on_ranks(command: str, argv: list[str], nproc: int, stop_file: Path | None =
     if is_rank:
         launch.die_with_parent()
         return None
-    return launch.run(command, argv, nproc, stop_file.touch if stop_file else None) if nproc > 1 else None
+    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None) if nproc > 1 else None
+
+
+def ask_to_stop(run_dir: Path) -> None:
+    """Make RUN/stop for the ranks of this attempt, whether they look already or have yet to start."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f"stop.{os.getpid()}"
+    temporary.write_text(f"{STOP_FOR}{launch.attempt()}\n")
+    os.replace(temporary, run_dir / "stop")
 
 
 def refuse_other_command(command: str, cfg: Config) -> None:
@@ -89,7 +100,8 @@ class RunDir:
             for name in ("logs", "checkpoints", "rollouts"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._save_config(cfg)
-            (self.path / "stop").unlink(missing_ok=True)
+            if not self._stop_is_ours():
+                (self.path / "stop").unlink(missing_ok=True)  # somebody asked an earlier run
 
     def finish(self, command: str, step: int) -> None:
         """Write `done`: the run has ended by itself."""
@@ -107,8 +119,18 @@ class RunDir:
         config.save(cfg, path)
 
     def stop_requested(self) -> bool:
-        """Someone made the file RUN/stop."""
-        return (self.path / "stop").exists()
+        """Someone made the file RUN/stop, for whichever ranks there are or for these."""
+        asked = self._stop_file()
+        return asked is not None and (not asked.startswith(STOP_FOR) or self._stop_is_ours())
+
+    def _stop_is_ours(self) -> bool:
+        return self._stop_file() == f"{STOP_FOR}{launch.attempt()}"
+
+    def _stop_file(self) -> str | None:
+        try:
+            return (self.path / "stop").read_text().strip()
+        except FileNotFoundError:
+            return None
 
 
 class Phases:

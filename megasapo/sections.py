@@ -126,7 +126,8 @@ class RolloutConfig(Section):
     spawn: PositiveInt = 1
     """Servers started (and restarted when they die) by the run when `servers` is empty."""
     spawn_command: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """For engine sglang: starts a server, {model} and {port} are filled in; empty: sglang.launch_server."""
+    """For engine sglang: starts a server, {model}, {port}, {host} and {api_key_file} are filled in; empty:
+    sglang.launch_server."""
     server_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Flags appended to the server's command line."""
     max_restarts: NonNegativeInt = 3

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if cfg.train.profile is not None:
         raise ConfigError("train.profile is for `megasapo train`, and would do nothing here: remove it")
     run.refuse_other_command("sft", cfg)
-    code = run.on_ranks("sft", argv, nproc, cfg.run_dir / "stop")
+    code = run.on_ranks("sft", argv, nproc, cfg.run_dir)
     if code is None:
         train(cfg)
     return code or 0

@@ -38,18 +38,23 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
     cfg, nproc = run.parse("train", "Reinforcement learning; every setting: megasapo/sections.py.", argv)
+    check(cfg)
+    if (cfg.run_dir / "done").exists() and not launch.is_rank():
+        print(f"{cfg.run_dir} has already finished: choose another run.name, or remove it")
+        return 0
+    code = run.on_ranks("train", argv, nproc, cfg.run_dir)
+    if code is None:
+        train(cfg)
+    return code or 0
+
+
+def check(cfg: Config) -> None:
+    """Refuse a configuration that this command cannot use (ConfigError); before any rank starts."""
     if cfg.data.train is None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:
         raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
     run.refuse_other_command("train", cfg)
-    if (cfg.run_dir / "done").exists() and not launch.is_rank():
-        print(f"{cfg.run_dir} has already finished: choose another run.name, or remove it")
-        return 0
-    code = run.on_ranks("train", argv, nproc, cfg.run_dir / "stop")
-    if code is None:
-        train(cfg)
-    return code or 0
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Fleet:
         served = Path(model_path)
         if not cfg.servers:
             limits.check_engine(cfg.engine)
-            served = _served_model(cfg, served, Path(run_dir))
+            served = served_model(cfg, served, Path(run_dir))
         fleet = cls(cfg, urls, limits, leader_index)
         watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._key)
         fleet._watch = watch
@@ -284,7 +284,7 @@ class Fleet:
         return self._watch
 
 
-def _served_model(cfg: RolloutConfig, model: Path, run_dir: Path) -> Path:
+def served_model(cfg: RolloutConfig, model: Path, run_dir: Path) -> Path:
     """What servers of this run start from: the learner's model, or its quantised copy in the run's directory."""
     flags = (*cfg.spawn_command, *cfg.server_args)
     if cfg.quantization == "none":

@@ -118,7 +118,7 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
                 f"rollout.quantization=fp8_block with engine=sglang needs multiples of {BLOCK}, and {model_path} has "
                 f"{name} = {size:g} (tp={tp}, ep={ep}): use quantization=none, a smaller --tp, or engine=embedded"
             )
-    if _flag(flags, "--dtype") in ("float32", "float"):
+    if flag(flags, "--dtype") in ("float32", "float"):
         raise RolloutError(
             "rollout.quantization=fp8_block: SGLang computes a quantised model in bfloat16 or float16, not in "
             "`--dtype float32`: drop the flag, or use engine=embedded"
@@ -160,7 +160,7 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
 
 def refuse_quantising_flags(flags: Sequence[str]) -> None:
     """RolloutError for a server that is to quantise by itself what it gets: it would take the updates wrongly."""
-    asked = _flag(flags, "--quantization")
+    asked = flag(flags, "--quantization")
     if asked is not None:
         raise RolloutError(
             f"`--quantization {asked}` among the servers' flags: SGLang would copy bf16 updates into quantised weights "
@@ -182,13 +182,13 @@ def _served_config(info: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _size(flags: Sequence[str], *spellings: str) -> int:
     """The value of a flag that is a positive number; 1 without it."""
-    value = _flag(flags, *spellings) or "1"
+    value = flag(flags, *spellings) or "1"
     if not value.isdigit() or int(value) < 1:
         raise RolloutError(f"`{spellings[0]} {value}` among the servers' flags: give a positive whole number")
     return int(value)
 
 
-def _flag(flags: Sequence[str], *spellings: str) -> str | None:
+def flag(flags: Sequence[str], *spellings: str) -> str | None:
     """The value of a server's flag, given as two words or with `=`; the last one counts."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     return next((value for name, value in reversed(list(pairwise(words))) if name in spellings), None)

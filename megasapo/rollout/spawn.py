@@ -14,13 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from megasapo.sections import RolloutConfig
 
+LOOPBACK = "127.0.0.1"
 TERM_GRACE_S = 10.0
+SGLANG_WITH_KEY = Path(__file__).with_name("sglang_with_key.py")  # run by its path: SGLang's python has no megasapo
 ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
@@ -34,21 +36,32 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def server_command(cfg: RolloutConfig, model: str | Path, port: int) -> list[str]:
-    """The command line of one server on loopback, `rollout.server_args` last."""
+def server_command(
+    cfg: RolloutConfig, model: str | Path, port: int, *, host: str = LOOPBACK, python: str = sys.executable
+) -> list[str]:
+    """The command line of one server, `rollout.server_args` last; the API key is named by its file alone.
+
+    `host`: the address it listens on. `python`: of the environment it lives in.
+    """
+    key = cfg.api_key_file
     if cfg.engine == "embedded":
-        command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
-        command += ["--exit-with-parent"]
-        if cfg.repeatable:
-            command += ["--deterministic"]
-        if cfg.api_key_file is not None:
-            command += ["--api-key-file", cfg.api_key_file]
+        command = [python, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
+        command += ["--host", host] if host != LOOPBACK else []
+        command += ["--deterministic"] if cfg.repeatable else []
+        command += ["--api-key-file", key] if key is not None else []
     elif cfg.spawn_command:
-        command = [part.replace("{model}", str(model)).replace("{port}", str(port)) for part in cfg.spawn_command]
+        filled = {"model": model, "port": port, "host": host, "api_key_file": key or ""}
+        command = [_fill(part, filled) for part in cfg.spawn_command]
     else:
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        start = ["-m", "sglang.launch_server"] if key is None else [str(SGLANG_WITH_KEY), key]
+        command = [python, *start, "--model-path", str(model), "--host", host, "--port", str(port)]
     return [*command, *cfg.server_args]
+
+
+def _fill(text: str, values: Mapping[str, object]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
 
 
 def with_routing(cfg: RolloutConfig) -> RolloutConfig:
@@ -62,7 +75,8 @@ class ServerProcess:
     """One child, its log file appended to over restarts."""
 
     def __init__(self, command: Sequence[str], log_file: Path, *, exits_with_stdin: bool) -> None:
-        self.command = list(command) if exits_with_stdin else [sys.executable, "-m", __name__, "--", *command]
+        guarded = [sys.executable, "-m", __name__, "--", *command]
+        self.command = [*command, "--exit-with-parent"] if exits_with_stdin else guarded
         self._grace_s = TERM_GRACE_S if exits_with_stdin else TERM_GRACE_S + 5  # the guard has its own grace to give
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def test_the_command_line_of_each_engine() -> None:
     embedded = RolloutConfig(api_key_file="key", server_args=("--threads", "1"))
     assert server_command(embedded, "m", 5) == [
         *(sys.executable, "-m", "megasapo.rollout.local", "--model", "m", "--port", "5"),
-        *("--exit-with-parent", "--deterministic", "--api-key-file", "key", "--threads", "1"),
+        *("--deterministic", "--api-key-file", "key", "--threads", "1"),
     ]
     assert "--deterministic" not in server_command(RolloutConfig(max_staleness=1), "m", 5)
     sglang = RolloutConfig(engine="sglang", server_args=("--tp", "2"))

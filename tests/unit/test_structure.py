@@ -31,7 +31,7 @@ LAYERS = [
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis"},
-    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
@@ -94,7 +94,7 @@ def test_light_modules_do_not_import_torch(code: str) -> None:
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
 
 
-COMMANDS = ("train", "sft", "evaluate", "score", "serve", "plan", "report", "debug", "watch", "doctor")
+COMMANDS = ("train", "sft", "evaluate", "score", "serve", "plan", "report", "debug", "watch", "doctor", "cluster")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -118,7 +118,7 @@ def test_no_directory_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
     """pytest passes over every directory named dist unless it is told otherwise."""
     left_out = pytestconfig.getini("norecursedirs")
     folders = {p.parent.name for p in (ROOT.parent / "tests").rglob("test_*.py")}
-    assert folders == {"unit", "dist", "e2e", "sglang", "gpu"}
+    assert folders == {"unit", "dist", "e2e", "sglang", "slurm", "gpu"}
     assert not [f for f in folders for pattern in left_out if fnmatch(f, pattern)]
 
 

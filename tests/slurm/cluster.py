@@ -1,0 +1,129 @@
+"""A Slurm cluster of three nodes on this machine, and jobs on it: submit, wait, break, look."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SANDBOX = Path(__file__).with_name("sandbox.sh")
+SCRIPT = ROOT / "slurm" / "sapo_moe.sh"
+TIMEOUT_S = 240  # of anything that a test waits for; a busy machine is three times as slow as an idle one
+ON_CPU = {"LEARNER_NODES": "2", "GPUS_PER_NODE": "0", "NPROC_PER_NODE": "1"}
+
+
+class Cluster:
+    """The sandbox of tests/slurm/sandbox.sh: nodes n1, n2, n3."""
+
+    def __init__(self, directory: Path) -> None:
+        self.environment = os.environ | {"SLURM_SANDBOX_DIR": str(directory), "SLURM_SANDBOX_NODES": "3"}
+
+    def sandbox(self, *words: str, **variables: str) -> str:
+        """A command of sandbox.sh, with `variables` in its environment; what it prints."""
+        done = subprocess.run(
+            [str(SANDBOX), *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT,
+            env=self.environment | variables,
+        )
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def login(self, *words: str, **variables: str) -> str:
+        """A command on the login node."""
+        return self.sandbox("exec", *words, **variables)
+
+    def submit(self, directory: Path, *arguments: str, flags: tuple[str, ...] = (), **knobs: str) -> Job:
+        """sbatch of the script on the three nodes' CPUs, its log in `directory`."""
+        environment = {
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **ON_CPU,
+            **knobs,
+        }
+        log = directory / "job.log"
+        own = ["--parsable", "--nodes=3", "--gpus-per-node=0", "--time=30", f"--output={log}", *flags]
+        number = self.login("sbatch", *own, str(SCRIPT), *arguments, **environment).split()[-1]
+        return Job(self, number, log)
+
+    def idle(self) -> bool:
+        return len(self.login("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%n").split()) == 3
+
+    def kill_server(self, node: str) -> None:
+        """SIGKILL for the embedded server of a node."""
+        find = "grep -lz '^megasapo.rollout.[l]ocal$' /proc/[0-9]*/cmdline | cut -d/ -f3 | xargs kill -KILL"
+        self.sandbox("on", node, "sh", "-c", find)
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """A cluster that goes down at the end, and also when this process is killed."""
+    # Short, for the path of a socket, and open to all, as munged wants it: not below pytest's own directory.
+    directory = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))
+    directory.chmod(0o755)
+    cluster = Cluster(directory)
+    keeper = subprocess.Popen(
+        ["bash", "-c", 'read -r; exec "$0" down', str(SANDBOX)],
+        stdin=subprocess.PIPE,
+        env=cluster.environment,
+        start_new_session=True,
+    )
+    try:
+        cluster.sandbox("up")
+        yield cluster
+    finally:
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        assert keeper.wait(120) == 0, f"{directory} is still up"
+
+
+class Job:
+    def __init__(self, cluster: Cluster, number: str, log: Path) -> None:
+        self.cluster, self.number, self._log = cluster, number, log
+
+    def output(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def last_line(self) -> str:
+        return self.output().splitlines()[-1]
+
+    def _shown(self) -> dict[str, str]:
+        words = self.cluster.login("scontrol", "-o", "show", "job", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self) -> str:
+        return self._shown()["JobState"]
+
+    def restarts(self) -> int:
+        return int(self._shown()["Restarts"])
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait; a failure shows the log."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.state()}, {TIMEOUT_S} s without {what}:\n{self.output()[-4000:]}")
+            time.sleep(0.2)
+
+    def until_said(self, text: str) -> None:
+        self.until(lambda: text in self.output(), f"{text!r}")
+
+    def end(self) -> str:
+        """Wait for the job's end; its final state."""
+        live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "NODE_FAIL")
+        self.until(lambda: self.state() not in live, "an end")
+        return self.state()
+
+    def succeed(self) -> None:
+        state = self.end()
+        assert state == "COMPLETED", f"{state}:\n{self.output()[-4000:]}"

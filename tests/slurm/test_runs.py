@@ -1,0 +1,166 @@
+"""Whole runs by sbatch: undisturbed, and broken at step 4 in every way that clusters break; nothing is ever lost.
+
+"Nothing": every step is in metrics.jsonl once, with the numbers of the undisturbed run, and so are the final weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Job
+from tests.slurm.conftest import STANDS_AFTER, STEPS, Experiment
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def assert_nothing_lost(experiment: Experiment, unbroken: Experiment) -> None:
+    rows = experiment.rows()
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows == unbroken.rows()
+    assert json.loads((experiment.run / "done").read_text()) == {"command": "train", "step": STEPS}
+    weights = Path("hf/model.safetensors")
+    assert (experiment.run / weights).read_bytes() == (unbroken.run / weights).read_bytes()
+
+
+def standing(cluster: Cluster, experiment: Experiment, *flags: str, **knobs: str) -> Job:
+    """A job whose run waits in its fourth step, with a checkpoint of the second."""
+    experiment.hold()
+    job = cluster.submit(experiment.root, experiment.config, flags=flags, **knobs)
+    job.until(lambda: experiment.stands(job), f"step {STANDS_AFTER}")
+    assert experiment.checkpoint() == "step_00000002"
+    return job
+
+
+def test_an_undisturbed_run(cluster: Cluster, unbroken: Experiment) -> None:
+    assert [row["step"] for row in unbroken.rows()] == list(range(1, STEPS + 1))
+    logs = next(path for path in (unbroken.run / "logs").iterdir() if path.name.endswith(".0"))
+    assert {path.name for path in logs.iterdir()} == {"learner-n1.log", "learner-n2.log", "server-n3-30000.log"}
+    key = unbroken.run / "api_key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    written = [path for path in (unbroken.run / "logs").rglob("*") if path.is_file()]
+    assert not [path for path in (*written, unbroken.root / "job.log") if key.read_text() in path.read_text()]
+    again = cluster.submit(unbroken.root, unbroken.config)  # the rest of a chain of jobs
+    again.succeed()
+    assert "has finished: nothing to do" in again.last_line()
+
+
+def test_time_limit(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
+    job = standing(cluster, experiment, "--signal=B:USR1@100")
+    minutes = int(cluster.login("squeue", "-h", "-j", job.number, "-o", "%M").split(":")[-2])
+    cluster.login("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 2}")
+    job.until_said("time limit or preemption: asking the learner to save")
+    cluster.login("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    experiment.go_on()
+    job.succeed()
+    assert job.restarts() == 1
+    assert "the next attempt continues from checkpoint step_00000004" in job.output()  # the step under way is saved
+    assert_nothing_lost(experiment, unbroken)
+
+
+@pytest.mark.parametrize("node", ["n2", "n3"], ids=["learner", "rollout"])
+def test_power_cut(cluster: Cluster, experiment: Experiment, unbroken: Experiment, node: str) -> None:
+    job = standing(cluster, experiment)
+    cluster.sandbox("power-off", node)
+    job.until(lambda: job.restarts() == 1, "the requeue")
+    experiment.go_on()
+    cluster.sandbox("power-on", node)
+    job.succeed()
+    assert job.restarts() == 1
+    assert_nothing_lost(experiment, unbroken)
+
+
+def test_crashed_server(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
+    job = standing(cluster, experiment)
+    cluster.kill_server("n3")
+    job.until_said("server n3:30000 ended (137): restart 1 of 5")
+    experiment.go_on()
+    job.succeed()
+    assert job.restarts() == 0
+    assert_nothing_lost(experiment, unbroken)
+
+
+def test_servers_used_up(cluster: Cluster, experiment: Experiment) -> None:
+    job = standing(cluster, experiment, MAX_SERVER_RESTARTS="0", STOP_GRACE="3")
+    cluster.kill_server("n3")
+    assert job.end() == "FAILED"
+    assert "FAILED: 0 servers left, MIN_SERVERS=1, n3:30000 restarted 0 times" in job.last_line()
+    assert experiment.checkpoint() == "step_00000002"
+
+
+def test_scancel_and_a_gentle_end(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
+    job = standing(cluster, experiment)
+    cluster.login("scancel", job.number)
+    assert job.end() == "CANCELLED"
+    assert experiment.checkpoint() == "step_00000002"  # what was under way is computed again: see the README
+    experiment.go_on()
+    job = standing(cluster, experiment)
+    cluster.login("scancel", "--batch", "--signal=TERM", job.number)
+    job.until_said("told to end: asking the learner to save")
+    experiment.go_on()
+    job.succeed()
+    assert "stopped as told, at checkpoint step_00000004" in job.last_line()
+    cluster.submit(experiment.root, experiment.config).succeed()
+    assert_nothing_lost(experiment, unbroken)
+
+
+def test_a_learner_that_cannot_start(cluster: Cluster, experiment: Experiment) -> None:
+    """Also: a server's own command, and containers."""
+    job = cluster.submit(
+        experiment.root,
+        experiment.config,
+        "rollout.engine=sglang",
+        "model.override_transformer_config={no_such_field: 1}",
+        SERVER_COMMAND=f"sh -c 'env | grep SANDBOX_CONTAINER; exec {sys.executable} tests/slurm/gate.py {{port}}'",
+        CONTAINER_IMAGE="/images/megasapo.sqsh",
+        CONTAINER_MOUNTS="/data:/data",
+        MAX_CRASHES="1",
+    )
+    assert job.end() == "FAILED"
+    assert job.restarts() == 1
+    assert re.search(
+        "FAILED: the learner ended with (1|143); attempts in a row without a checkpoint .*: 2", job.last_line()
+    )
+    assert "no_such_field" in job.output()
+    log = (experiment.run / "logs" / f"{job.number}.1" / "server-n3-30016.log").read_text()
+    assert "SANDBOX_CONTAINER_IMAGE=/images/megasapo.sqsh" in log
+    assert re.search(r"SANDBOX_CONTAINER_MOUNTS=(\S+):\1,/data:/data\n", log)
+
+
+def test_a_server_that_cannot_start(cluster: Cluster, experiment: Experiment) -> None:
+    job = cluster.submit(
+        experiment.root,
+        experiment.config,
+        "rollout.engine=sglang",
+        SERVER_COMMAND="sh -c 'echo no GPU >&2; exit 3'",
+        MAX_CRASHES="0",
+    )
+    assert job.end() == "FAILED"
+    assert "    | no GPU" in job.output()
+    assert "FAILED: server n3:30000 died while starting" in job.last_line()
+
+
+def test_servers_beside_learners(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
+    steps = 2
+    flags = ("--nodes=2",)
+    job = cluster.submit(experiment.root, experiment.config, f"train.steps={steps}", flags=flags, LEARNER_NODES="all")
+    job.succeed()
+    logs = experiment.run / "logs" / f"{job.number}.0"
+    assert {"server-n1-30000.log", "server-n2-30000.log", "learner-n1.log"} <= {path.name for path in logs.iterdir()}
+    assert experiment.rows() == unbroken.rows()[:steps]
+
+
+def test_refused_before_anything_starts(cluster: Cluster, experiment: Experiment) -> None:
+    job = cluster.submit(experiment.root, experiment.config, "parallel.tp=4")
+    assert job.end() == "FAILED"
+    assert "tp(4)*pp(1)*cp(1)=4 does not divide world size 2" in job.output()
+    assert "FAILED: this cannot run" in job.last_line()
+    too_many = cluster.submit(experiment.root, experiment.config, LEARNER_NODES="3")
+    assert too_many.end() == "FAILED"
+    assert "LEARNER_NODES=3 of 3 nodes leaves none for rollouts" in too_many.last_line()
+    said = cluster.login("sbatch", "--test-only", "--nodes=3", "slurm/sapo_moe.sh", experiment.config)
+    assert re.search(r"Job \d+ to start at .* on nodes n\[1-3\]", said)

@@ -1,0 +1,201 @@
+"""`megasapo cluster`: what is started where, what is refused, and nothing secret on a command line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megasapo import cluster
+from megasapo.config import ConfigError
+from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.spawn import SGLANG_WITH_KEY
+
+MODEL = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    settings = {
+        "run": {"name": "run", "dir": str(tmp_path)},
+        "model": {"path": str(model)},
+        "data": {"train": str(data), "max_prompt_tokens": 16},
+        "rollout": {"engine": "sglang", "max_new_tokens": 16},
+        "parallel": {"tp": 2, "ep": 4},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def plan(config: str, *argv: str) -> cluster.Plan:
+    nodes = ["--learner-nodes", "2", "--gpus", "8", "--servers", "n3:30000,n4:30000"]
+    return cluster.make_plan(cluster._parser().parse_intermixed_args([config, *nodes, *argv]))
+
+
+def test_one_server_a_node_by_default(config: str, tmp_path: Path) -> None:
+    made = plan(config)
+    key = tmp_path / "run" / "api_key"
+    assert (made.run_dir, made.nproc) == (tmp_path / "run", 8)
+    assert [server.url for server in made.servers] == ["http://n3:30000", "http://n4:30000"]
+    assert made.servers[0].command == (
+        *(sys.executable, str(SGLANG_WITH_KEY), str(key), "--model-path", str(tmp_path / "model")),
+        *("--host", "0.0.0.0", "--port", "30000", "--tp-size", "8"),
+    )
+    assert made.servers[0].devices == ()
+    servers = "rollout.servers=[http://n3:30000, http://n4:30000]"
+    assert made.train == ("-m", "megasapo.cli", "train", config, servers, f"rollout.api_key_file={key}")
+
+
+def test_several_servers_share_a_node(config: str) -> None:
+    for how in (["--server-tp", "4"], ["rollout.server_args=[--tp, '4']"], ["rollout.server_args=[--tp-size=4]"]):
+        made = plan(config, *how, "--server-python", "/sgl/python")
+        assert [(s.host, s.port, s.devices) for s in made.servers] == [
+            ("n3", 30000, (0, 1, 2, 3)),
+            ("n3", 30001, (4, 5, 6, 7)),
+            ("n4", 30000, (0, 1, 2, 3)),
+            ("n4", 30001, (4, 5, 6, 7)),
+        ]
+        assert made.servers[1].shell.startswith("CUDA_VISIBLE_DEVICES=4,5,6,7 exec /sgl/python ")
+        assert sum("tp" in part for part in made.servers[1].command) == 1
+
+
+def test_the_api_key_is_made_once_for_its_owner_alone(config: str, tmp_path: Path) -> None:
+    key = tmp_path / "run" / "api_key"
+    plan(config, "--dry-run")
+    assert not key.exists()
+    made = plan(config)
+    text = key.read_text()
+    assert (len(text), key.stat().st_mode & 0o777) == (43, 0o600)
+    plan(config)
+    assert key.read_text() == text
+    assert text not in cluster.shell_assignments(made) + cluster.describe(made)
+    own = tmp_path / "own"
+    own.write_text("secret-of-mine")
+    assert plan(config, f"rollout.api_key_file={own}").servers[0].command[2] == str(own)
+    with pytest.raises(ConfigError, match=r"api_key_file=.*/missing: no such file"):
+        plan(config, f"rollout.api_key_file={tmp_path}/missing")
+
+
+def test_loopback_needs_no_key(config: str, tmp_path: Path) -> None:
+    made = plan(config, "--servers", "localhost:30000", "rollout.engine=embedded")
+    assert "--host" not in made.servers[0].command
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_command_of_ones_own(config: str, tmp_path: Path) -> None:
+    line = "sh -c 'run {model} at {host} {port}' {api_key_file}"
+    command = plan(config, "--server-command", line).servers[1].command
+    text = f"run {tmp_path / 'model'} at 0.0.0.0 30000"
+    assert command == ("sh", "-c", text, str(tmp_path / "run" / "api_key"))
+
+
+def test_a_shell_reads_back_what_was_meant(config: str) -> None:
+    odd = "run.name=run", 'data.prompt_key=it\'s $HOME "`x`"'
+    made = plan(config, *odd, "--server-tp", "4")
+    script = cluster.shell_assignments(made) + '\nprintf "%s\\0" "${TRAIN[@]}" "${SERVER_COMMANDS[@]}" "$NPROC"'
+    done = subprocess.run(["bash", "-uec", script], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\0")[:-1] == [*made.train, *(s.shell for s in made.servers), "8"]
+    assert shlex.split(made.servers[0].shell)[1:] == ["exec", *made.servers[0].command]
+
+
+def test_routing_and_precision_reach_the_servers(config: str) -> None:
+    assert "--enable-return-routed-experts" in plan(config, "algo.routing_replay=R3").servers[0].command
+    embedded = plan(config, "rollout.engine=embedded").servers[0].command
+    assert "--deterministic" in embedded
+    assert (
+        "--deterministic" not in plan(config, "rollout.engine=embedded", "rollout.max_staleness=1").servers[0].command
+    )
+    with pytest.raises(RolloutError, match="fp8_block with engine=sglang needs multiples of 128"):
+        plan(config, "rollout.quantization=fp8_block")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learner-nodes", "3", "--nproc", "1"], r"tp\(2\)\*pp\(1\)\*cp\(1\)=2 does not divide world size 3"),
+        (["--server-tp", "3"], "servers of 3 GPUs do not fill a node of 8"),
+        (["--server-tp", "16"], "servers of 16 GPUs do not fill a node of 8"),
+        (["--server-tp", "2", "rollout.server_args=[--tp, '4']"], "--server-tp 2, but the servers' own flags say 4"),
+        (["rollout.servers=[http://x:1]"], "the batch script starts them"),
+        (["--server-command", "x", "rollout.engine=embedded"], r"needs rollout\.engine=sglang, not embedded"),
+        (["--nproc", "9"], "--nproc 9 ranks do not fit on --gpus 8"),
+        (["--gpus", "0"], "ranks a node 0: give at least one node and one rank"),
+        (["--servers", "n3"], "'n3' is not HOST:PORT"),
+        (["--colocated"], "SGLang takes most of the memory unless told otherwise: add --mem-fraction-static"),
+        (["--colocated", "rollout.publish=distributed"], "NCCL refuses: use disk"),
+        (["data.train=/nowhere"], "data.train=/nowhere: no such file"),
+        (["train.eval_every=1"], "needs data.eval"),
+    ],
+)
+def test_refused(config: str, argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(config, *argv)
+
+
+def test_sharing_gpus_with_a_share_set(config: str) -> None:
+    flags = "rollout.server_args=[--mem-fraction-static, '0.4']"
+    assert "--mem-fraction-static" in plan(config, "--colocated", flags).servers[0].command
+
+
+def test_the_plan_to_read(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = [config, "--learner-nodes", "2", "--gpus", "8", "--servers", "n3:30000", "--dry-run"]
+    assert cluster.main(argv) == 0
+    text = capsys.readouterr().out
+    assert f"run       {tmp_path / 'run'}: begins" in text
+    assert "2 nodes x 8 = 16 ranks: tp=2 pp=1 ep=4 cp=1 etp=1 vpp=1, data parallel 8" in text
+    assert "http://n3:30000 on the whole node" in text
+
+
+def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> None:
+    """With a stand-in for SGLang that writes its arguments into its log, as the real one does."""
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(
+        "import logging, sys\nfrom pathlib import Path\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "logging.info('server_args=%s', sys.argv)\n"
+        "logging.info(f'{sys.argv}')\n"
+        "print(sys.argv.index('--api-key'), __name__, 'client' in sys.modules)\n"
+        "print('secret-secret' in Path('/proc/self/cmdline').read_text())\n"
+    )
+    key = tmp_path / "key"
+    key.write_text("secret-secret\n")
+    command = [sys.executable, str(SGLANG_WITH_KEY), str(key), "--port", "5"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["3 __main__ False", "False"]
+    assert done.stderr.count("***") == 2
+    assert "secret" not in done.stderr
+    key.write_text("short")
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "expected one key of at least 8 characters" in refused.stderr
