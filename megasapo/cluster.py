@@ -18,7 +18,7 @@ from pathlib import Path
 from megasapo import config, layout, run, train
 from megasapo.config import Config, ConfigError
 from megasapo.rollout.fleet import served_model
-from megasapo.rollout.limits import ModelLimits, flag
+from megasapo.rollout.limits import ModelLimits, flag, size_of
 from megasapo.rollout.spawn import LOOPBACK, server_command, with_routing
 
 TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")  # SGLang's names for one setting
@@ -137,10 +137,11 @@ def _settle_servers(cfg: Config, args: argparse.Namespace) -> tuple[Config, int]
     if rollout.spawn_command and rollout.engine != "sglang":
         raise ConfigError(f"a command of one's own for the servers needs rollout.engine=sglang, not {rollout.engine}")
     flags = (*rollout.spawn_command, *rollout.server_args)
-    given = flag(flags, *TP_FLAGS) if rollout.engine == "sglang" else None
-    if given is not None and args.server_tp is not None and int(given) != args.server_tp:
+    named = rollout.engine == "sglang" and flag(flags, *TP_FLAGS) is not None
+    given = size_of(flags, *TP_FLAGS) if named else None
+    if given is not None and args.server_tp is not None and given != args.server_tp:
         raise ConfigError(f"--server-tp {args.server_tp}, but the servers' own flags say {given}: drop one of them")
-    tp = int(given) if given is not None else args.server_tp or max(1, args.gpus)
+    tp = given or args.server_tp or max(1, args.gpus)
     if tp < 1 or args.gpus % tp:
         raise ConfigError(
             f"servers of {tp} GPUs do not fill a node of {args.gpus}: choose a divisor; a server cannot span nodes here"

@@ -101,8 +101,8 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
     rounds activations by groups of 128, and takes no float32. RolloutError names the size.
     """
     g = read_geometry(model_path)
-    tp = _size(flags, "--tp", "--tp-size", "--tensor-parallel-size")
-    ep = _size(flags, "--ep", "--ep-size", "--expert-parallel-size")
+    tp = size_of(flags, "--tp", "--tp-size", "--tensor-parallel-size")
+    ep = size_of(flags, "--ep", "--ep-size", "--expert-parallel-size")
     sizes = {
         "hidden_size": g.hidden,
         "num_attention_heads * head_dim / tp": g.query_width / tp,
@@ -180,7 +180,7 @@ def _served_config(info: Mapping[str, Any]) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else {}
 
 
-def _size(flags: Sequence[str], *spellings: str) -> int:
+def size_of(flags: Sequence[str], *spellings: str) -> int:
     """The value of a flag that is a positive number; 1 without it."""
     value = flag(flags, *spellings) or "1"
     if not value.isdigit() or int(value) < 1:
