@@ -206,7 +206,11 @@ leave_if_superseded() {
         shown=$(scontrol show job "$job" 2>/dev/null) && break
         nap 10
     done
-    [[ $shown == *"Restarts=$attempt "* ]] || { say "Slurm has taken the job away from this attempt"; exit 1; }
+    [[ $shown == *"Restarts=$attempt "* ]] && return
+    # KILL: a srun that is told gently asks Slurm to end its step, and the next attempt's has the same number.
+    for shown in $(jobs -rp); do kill -KILL "$shown"; done
+    say "Slurm has taken the job away from this attempt"
+    exit 1
 }
 again() {                                          # the same job, from its last checkpoint
     leave_if_superseded
@@ -280,6 +284,7 @@ look_at_servers() {
         wait "${server_pid[$i]}"; code=$?
         nap "${server_starts[$i]}"                 # a node that is being lost needs its time
         [ -z "$why" ] || return
+        leave_if_superseded
         say "server $name ended ($code): restart $((server_starts[i] + 1)) of $MAX_SERVER_RESTARTS"
         start_server "$i"
     done

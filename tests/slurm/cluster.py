@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANDBOX = Path(__file__).with_name("sandbox.sh")
 SCRIPT = ROOT / "slurm" / "sapo_moe.sh"
 TIMEOUT_S = 240  # of anything that a test waits for; a busy machine is three times as slow as an idle one
+NODES = ("n1", "n2", "n3")
 ON_CPU = {"LEARNER_NODES": "2", "GPUS_PER_NODE": "0", "NPROC_PER_NODE": "1"}
 
 
@@ -56,8 +57,18 @@ class Cluster:
         number = self.login("sbatch", *own, str(SCRIPT), *arguments, **environment).split()[-1]
         return Job(self, number, log)
 
-    def idle(self) -> bool:
-        return len(self.login("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%n").split()) == 3
+    def tidy(self) -> None:
+        """End all jobs, and have three good nodes: one that a test left half dead is switched off and on."""
+        for number in self.login("squeue", "-h", "-o", "%A").split():
+            self.login("scancel", number)
+        for node in NODES:
+            deadline = time.monotonic() + 15
+            while self.login("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%t").strip() != "idle":
+                if time.monotonic() > deadline:
+                    self.sandbox("power-off", node)
+                    self.sandbox("power-on", node)
+                    deadline += 45
+                time.sleep(0.2)
 
     def kill_server(self, node: str) -> None:
         """SIGKILL for the embedded server of a node."""

@@ -30,10 +30,7 @@ def slurm() -> Iterator[Cluster]:
 def cluster(slurm: Cluster) -> Iterator[Cluster]:
     """The cluster with all its nodes and no job, whatever the test before did."""
     yield slurm
-    for node in ("n1", "n2", "n3"):
-        slurm.sandbox("power-on", node)
-    for number in slurm.login("squeue", "-h", "-o", "%A").split():
-        slurm.login("scancel", number)
+    slurm.tidy()
 
 
 @pytest.fixture(scope="session")

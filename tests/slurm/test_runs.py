@@ -74,6 +74,18 @@ def test_power_cut(cluster: Cluster, experiment: Experiment, unbroken: Experimen
     assert_nothing_lost(experiment, unbroken)
 
 
+def test_first_node_loses_touch(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
+    """Its processes, the script's too, live on when Slurm has given up on the node; they must leave the job be."""
+    job = standing(cluster, experiment)
+    cluster.sandbox("kill-slurmd", "n1")
+    job.until_said("Slurm has taken the job away from this attempt")
+    experiment.go_on()
+    cluster.sandbox("start-slurmd", "n1")
+    job.succeed()
+    assert job.restarts() == 1
+    assert_nothing_lost(experiment, unbroken)
+
+
 def test_crashed_server(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
     job = standing(cluster, experiment)
     cluster.kill_server("n3")
