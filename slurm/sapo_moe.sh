@@ -208,7 +208,7 @@ leave_if_superseded() {
     done
     [[ $shown == *"Restarts=$attempt "* ]] && return
     # KILL: a srun that is told gently asks Slurm to end its step, and the next attempt's has the same number.
-    for shown in $(jobs -rp); do kill -KILL "$shown"; done
+    for shown in $(jobs -rp); do kill -KILL "$shown" 2>/dev/null; done
     say "Slurm has taken the job away from this attempt"
     exit 1
 }

@@ -17,7 +17,7 @@ import pytest
 
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
-from megasapo.rollout.spawn import server_command
+from megasapo.rollout.spawn import SGLANG_WITH_KEY, server_command
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 
@@ -189,6 +189,12 @@ def test_the_command_line_of_each_engine() -> None:
     ]
     own = RolloutConfig(engine="sglang", spawn_command=("run.sh", "{model}", "--at={port}"))
     assert server_command(own, "m", 5) == ["run.sh", "m", "--at=5"]
+    with_key = RolloutConfig(engine="sglang", api_key_file="key")
+    assert server_command(with_key, "m", 5, host="0.0.0.0", python="py") == [
+        *("py", str(SGLANG_WITH_KEY), "key", "--model-path", "m", "--host", "0.0.0.0", "--port", "5"),
+    ]
+    filled = RolloutConfig(engine="sglang", api_key_file="key", spawn_command=("run.sh", "{host}", "{api_key_file}"))
+    assert server_command(filled, "m", 5, host="h") == ["run.sh", "h", "key"]
 
 
 def test_servers_do_not_inherit_a_rank(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

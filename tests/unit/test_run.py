@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config
+from megasapo import config, launch
 from megasapo.config import Config, ConfigError
-from megasapo.run import RunDir, refuse_other_command
+from megasapo.run import RunDir, ask_to_stop, refuse_other_command
 
 
 def settings(root: Path, *overrides: str) -> Config:
@@ -48,3 +48,31 @@ def test_a_stop_file_of_an_earlier_run_does_not_stop_this_one(tmp_path: Path) ->
     (directory.path / "stop").touch()
     assert directory.stop_requested()
     assert not RunDir(settings(tmp_path), is_main=True).stop_requested()
+
+
+def test_a_stop_file_for_an_attempt_is_for_that_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    directory = tmp_path / "run"
+    ask_to_stop(directory)  # before the ranks of the first attempt have made anything
+    assert (directory / "stop").read_text() == "attempt 7.0\n"
+    first = RunDir(settings(tmp_path), is_main=True)
+    assert first.stop_requested()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not RunDir(settings(tmp_path), is_main=False).stop_requested()  # a rank that looks before rank 0 has tidied
+    second = RunDir(settings(tmp_path), is_main=True)
+    assert not second.stop_requested()
+    assert not (directory / "stop").exists()
+    (directory / "stop").write_text("please\n")  # by hand: for whoever runs
+    assert second.stop_requested()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert not RunDir(settings(tmp_path), is_main=True).stop_requested()
+
+
+def test_an_attempt_is_known_by_its_launcher_or_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", launch.LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.attempt() == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert launch.attempt() == "7.0"
+    monkeypatch.setenv(launch.LAUNCHER, "4711")
+    assert launch.attempt() == "4711"
