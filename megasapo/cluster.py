@@ -79,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--servers", required=True, metavar="HOST:PORT,...", help="the first server of each rollout node")
     p.add_argument("--server-tp", type=int, metavar="T", help="GPUs of one server (default: all of its node)")
     p.add_argument("--server-command", metavar="LINE", help="instead of rollout.spawn_command, split as a shell would")
-    p.add_argument("--server-python", metavar="PATH", default=sys.executable, help="of the servers' environment")
+    python = os.environ.get("SERVER_PYTHON", sys.executable)  # an image with two environments sets it
+    p.add_argument(
+        "--server-python", metavar="PATH", default=python, help=f"of SGLang's environment (default: {python})"
+    )
     p.add_argument("--colocated", action="store_true", help="servers share the learners' nodes and GPUs")
     p.add_argument("--dry-run", action="store_true", help="a plan to read; makes no file")
     return p

@@ -23,7 +23,7 @@
 #   MAX_CRASHES=2            attempts in a row without a new checkpoint that are tried again
 #   MAX_ATTEMPTS=100         of one job, whatever ended them
 #   PYTHON=                  of megasapo; default: .venv/bin/python below the directory of sbatch, else python3
-#   SERVER_PYTHON=           of the rollout servers (SGLang's environment); default: PYTHON
+#   SERVER_PYTHON=           of SGLang's environment; default: what the image sets, else PYTHON
 #   SRUN_FLAGS=              further flags of every srun, in one string
 #   CONTAINER_IMAGE=         run everything in this image (pyxis): file or registry URL
 #   CONTAINER_MOUNTS=        SRC:DST,... beside the directory of sbatch, for runs, models and data outside of it
@@ -129,7 +129,8 @@ container() {                                      # flags of pyxis, if asked fo
 
 # ---- what has to be started: checked, and decided, by `megasapo cluster`
 plan=("$PYTHON" -m megasapo.cli cluster "$@" --learner-nodes "$LEARNER_NODES" --gpus "$GPUS_PER_NODE" "${colocated[@]}"
-      --server-python "${SERVER_PYTHON:-$PYTHON}" --servers "$(printf "%s:$first_port\n" "${rollouts[@]}" | paste -sd,)")
+      --servers "$(printf "%s:$first_port\n" "${rollouts[@]}" | paste -sd,)")
+[ -z "${SERVER_PYTHON:-}" ] || plan+=(--server-python "$SERVER_PYTHON")
 [ -z "${NPROC_PER_NODE:-}" ] || plan+=(--nproc "$NPROC_PER_NODE")
 [ -z "${SERVER_TP:-}" ] || plan+=(--server-tp "$SERVER_TP")
 [ -z "${SERVER_COMMAND:-}" ] || plan+=(--server-command "$SERVER_COMMAND")

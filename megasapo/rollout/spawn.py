@@ -41,11 +41,11 @@ def server_command(
 ) -> list[str]:
     """The command line of one server, `rollout.server_args` last; the API key is named by its file alone.
 
-    `host`: the address it listens on. `python`: of the environment it lives in.
+    `host`: the address it listens on. `python`: of SGLang's environment.
     """
     key = cfg.api_key_file
     if cfg.engine == "embedded":
-        command = [python, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
         command += ["--host", host] if host != LOOPBACK else []
         command += ["--deterministic"] if cfg.repeatable else []
         command += ["--api-key-file", key] if key is not None else []

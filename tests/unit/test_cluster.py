@@ -52,6 +52,11 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def _no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SERVER_PYTHON", raising=False)
+
+
 def plan(config: str, *argv: str) -> cluster.Plan:
     nodes = ["--learner-nodes", "2", "--gpus", "8", "--servers", "n3:30000,n4:30000"]
     return cluster.make_plan(cluster._parser().parse_intermixed_args([config, *nodes, *argv]))
@@ -82,6 +87,13 @@ def test_several_servers_share_a_node(config: str) -> None:
         ]
         assert made.servers[1].shell.startswith("CUDA_VISIBLE_DEVICES=4,5,6,7 exec /sgl/python ")
         assert sum("tp" in part for part in made.servers[1].command) == 1
+
+
+def test_an_image_names_the_python_of_its_sglang(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_PYTHON", "/opt/sglang/bin/python")
+    assert plan(config).servers[0].command[0] == "/opt/sglang/bin/python"
+    assert plan(config, "--server-python", "mine").servers[0].command[0] == "mine"
+    assert plan(config, "--server-python", "mine", "rollout.engine=embedded").servers[0].command[0] == sys.executable
 
 
 def test_the_api_key_is_made_once_for_its_owner_alone(config: str, tmp_path: Path) -> None:
