@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megasapo.mcore.bridge.export import _combine, _offers
+from megasapo.mcore.bridge.export import _combine, _offers, _part
 from megasapo.mcore.bridge.families import family
 from megasapo.mcore.bridge.placement import find_hf, place
 from megasapo.mcore.bridge.table import BridgeError, Dims, Shard, columns, gate_up, qkv, rows, vocab
@@ -89,10 +89,10 @@ def test_every_rank_together_makes_up_the_hf_model(spec: str, tp: int, pp: int, 
     assert len(tensors) == len(hf) == (1 if tied else 2) + 1 + 8 * 4 + 3 + (1 + 3 * 4) * 3
     for name, shape, dtype in tensors:
         full = torch.full(shape, float("nan"), dtype=dtype)
-        assert sources[name] == [(r, box) for r, held in enumerate(sends) for _, box, _ in held.get(name, [])]
+        assert sources[name] == [(r, box) for r, held in enumerate(sends) for *_, box, _ in held.get(name, [])]
         for held in sends:
-            for view, box, _ in held.get(name, []):
-                full[tuple(slice(*bounds) for bounds in box)] = view
+            for tensor, local, box, _ in held.get(name, []):
+                full[tuple(slice(*bounds) for bounds in box)] = _part(tensor, local)
         assert torch.equal(full, hf[name]), name
 
 

@@ -17,6 +17,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,9 @@ def live(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     ours, theirs = pty.openpty()
     resize(ours, 40, 100)
     command = [sys.executable, "-m", "megasapo.cli", "watch", str(run), "--every", "0.1"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    # a shell that started the tests in the background has had them ignore SIGINT
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=default)
     os.close(theirs)
     try:
         yield process, ours
