@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
 
 FORMAT = 2
+NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^random\b")  # of a checkpoint's keys
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -110,8 +112,9 @@ def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: T
             f"--nproc {record['world_size']}"
         )
     template = _state_dict(model, optimizer, topo, is_loading=True)
-    state, missing, unexpected = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
-    _refuse_strays(path, missing, unexpected)
+    # megatron-core calls missing what the template does not ask for, unexpected what the checkpoint does not have
+    state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    _refuse_strays(path, lacking, surplus)
     _load_chunks(path, model, state)
     optimizer.load_state_dict(state["optimizer"])
     optimizer.load_schedule_state(state["schedule"])
@@ -127,8 +130,8 @@ def load_weights(path: Path, model: list[torch.nn.Module]) -> None:
     """Collective. The model's weights alone, into any layout and dtype, whatever wrote them."""
     _read_record(path)
     template: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
-    state, missing, _ = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
-    _refuse_strays(path, missing, ())
+    state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    _refuse_strays(path, lacking, (key for key in surplus if not NOT_WEIGHTS.search(key)))
     _load_chunks(path, model, state)
 
 
@@ -138,14 +141,14 @@ def _load_chunks(path: Path, model: list[torch.nn.Module], state: dict[str, Any]
         _refuse_strays(path, found.missing_keys, found.unexpected_keys)
 
 
-def _refuse_strays(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def _refuse_strays(path: Path, lacking: Iterable[str], surplus: Iterable[str]) -> None:
     """CheckpointError for whatever does not match, but Transformer Engine's scales, which a model may have or not.
 
     They begin anew where a checkpoint comes from a CPU, and have no use where it comes to one.
     """
     strays = {
         what: sorted(key for key in keys if not key.endswith("_extra_state"))
-        for what, keys in (("has no", missing), ("has, and this model not,", unexpected))
+        for what, keys in (("has no", lacking), ("has, and this model not,", surplus))
     }
     problems = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in strays.items() if keys]
     if problems:
