@@ -89,7 +89,7 @@ def test_a_crash_at_start_shows_the_log(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_never_gets_healthy_stops_the_start(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match=r"(?s)rollout\.start_timeout_s=1.*fake server on port"):
+    with pytest.raises(RolloutError, match=r"(?s)rollout\.start_timeout_s=1.*fake_server.py"):
         Fleet.start(settings("--never-healthy", start_timeout_s=1.0), model, tmp_path)
 
 
