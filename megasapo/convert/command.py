@@ -171,7 +171,7 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
-        description="HF directories to megatron-core checkpoints and back. Give a command that was killed again: it goes on.",
+        description="HF directories to megatron-core checkpoints and back. Killed, the same command goes on.",
     )
     parser.add_argument("direction", choices=get_args(Direction))
     parser.add_argument(

@@ -121,6 +121,23 @@ class MegatronSource:
         return self._parts[name][0][0].tensor.dtype is torch.float32
 
 
+class KeySource:
+    """A megatron-core checkpoint of an unknown model, under its own keys; an optimizer is left out."""
+
+    def __init__(self, directory: Path) -> None:
+        self._stored = StoredTensors(directory)
+        keys = [key for key in self._stored.tensors if not checkpoint.NOT_WEIGHTS.search(key)]
+        self.specs = [TensorSpec(key, self._stored.shape(key), self._stored.dtype(key)) for key in keys]
+
+    def read(self, name: str) -> torch.Tensor:
+        whole = torch.zeros(self._stored.shape(name), dtype=self._stored.dtype(name))
+        self._stored.read(name, (0,) * whole.dim(), whole)
+        return whole
+
+    def keeps_fp32(self, name: str) -> bool:
+        return self._stored.dtype(name) is torch.float32
+
+
 def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], hf_dir: Path) -> None:
     wanted = {piece.key: piece for piece in pieces}
     where = f"{stored.directory}: the model of {hf_dir}"
