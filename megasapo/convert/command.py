@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from megasapo import config, launch
 from megasapo.convert.errors import ConvertError, WriteError
 from megasapo.convert.job import Folder, Job, Output, fingerprint
-from megasapo.convert.sources import is_megatron, model_of, resolved
+from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, resolved
 from megasapo.convert.verify import check_logprobs, check_tensors
 from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
 from megasapo.errors import UserError
@@ -57,6 +57,7 @@ def convert(request: Request, target: Path, *, nproc: int = 1, verify: Verify = 
     """
     identity = request.identity() | {"files": [fingerprint(request.source), fingerprint(request.model)]}
     with Job(target, identity) as job:
+        refuse_damaged(request.source)
         work = make_work(request)
         kept = [output for output in work.outputs if job.folder.record(output.name) is not None]
         todo = [output for output in work.outputs if output not in kept]

@@ -67,13 +67,9 @@ def experts(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if found := EXPERT.fullmatch(row["name"]):
             groups[int(found["layer"]), found["what"]][int(found["expert"])] = row["norm"]
-        elif "parts" in row:
-            router = ROUTER.fullmatch(row["name"])
-            fused = FUSED.fullmatch(row["name"])
-            layer, what = (
-                (router["layer"], "router") if router else (fused["layer"], fused["what"]) if fused else ("", "")
-            )
-            groups[int(layer), what] = dict(enumerate(row["parts"]))
+        elif "parts" in row and (found := ROUTER.fullmatch(row["name"]) or FUSED.fullmatch(row["name"])):
+            what = found.groupdict().get("what", "router")
+            groups[int(found["layer"]), what] = dict(enumerate(row["parts"]))
     return [_spread(layer, what, by_expert) for (layer, what), by_expert in groups.items()]
 
 

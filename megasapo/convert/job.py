@@ -44,13 +44,11 @@ class Folder:
 
     def finish(self, name: str, contents: Any) -> None:
         """A file is written in full: give it its name, and a record with its hash. `contents` is kept beside it."""
-        part = self.unfinished(name)
-        sync(part)
+        part = self.unfinished(name)  # not yet brought to disk: its hash tells whether it is whole
         record = {"bytes": part.stat().st_size, "sha256": sha256(part), "contents": contents}
         part.rename(self.files / name)
         told = self.path / "records" / f"{name}.{os.getpid()}.part"
         told.write_text(json.dumps(record))
-        sync(told)
         told.rename(self._record(name))
 
     def record(self, name: str) -> dict[str, Any] | None:

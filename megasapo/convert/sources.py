@@ -15,6 +15,7 @@ import yaml
 
 from megasapo.convert.dequantised import DequantisedFiles, full_box
 from megasapo.convert.errors import ConvertError
+from megasapo.convert.job import sha256
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.export import TensorSpec, copy_out
@@ -194,6 +195,16 @@ def model_of(directory: Path, given: str | None) -> Path:
     if not (candidate / "config.json").is_file():
         raise ConvertError(f"{candidate}: no config.json there ({whence}): name the model's HF directory with --model")
     return candidate
+
+
+def refuse_damaged(directory: Path) -> None:
+    """ConvertError when a file of a checkpoint is not as its record says it was written; an HF directory has none."""
+    for name, digest in record_of(directory).get("files", {}).items():
+        path = directory / name
+        if not path.is_file():
+            raise ConvertError(f"{path}: no such file, though the checkpoint's megasapo.json lists it")
+        if sha256(path) != digest:
+            raise ConvertError(f"{path}: damaged since it was written (sha256): take another copy of the checkpoint")
 
 
 def record_of(directory: Path) -> dict[str, Any]:
