@@ -16,9 +16,9 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
+from megasapo.families.weights import BridgeError, pattern
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
-from megasapo.mcore.bridge.table import BridgeError, pattern
 from megasapo.mcore.compat import set_quantised
 
 MOST_PROBLEMS_SHOWN = 5
@@ -106,11 +106,11 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
-    if any(pattern(template).fullmatch(name) for template in mine.family.ignored):
+    if any(pattern(template).fullmatch(name) for template in mine.table.ignored):
         return True
-    if mine.is_tied and name == mine.family.tied[0]:
+    if mine.is_tied and name == mine.table.tied[0]:
         return True  # as transformers does: the embedding is used in its place
-    found = find_hf(mine.family, name)
+    found = find_hf(mine.table, name)
     if found is None:
         return False
     _, layer, expert = found

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.export import Export, TensorSpec
 from megasapo.mcore.bridge.hf_files import INDEX, SINGLE
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.table import BridgeError
 from megasapo.mcore.topology import Topology
 
 GIB = 2**30

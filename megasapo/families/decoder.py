@@ -1,0 +1,169 @@
+"""What decoders of the Llama line have in common: grouped-query attention, gated feed-forward parts, experts.
+
+The modules of families put these together: sizes, fields of megatron-core's TransformerConfig, rules for weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megasapo.config import ConfigError
+from megasapo.families.family import head_dim
+from megasapo.families.sizes import Fields
+from megasapo.families.weights import Rule, columns, gate_up, qkv, vocab, whole
+
+# Sizes
+
+
+def sizes(fields: Fields, default_head_dim: int | None = None) -> dict[str, Any]:
+    """Geometry's fields without experts. `default_head_dim`: when config.json has none; None: of the hidden size."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    kv_heads = fields.size("num_key_value_heads")
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{fields.source}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+        )
+    return {
+        "model_type": fields.config["model_type"],
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": fields.size("head_dim", default=default_head_dim or hidden // heads),
+        "vocab": fields.size("vocab_size"),
+        "tied": fields.flag("tie_word_embeddings", default=False),
+        "ffn": fields.size("intermediate_size"),
+    }
+
+
+def expert_sizes(fields: Fields, *names: str) -> dict[str, Any]:
+    """Geometry's numbers of experts; `names`: spellings of the field that has it."""
+    experts, top_k = fields.size(*names), fields.size("num_experts_per_tok")
+    if top_k > experts:
+        raise ConfigError(f"{fields.source}: num_experts_per_tok={top_k} is more than the {experts} experts")
+    return {"experts": experts, "top_k": top_k}
+
+
+def sparse_layers(fields: Fields) -> tuple[bool, ...]:
+    """Which layers have experts, as Qwen's configurations say it."""
+    layers, step = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", default=1)
+    dense = set(fields.config.get("mlp_only_layers") or ())
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+
+# TransformerConfig
+
+
+def require(hf: Any, **wanted: Any) -> None:
+    """ConfigError unless these fields of a transformers configuration have these values."""
+    for name, value in wanted.items():
+        if getattr(hf, name) != value:
+            raise ConfigError(f"{name}={getattr(hf, name)!r} is not supported for {hf.model_type}; only {value!r} is")
+
+
+def require_full_attention(hf: Any) -> None:
+    """ConfigError where some layers see the last tokens only."""
+    if getattr(hf, "use_sliding_window", False):
+        raise ConfigError("use_sliding_window=true is not supported; only full attention is")
+
+
+def transformer_fields(hf: Any, *, qk_norm: bool, qkv_bias: bool) -> dict[str, Any]:
+    """Of a model without experts."""
+    require(hf, hidden_act="silu")
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": head_dim(hf),
+        "init_method_std": hf.initializer_range,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "qk_layernorm": qk_norm,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": qkv_bias,
+    }
+
+
+def expert_fields(hf: Any, *, experts: int, ffn: int, is_moe: list[int]) -> dict[str, Any]:
+    """What experts add, but how the router chooses."""
+    return {
+        "num_moe_experts": experts,
+        "moe_layer_freq": is_moe,
+        "moe_ffn_hidden_size": ffn,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def sparse_pattern(hf: Any) -> list[int]:
+    """1 for a layer with experts, as Qwen's configurations say it."""
+    dense = set(hf.mlp_only_layers or ())
+    return [
+        int(i not in dense and hf.num_experts > 0 and (i + 1) % hf.decoder_sparse_step == 0)
+        for i in range(hf.num_hidden_layers)
+    ]
+
+
+# Weights
+
+MCORE = "decoder.layers.{layer}."
+HF = "model.layers.{layer}."
+
+EMBEDDING = Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), vocab)
+INPUT_NORM = Rule(
+    (f"{MCORE}input_layernorm.weight", f"{MCORE}self_attention.linear_qkv.layer_norm_weight"),
+    (f"{HF}input_layernorm.weight",),
+    whole,
+)
+QKV = Rule(
+    (f"{MCORE}self_attention.linear_qkv.weight",),
+    (f"{HF}self_attn.q_proj.weight", f"{HF}self_attn.k_proj.weight", f"{HF}self_attn.v_proj.weight"),
+    qkv,
+)
+QKV_BIAS = Rule(
+    (f"{MCORE}self_attention.linear_qkv.bias",),
+    (f"{HF}self_attn.q_proj.bias", f"{HF}self_attn.k_proj.bias", f"{HF}self_attn.v_proj.bias"),
+    qkv,
+)
+QK_NORM = (
+    Rule((f"{MCORE}self_attention.q_layernorm.weight",), (f"{HF}self_attn.q_norm.weight",), whole),
+    Rule((f"{MCORE}self_attention.k_layernorm.weight",), (f"{HF}self_attn.k_norm.weight",), whole),
+)
+PROJECTION = Rule((f"{MCORE}self_attention.linear_proj.weight",), (f"{HF}self_attn.o_proj.weight",), columns)
+MLP_NORM = Rule(
+    (f"{MCORE}pre_mlp_layernorm.weight", f"{MCORE}mlp.linear_fc1.layer_norm_weight"),
+    (f"{HF}post_attention_layernorm.weight",),
+    whole,
+)
+MLP = (
+    Rule((f"{MCORE}mlp.linear_fc1.weight",), (f"{HF}mlp.gate_proj.weight", f"{HF}mlp.up_proj.weight"), gate_up),
+    Rule((f"{MCORE}mlp.linear_fc2.weight",), (f"{HF}mlp.down_proj.weight",), columns),
+)
+HEAD = (
+    Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), whole),
+    Rule(("output_layer.weight",), ("lm_head.weight",), vocab),
+)
+
+
+def experts(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Rule, ...]:
+    """Router and routed experts, by the names that HF gives the block and an expert's three matrices."""
+    hf, mcore = f"{HF}{block}.experts.{{expert}}.", f"{MCORE}mlp.experts."
+    return (
+        Rule((f"{MCORE}mlp.router.weight",), (f"{HF}{block}.gate.weight",), whole),
+        Rule(
+            (mcore + "local_experts.{expert}.linear_fc1.weight", mcore + "linear_fc1.weight{expert}"),
+            (f"{hf}{gate}.weight", f"{hf}{up}.weight"),
+            gate_up,
+        ),
+        Rule(
+            (mcore + "local_experts.{expert}.linear_fc2.weight", mcore + "linear_fc2.weight{expert}"),
+            (f"{hf}{down}.weight",),
+            columns,
+        ),
+    )
