@@ -9,10 +9,16 @@ from __future__ import annotations
 import difflib
 
 from megasapo.config import ConfigError
-from megasapo.families import qwen3, qwen3_moe
+from megasapo.families import glm4_moe, mixtral, qwen2_moe, qwen3, qwen3_moe
 from megasapo.families.family import Family
 
-FAMILIES: dict[str, Family] = {"qwen3_moe": qwen3_moe.FAMILY, "qwen3": qwen3.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+}
 
 
 def family(model_type: object, source: str = "config.json") -> Family:

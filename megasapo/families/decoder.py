@@ -50,6 +50,14 @@ def sparse_layers(fields: Fields) -> tuple[bool, ...]:
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 
+def dense_first(fields: Fields) -> tuple[bool, ...]:
+    """Which layers have experts where the first are dense, as DeepSeek's and GLM's configurations say it."""
+    layers, dense = fields.size("num_hidden_layers"), fields.config.get("first_k_dense_replace", 1)
+    if type(dense) is not int or not 0 <= dense <= layers:
+        raise ConfigError(f"{fields.source}: first_k_dense_replace={dense!r} is no number of the {layers} layers")
+    return tuple(i >= dense for i in range(layers))
+
+
 # TransformerConfig
 
 
@@ -96,6 +104,38 @@ def expert_fields(hf: Any, *, experts: int, ffn: int, is_moe: list[int]) -> dict
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def softmax_router(*, normalised: bool) -> dict[str, Any]:
+    """A router that takes the softmax over all experts; `normalised`: and divides by the sum of the chosen ones."""
+    # the softmax over the chosen ones alone is the same as normalising afterwards
+    return {"moe_router_pre_softmax": not normalised}
+
+
+def sigmoid_router(hf: Any) -> dict[str, Any]:
+    """DeepSeek-V3's router: sigmoid scores, a bias that only takes part in choosing, groups, normalised and scaled.
+
+    The bias stays as it is: in megatron-core's update, at its own rate, nothing asks for it in RL.
+    """
+    top_k, groups, chosen = hf.num_experts_per_tok, hf.n_group or 1, hf.topk_group or 1
+    if bool(hf.norm_topk_prob) != (top_k > 1):
+        raise ConfigError(
+            f"norm_topk_prob={hf.norm_topk_prob} with num_experts_per_tok={top_k} is not supported for "
+            f"{hf.model_type}: megatron-core normalises the scores of the chosen experts exactly when there are several"
+        )
+    if groups > 1 and top_k // chosen != 2:  # transformers takes each group's best two, megatron-core that many
+        raise ConfigError(
+            f"num_experts_per_tok={top_k} with topk_group={chosen} is not supported for {hf.model_type}: megatron-core "
+            "compares groups as transformers does only where two experts of each chosen group are taken"
+        )
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": chosen if groups > 1 else None,
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
     }
 
 
@@ -166,4 +206,18 @@ def experts(
             (f"{hf}{down}.weight",),
             columns,
         ),
+    )
+
+
+EXPERT_BIAS = Rule(
+    (f"{MCORE}mlp.router.expert_bias",), (f"{HF}mlp.gate.e_score_correction_bias",), whole, keeps_dtype=True
+)
+
+
+def shared_experts(name: str) -> tuple[Rule, ...]:
+    """The expert that every token passes, by the name that HF gives it."""
+    hf, mcore = f"{HF}mlp.{name}.", f"{MCORE}mlp.shared_experts."
+    return (
+        Rule((f"{mcore}linear_fc1.weight",), (f"{hf}gate_proj.weight", f"{hf}up_proj.weight"), gate_up),
+        Rule((f"{mcore}linear_fc2.weight",), (f"{hf}down_proj.weight",), columns),
     )

@@ -17,8 +17,7 @@ def _transformer_fields(hf: Any) -> dict[str, Any]:
         **decoder.expert_fields(
             hf, experts=hf.num_experts, ffn=hf.moe_intermediate_size, is_moe=decoder.sparse_pattern(hf)
         ),
-        # HF takes the softmax over all experts; normalising the chosen ones afterwards is the softmax over those.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        **decoder.softmax_router(normalised=hf.norm_topk_prob),
     }
 
 

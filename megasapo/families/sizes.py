@@ -47,7 +47,9 @@ class Geometry:
     top_k: int = 0
     moe_ffn: int = 0  # width of one expert
     shared_ffn: int = 0  # width of the shared expert, 0 without one
+    shared_gate: bool = False  # whether the shared expert's output is weighted by a gate
     qk_norm: bool = True
+    qkv_bias: bool = False
 
     @property
     def layers(self) -> int:
@@ -68,6 +70,11 @@ class Geometry:
         return self.hidden * (2 * self.query_width + self.kv_width)
 
     @property
+    def attention_bias(self) -> int:
+        """Biases of one layer's query, key and value projections."""
+        return self.query_width + self.kv_width if self.qkv_bias else 0
+
+    @property
     def layer_vectors(self) -> int:
         """Norm weights of one layer."""
         return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
@@ -83,7 +90,8 @@ class Geometry:
 
     @property
     def router(self) -> int:
-        return self.hidden * self.experts
+        """Weights of one layer's gates: the router's, and the shared expert's where it has one."""
+        return self.hidden * (self.experts + self.shared_gate)
 
     @property
     def shared_expert(self) -> int:
@@ -92,7 +100,7 @@ class Geometry:
     def parameters(self) -> Parameters:
         """Exact counts, without vocabulary padding; equal to what transformers builds from the same config."""
         moe = sum(self.moe_layers)
-        dense = self.layers * (self.attention_matrix + self.layer_vectors) + self.hidden
+        dense = self.layers * (self.attention_matrix + self.attention_bias + self.layer_vectors) + self.hidden
         dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.shared_expert)
         experts = moe * self.experts * self.expert
         table = self.vocab * self.hidden

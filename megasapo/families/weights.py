@@ -86,6 +86,7 @@ class WeightTable:
         "model.embed_tokens.weight",
     )  # with tied embeddings the first is the second
     ignored: tuple[str, ...] = ()  # HF names that carry no weights, or those of parts that are not trained
+    mtp_layers: bool = False  # files may have layers for multi-token prediction after the last: they are not trained
 
 
 def whole(local: Shape, shard: Shard, dims: Dims) -> Mapped:

@@ -52,6 +52,7 @@ class Locals(NamedTuple):
     layers: frozenset[int]  # global indices
     experts: frozenset[int]
     num_layers: int  # of the whole model
+    mtp_layers: int  # that files may have after these, for multi-token prediction, and that are not loaded
     num_experts: int
     is_tied: bool
 
@@ -101,7 +102,8 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
         for name, tensor in _tensors(model)
     ]
     experts = frozenset(range(first_expert, first_expert + per_rank))
-    return Locals(table, placed, layers, experts, config.num_layers, num_experts, is_tied)
+    mtp_layers = int(hf.get("num_nextn_predict_layers") or 0) if table.mtp_layers else 0
+    return Locals(table, placed, layers, experts, config.num_layers, mtp_layers, num_experts, is_tied)
 
 
 def find_hf(table: WeightTable, name: str) -> tuple[Rule, int | None, int | None] | None:
