@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from megasapo.families.weights import Box, BridgeError, Shape
 from megasapo.fp8.blocks import dequantise_blocks
 from megasapo.mcore.bridge.hf_files import Entry, HFFiles
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.table import Box, BridgeError, Shape
 from megasapo.rollout.quantise import SCALE
 
 FP8 = "F8_E4M3"

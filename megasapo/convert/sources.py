@@ -16,12 +16,14 @@ import yaml
 from megasapo.convert.dequantised import DequantisedFiles, full_box
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.job import sha256
+from megasapo.families import family
+from megasapo.families.weights import Piece
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.export import TensorSpec, copy_out
-from megasapo.mcore.bridge.placement import Placed, nearest
+from megasapo.mcore.bridge.load import read_config
+from megasapo.mcore.bridge.placement import Placed, find_hf, nearest
 from megasapo.mcore.bridge.save import DTYPE_NAMES
-from megasapo.mcore.bridge.table import Piece
 from megasapo.mcore.torch_dist import StoredTensors
 from megasapo.sections import ParallelConfig
 
@@ -36,8 +38,8 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
-    def keeps_fp32(self, name: str) -> bool:
-        """Whether a tensor stays in fp32 when the others are cast."""
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor is not cast with the others."""
         ...
 
 
@@ -48,17 +50,14 @@ class HFSource:
         self.files = DequantisedFiles(directory, fp8_as)
         names = sorted(self.files.names, key=self.files.file)
         self.specs = [self._spec(name) for name in names]
-        main = dict.fromkeys(DTYPE_NAMES, 0)
-        for spec in self.specs:
-            main[spec.dtype] += spec.nbytes
-        self._main = max(main, key=lambda dtype: main[dtype])
-        self._dtypes = {spec.name: spec.dtype for spec in self.specs}
 
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(name, full_box(self.files.entry(name).shape))
 
-    def keeps_fp32(self, name: str) -> bool:
-        return self._dtypes[name] is torch.float32 is not self._main
+    def keeps_dtype(self, name: str) -> bool:
+        model_type = read_config(self.files.directory).get("model_type")
+        rule = find_hf(family(model_type, str(self.files.directory / "config.json")).weights, name)
+        return rule is not None and rule[0].keeps_dtype
 
     def _spec(self, name: str) -> TensorSpec:
         entry = self.files.entry(name)
@@ -118,8 +117,8 @@ class MegatronSource:
             self._last = placed.mcore_name, weight
         return self._last[1]
 
-    def keeps_fp32(self, name: str) -> bool:
-        return self._parts[name][0][0].tensor.dtype is torch.float32
+    def keeps_dtype(self, name: str) -> bool:
+        return self._parts[name][0][0].keeps_dtype
 
 
 class KeySource:
@@ -135,8 +134,8 @@ class KeySource:
         self._stored.read(name, (0,) * whole.dim(), whole)
         return whole
 
-    def keeps_fp32(self, name: str) -> bool:
-        return self._stored.dtype(name) is torch.float32
+    def keeps_dtype(self, name: str) -> bool:
+        return False
 
 
 def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], hf_dir: Path) -> None:

@@ -18,15 +18,16 @@ from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import WriteError
 from megasapo.convert.job import Folder, Output, sha256
 from megasapo.convert.sources import HFSource, MegatronSource, Source
+from megasapo.families import family
+from megasapo.families.weights import Shape
 from megasapo.fp8.blocks import WEIGHT_BLOCK
 from megasapo.layout import fewest_ranks
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.export import TensorSpec
 from megasapo.mcore.bridge.hf_files import INDEX
-from megasapo.mcore.bridge.load import check_files, fill, read_config
+from megasapo.mcore.bridge.load import check_files, fill, read_config, say_ignored
 from megasapo.mcore.bridge.save import DTYPE_NAMES, SafetensorsWriter, assign_files, write_companions, write_json
-from megasapo.mcore.bridge.table import Shape
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
 from megasapo.rollout.quantise import SCALE, is_quantised, quantise_bucket, quantised_config
 from megasapo.sections import ParallelConfig
@@ -93,6 +94,7 @@ class ToMegatron:
         self._request = request
         self._files = DequantisedFiles(request.source, request.fp8_as)
         plan = blueprint(request.model, request.parallel)
+        self._locals = plan.locals
         for mine in plan.locals:
             check_files(mine, self._files)
         self._stored: dict[str, list[Stored]] = {}
@@ -133,7 +135,9 @@ class ToMegatron:
         write_index(folder.files, told)
         specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
         files = {path.name: sha256(path) for path in sorted(folder.files.iterdir())}
-        write_companions(self._request.model, read_config(self._request.model), specs, folder.files)
+        config = read_config(self._request.model)
+        write_companions(self._request.model, config | family(config["model_type"]).exported, specs, folder.files)
+        say_ignored(self._locals[0], self._files)
         degrees = self._request.parallel.model_dump()
         record = {
             "format": checkpoint.FORMAT,
@@ -170,9 +174,9 @@ class ToMegatron:
         yield group
 
     def _dtype(self, one: Stored) -> torch.dtype:
-        """Of the source, unless another was asked for; what megatron-core keeps in fp32 is not cast."""
-        if self._request.cast is not None:
-            return torch.float32 if one.placed.tensor.dtype is torch.float32 else self._request.cast
+        """Of the source, unless another was asked for."""
+        if self._request.cast is not None and not one.placed.keeps_dtype:
+            return self._request.cast
         dtypes = [TORCH[self._files.entry(name).dtype] for name in one.placed.names]
         widest = dtypes[0]
         for dtype in dtypes[1:]:
@@ -191,7 +195,9 @@ class ToHF:
 
     def __init__(self, request: Request, source: Source) -> None:
         self._request, self._source = request, source
-        self._config = read_config(request.model)
+        config = read_config(request.model)
+        is_copy = request.direction == "hf-to-hf"  # of all there is, also what the learner has no use for
+        self._config = config if is_copy else config | family(config["model_type"]).exported
         if request.quantise:
             unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
             self._quantised_config = quantised_config(unquantised, request.model)
@@ -249,7 +255,7 @@ class ToHF:
         ]
 
     def _dtype(self, spec: TensorSpec) -> torch.dtype:
-        if self._request.cast is None or self._source.keeps_fp32(spec.name):
+        if self._request.cast is None or self._source.keeps_dtype(spec.name):
             return spec.dtype
         return self._request.cast
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megasapo.errors import UserError
-from megasapo.mcore.bridge.table import Shape
+from megasapo.families.weights import Shape
 
 
 class StoredError(UserError, RuntimeError):

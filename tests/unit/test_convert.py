@@ -30,6 +30,7 @@ MODELS = {
         "dtype": torch.bfloat16,
     },
     "dense": {"kind": "dense", "num_hidden_layers": 2, "vocab_size": 513},
+    "glm": {"kind": "glm4_moe", "num_nextn_predict_layers": 0, "dtype": torch.bfloat16},
     "wide": {"kind": "moe", "num_experts": 4, "num_hidden_layers": 2, "hidden_size": 320, "dtype": torch.bfloat16},
 }
 
@@ -74,6 +75,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("moe", ("parallel.tp=2", "parallel.etp=2")),
         ("odd", ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")),
         ("dense", ("parallel.tp=2", "parallel.pp=2")),
+        ("glm", ("parallel.tp=2", "parallel.ep=2")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "one rank",
 )
@@ -270,7 +272,7 @@ def _edit(d: Path, change) -> None:
         (_garbage, ("model.safetensors: not a safetensors file",)),
         (_integers, ("tensor 'model.norm.weight' has dtype I64",)),
         (_other_quantisation, ("config.json: quantization_config=", "awq")),
-        (_unknown_family, ("bert", "qwen3_moe")),
+        (_unknown_family, ("model_type='bert' is not supported", "qwen3_moe")),
     ],
 )
 def test_a_bad_hf_directory_is_named_and_nothing_is_left(
@@ -296,6 +298,11 @@ def _flipped(d: Path) -> None:
         byte = f.read(1)[0]
         f.seek(70_000)
         f.write(bytes([byte ^ 1]))
+
+
+def _garbled(d: Path) -> None:
+    with (d / "__0_0.distcp").open("r+b") as f:
+        f.write(b"\xff" * 200)
 
 
 def _no_file(d: Path) -> None:
@@ -331,7 +338,7 @@ def _set(d: Path, **changed: int) -> None:
     ("damage", "said"),
     [
         (_cut, ("__0_0.distcp: truncated: tensor '", "take another copy")),
-        (_flipped, ("__0_0.distcp: tensor 'embedding.word_embeddings.weight' is damaged",)),
+        (_garbled, ("__0_0.distcp: tensor 'embedding.word_embeddings.weight' is damaged",)),
         (_no_file, ("__0_0.distcp: cannot read tensor", "No such file")),
         (_no_index, (".metadata: cannot read the checkpoint's index",)),
         (_fewer_layers, ("__0_0.distcp: tensor 'decoder.layers.1.", "belongs to no weight")),
@@ -346,13 +353,25 @@ def _set(d: Path, **changed: int) -> None:
 def test_a_bad_megatron_checkpoint_is_named_and_no_target_is_there(
     damage, said: tuple[str, ...], megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a checkpoint that brings no hashes of its files."""
     shutil.copytree(megatron / "moe.mcore", tmp_path / "src")
+    record = json.loads((tmp_path / "src" / "megasapo.json").read_text())
+    del record["files"]
+    (tmp_path / "src" / "megasapo.json").write_text(json.dumps(record))
     damage(tmp_path / "src")
     assert main(["megatron-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     for words in said:
         assert words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_is_found_by_the_hash(megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(megatron / "moe.mcore", tmp_path / "src")
+    _flipped(tmp_path / "src")
+    assert main(["megatron-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
+    assert "__0_0.distcp: damaged since it was written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
 def test_an_existing_target_is_left_as_it_was(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,7 +437,7 @@ def test_memory_is_bounded_by_shards_and_not_by_the_model(tmp_path: Path) -> Non
     shard = 16_000_000
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, str(tmp_path), str(shard)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         timeout=400,
         check=True,

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megasapo.families import family
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.export import Export, TensorSpec
 from megasapo.mcore.bridge.hf_files import INDEX, SINGLE
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.table import BridgeError
 from megasapo.mcore.topology import Topology
 
 GIB = 2**30
@@ -72,7 +73,8 @@ def save_hf(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _write_weights(export, unfinished, bucket_bytes, max_shard_bytes)
-        write_companions(Path(hf_config_dir), config, export.tensors, unfinished)
+        changed = config | family(config["model_type"]).exported
+        write_companions(Path(hf_config_dir), changed, export.tensors, unfinished)
         _put_in_place(unfinished, out)
     dist.barrier(group=topo.world_group_cpu)
 
