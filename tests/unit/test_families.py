@@ -1,6 +1,6 @@
 """Families beside Qwen3: sizes against transformers, what is refused, and what released files have beside the model.
 
-Logprobs, round trips, generation: tests/dist/test_model.py, tests/dist/test_bridge.py, tests/unit/test_server_generate.py.
+Logprobs, round trips and generation: test_model.py and test_bridge.py in tests/dist, test_server_generate.py here.
 """
 
 from __future__ import annotations
