@@ -6,6 +6,8 @@ Every rank reads only the boxes it holds, piece by piece; nothing is sent betwee
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -13,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
+from megasapo.families.weights import BridgeError, pattern
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
-from megasapo.mcore.bridge.table import BridgeError, pattern
 from megasapo.mcore.compat import set_quantised
 
+log = logging.getLogger(__name__)
 MOST_PROBLEMS_SHOWN = 5
 
 
@@ -38,14 +42,20 @@ def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> No
 def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> None:
     """The same from opened files, which count the bytes read."""
     mine = place(chunks, hf_config)
+    check_files(mine, files)
+    say_ignored(mine, files)
+    for placed in mine.placed:
+        fill(placed, files)
+
+
+def check_files(mine: Locals, files: HFFiles) -> None:
+    """Raises BridgeError when a tensor is missing, left over, of the wrong shape or dtype, or its file is broken."""
     problems = [*_missing(mine, files), *_left_over(mine, files)] or _misshapen(mine, files)
     if problems:
         more = len(problems) - MOST_PROBLEMS_SHOWN
         shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
-    for placed in mine.placed:
-        _fill(placed, files)
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -58,7 +68,8 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(placed: Placed, files: HFFiles) -> None:
+def fill(placed: Placed, files: HFFiles) -> None:
+    """Copy a local tensor's part of the HF tensors into it; what they do not have, padding, becomes zero."""
     filled = sum(prod(stop - start for start, stop in piece.local) for piece in placed.pieces)
     quantised = is_float8tensor(placed.tensor)  # writes to a part of it would be lost
     whole = torch.empty(placed.tensor.shape, dtype=placed.tensor.dtype) if quantised else placed.tensor
@@ -69,6 +80,23 @@ def _fill(placed: Placed, files: HFFiles) -> None:
         local.copy_(files.read(placed.names[piece.source], piece.hf))
     if quantised:
         set_quantised(placed.tensor, whole.to(placed.tensor.device))
+
+
+def say_ignored(mine: Locals, files: HFFiles) -> None:
+    """Warn of tensors that are passed over."""
+    ignored = [name for name in files.names if _is_mtp(mine, name)]
+    if ignored and not (dist.is_initialized() and dist.get_rank()):
+        log.warning(
+            "%s: %d tensors of multi-token prediction (%s, ...) are not loaded: they are neither trained nor exported",
+            files.directory,
+            len(ignored),
+            ignored[0],
+        )
+
+
+def _is_mtp(mine: Locals, name: str) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and 0 <= int(layer[1]) - mine.num_layers < mine.mtp_layers
 
 
 # What is wrong with one tensor, said on demand: the nearest of many names takes a second to find.
@@ -106,11 +134,11 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
-    if any(pattern(template).fullmatch(name) for template in mine.family.ignored):
+    if _is_mtp(mine, name) or any(pattern(template).fullmatch(name) for template in mine.table.ignored):
         return True
-    if mine.is_tied and name == mine.family.tied[0]:
+    if mine.is_tied and name == mine.table.tied[0]:
         return True  # as transformers does: the embedding is used in its place
-    found = find_hf(mine.family, name)
+    found = find_hf(mine.table, name)
     if found is None:
         return False
     _, layer, expert = found
@@ -134,6 +162,10 @@ def _misshapen(mine: Locals, files: HFFiles) -> list[Problem]:
                 )
                 problems.append(partial(str, text))
             elif found.dtype not in FLOATS:
-                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded"
+                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded{_hint(found.dtype)}"
                 problems.append(partial(str, text))
     return problems
+
+
+def _hint(dtype: str) -> str:
+    return "; tools/convert_checkpoint.py hf-to-hf makes a bfloat16 copy" if dtype == "F8_E4M3" else ""
