@@ -154,10 +154,10 @@ def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) ->
             assert generate(remote) == -1
             assert remote.servers[0].process is None
         assert alive(listener(owner))
-        leader = Fleet.connect(owner.cfg, owner.urls, model, leader_index=1)
-        assert generate(leader) == -1
-        with pytest.raises(RolloutError, match="only connected"):
-            leader.begin_publish()
+        with Fleet.connect(owner.cfg, owner.urls, model, leader_index=1) as leader:
+            assert generate(leader) == -1
+            with pytest.raises(RolloutError, match="only connected"):
+                leader.begin_publish()
 
 
 def test_a_remote_server_that_is_not_there_stops_the_start(model: Path, tmp_path: Path) -> None:
