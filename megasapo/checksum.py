@@ -12,6 +12,14 @@ from collections.abc import Iterable, Mapping
 import torch
 
 
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of dtype, shape and bytes of one tensor, of any device and layout."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
 class Checksum:
     """Collects a digest for each tensor; the result depends on names, dtypes, shapes and bytes, not on the order."""
 
@@ -22,10 +30,7 @@ class Checksum:
         """Take in one tensor, of any device and layout. Raises ValueError when the name was added before."""
         if name in self._digests:
             raise ValueError(f"checksum: tensor {name!r} was added twice")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-        self._digests[name] = digest.digest()
+        self._digests[name] = tensor_digest(tensor)
 
     def hexdigest(self) -> str:
         """64 hexadecimal digits over all tensors added so far."""

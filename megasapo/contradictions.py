@@ -145,6 +145,11 @@ def _check_servers(cfg: Config) -> None:
             f"rollout.hedge_after_s={r.hedge_after_s:g} needs requests that can be told apart, and a repeatable run "
             "sends one a step: use rollout.deterministic=false"
         )
+    if r.publish_changed_only and (r.publish == "disk" or r.quantization != "none"):
+        raise ValueError(
+            f"rollout.publish_changed_only=true with publish={r.publish}, quantization={r.quantization}: a directory "
+            "is always whole, and quantised weights go with their scales: use publish=distributed without quantization"
+        )
     if r.router is None:
         return
     if cfg.asks_for_routing:

@@ -87,7 +87,12 @@ class Publisher:
             if cfg.publish == "disk":
                 self._delivery = DiskDelivery(fleet, run_dir, model_dir, quantised=self._quantise)
             else:
-                self._delivery = Broadcast(fleet, device or torch.device("cpu"), timeout_s=cfg.start_timeout_s)
+                self._delivery = Broadcast(
+                    fleet,
+                    device or torch.device("cpu"),
+                    timeout_s=cfg.start_timeout_s,
+                    changed_only=cfg.publish_changed_only,
+                )
 
     def __call__(self, version: int) -> None:
         """Publish as `version`; RolloutError on every rank when no server could be given it in a few attempts.

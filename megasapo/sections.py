@@ -171,6 +171,8 @@ class RolloutConfig(Section):
     seeded, run by itself). False: requests mix freely, which is faster."""
     publish: Literal["disk", "distributed"] = "disk"
     """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""
+    publish_changed_only: bool = False
+    """publish=distributed: send only tensors that differ from those that the servers have; each is hashed for it."""
     publish_bucket_mb: PositiveFloat = 256.0
     """Most bytes of full tensors gathered at once."""
     quantization: Literal["none", "fp8_block"] = "none"

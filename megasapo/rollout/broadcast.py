@@ -11,18 +11,19 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent import futures
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
-from megasapo.rollout.client import ServerClient
+from megasapo.checksum import tensor_digest
+from megasapo.rollout.client import ServerClient, Update
 from megasapo.rollout.fleet import Fleet
-from megasapo.rollout.protocol import INCOMPLETE, RolloutError
+from megasapo.rollout.protocol import RolloutError, parse_version
 from megasapo.rollout.watch import Server
 from megasapo.rollout.weight_group import WeightGroup, host_store
 
@@ -32,64 +33,73 @@ Member = tuple[int, str, int]  # a server and its incarnation
 
 
 class Broadcast:
-    """publish.Delivery over a process group: pause, begin, send, end, flush, stamp, resume."""
+    """publish.Delivery over a process group. A bucket is on its way while the next one is gathered."""
 
     weights_dir: Path | None = None  # only another broadcast helps a server that missed one
 
-    def __init__(self, fleet: Fleet, device: torch.device, *, timeout_s: float) -> None:
-        self._fleet, self._device, self._timeout_s = fleet, device, timeout_s
+    def __init__(self, fleet: Fleet, device: torch.device, *, timeout_s: float, changed_only: bool = False) -> None:
+        """`changed_only`: leave out tensors that all servers have already, bit for bit."""
+        self._fleet, self._device, self._timeout_s, self._changed_only = fleet, device, timeout_s, changed_only
         self._group: WeightGroup | None = None
         self._members: tuple[Member, ...] = ()
         self._groups_made = 0
-        self._version = 0
         self._servers: list[Server] = []
-        self._sessions: list[bool] = []
-        self._touched = False  # some server may hold parts of two versions
+        self._updates: list[tuple[AbstractAsyncContextManager[Update], Update]] = []  # of each, while it is open
+        self._on_the_way: list[futures.Future[Any]] = []
+        self._version = 0
+        self._held: dict[str, bytes] = {}  # what all servers have since the last version: digests by name
+        self._held_version: int | None = None
+        self._sent: dict[str, bytes] = {}
+        self.tensors_left_out = 0  # of the last version
 
     def open(self, version: int) -> None:
-        self._version, self._touched, self._servers, self._sessions = version, False, [], []
-        self._servers = self._fleet.wait_ready()
+        self._version, self._sent, self.tensors_left_out = version, {}, 0
+        self._servers, self._updates, self._on_the_way = self._fleet.wait_ready(), [], []
         members = tuple((s.index, s.url, s.incarnation) for s in self._servers)
         if members != self._members or self._group is None:
             self.close()
             self._make_group()
             self._members = members
-        self._each(lambda c: c.pause("retract"))
-        self._sessions = self._each(lambda c: c.begin_update())
+        if self._changed_only and not self._hold(self._held_version):
+            self._held = {}
+        contexts = [self._fleet.control(s).updating(version) for s in self._servers]
+        entered = self._all([context.__aenter__() for context in contexts])
+        self._updates = [(c, u) for c, u in zip(contexts, entered, strict=True) if isinstance(u, Update)]
+        for outcome in entered:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def send(self, bucket: Bucket) -> None:
         """One message for each dtype: the receiver views slices of one byte tensor, which must stay aligned."""
         by_dtype: dict[torch.dtype, Bucket] = {}
-        for name, tensor in bucket:
+        for name, tensor in self._changed(bucket) if self._changed_only else bucket:
             by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
         for dtype, tensors in by_dtype.items():
             self._send(str(dtype).removeprefix("torch."), tensors)
 
     def finish(self) -> list[Server]:
-        with_session = [s for s, open_ in zip(self._servers, self._sessions, strict=True) if open_]
-        self._each(lambda c: c.end_update(), with_session)
-        self._each(lambda c: c.flush())
-        self._each(lambda c: c.stamp(self._version))
-        self._each(lambda c: c.resume())
-        return self._servers
+        self._wait()
+        updates, self._updates = self._updates, []
+        ended = self._all([context.__aexit__(None, None, None) for context, _ in updates])
+        for server, outcome in zip(self._servers, ended, strict=True):
+            if isinstance(outcome, BaseException):
+                log.warning("%s did not finish version %d: %s", server.url, self._version, outcome)
+        updated = [s for s, outcome in zip(self._servers, ended, strict=True) if not isinstance(outcome, BaseException)]
+        if not updated:
+            raise RolloutError(f"no server finished version {self._version}: {ended[0]}")
+        whole = len(updated) == len(self._servers)
+        self._held, self._held_version = (self._held | self._sent, self._version) if whole else ({}, None)
+        return updated
 
     def settle(self) -> None:
         """Nothing is left behind."""
 
     def abandon(self) -> None:
-        """Stamp what may be half-written before it samples again; a server that cannot be reached stays paused."""
-
-        async def give_up(client: ServerClient) -> None:
-            with suppress(RolloutError):
-                if self._touched:
-                    await client.stamp(INCOMPLETE)
-                with suppress(RolloutError):  # it may have ended, or another learner's that was killed may be open
-                    await client.end_update()
-                await client.resume()
-
-        for server in self._servers:
-            self._fleet.run(give_up(self._fleet.control(server)))
-        self._sessions = []
+        """What may be half-written is stamped so before it samples again."""
+        error = RolloutError("the publish was given up")
+        updates, self._updates, self._on_the_way = self._updates, [], []
+        self._held, self._held_version = {}, None
+        self._all([context.__aexit__(RolloutError, error, None) for context, _ in updates])  # they raise it again
         self.close()
 
     def close(self) -> None:
@@ -109,18 +119,41 @@ class Broadcast:
                 self._fleet.run(leave(server))
 
     def _send(self, dtype: str, tensors: Bucket) -> None:
+        self._wait()  # for the last one: no more than one copy of a bucket is alive
         flat = torch.cat([t.detach().to(self._device).reshape(-1).view(torch.uint8) for _, t in tensors])
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()  # the broadcast runs in another thread
         group, names, shapes = self._group, [n for n, _ in tensors], [list(t.shape) for _, t in tensors]
         assert group is not None
-        self._touched = True
+        for _, update in self._updates:
+            update.begun = True
         receiving = self._start(
             lambda c: c.update_from_distributed(
                 names=names, dtypes=[dtype] * len(names), shapes=shapes, group=group.name, flattened=True
             )
         )
-        _wait([*receiving, _in_thread(lambda: group.broadcast(flat))])
+        self._on_the_way = [*receiving, _in_thread(lambda: group.broadcast(flat))]
+
+    def _wait(self) -> None:
+        on_the_way, self._on_the_way = self._on_the_way, []
+        _wait(on_the_way)
+
+    def _changed(self, bucket: Bucket) -> Bucket:
+        """Those of a bucket that some server lacks."""
+        changed = []
+        for name, tensor in bucket:
+            digest = tensor_digest(tensor)
+            if self._held.get(name) == digest:
+                self.tensors_left_out += 1
+            else:
+                changed.append((name, tensor))
+            self._sent[name] = digest
+        return changed
+
+    def _hold(self, version: int | None) -> bool:
+        """Whether all servers say that they have it, none having been started again without our notice."""
+        infos = self._each(ServerClient.model_info)
+        return version is not None and all(parse_version(info.get("weight_version")) == version for info in infos)
 
     def _make_group(self) -> None:
         sizes = [
@@ -156,16 +189,25 @@ class Broadcast:
     def _start(self, call: Callable[[ServerClient], Any]) -> list[futures.Future[Any]]:
         return [self._fleet.submit(call(self._fleet.control(s))) for s in self._servers]
 
-    def _each(
-        self, call: Callable[[ServerClient], Awaitable[Any]], servers: Sequence[Server] | None = None
-    ) -> list[Any]:
+    def _each(self, call: Callable[[ServerClient], Coroutine[Any, Any, Any]]) -> list[Any]:
         """The same call to all at once; results in their order."""
-        clients = [self._fleet.control(s) for s in (self._servers if servers is None else servers)]
+        outcomes = self._all([call(self._fleet.control(s)) for s in self._servers])
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return outcomes
 
-        async def all_at_once() -> list[Any]:
-            return await asyncio.gather(*(call(c) for c in clients))
+    def _all(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """All at once; results, or the RolloutErrors in their places."""
 
-        return self._fleet.run(all_at_once())
+        async def together() -> list[Any]:
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        outcomes = self._fleet.run(together())
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, RolloutError):
+                raise outcome
+        return outcomes
 
 
 def _ranks_of(info: dict[str, Any], url: str) -> int:

@@ -12,7 +12,8 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ import aiohttp
 import orjson
 
 from megasapo.rollout.protocol import (
+    INCOMPLETE,
     BadAnswer,
     Refused,
     Retryable,
@@ -76,6 +78,13 @@ def read_key(path: str | None) -> str | None:
     if not key:
         raise RolloutError(f"{path}: the API key file is empty")
     return key
+
+
+@dataclass(slots=True)
+class Update:
+    """One update of a server's weights."""
+
+    begun: bool = False  # something was sent: the server may hold parts of two versions
 
 
 class ServerClient:
@@ -167,6 +176,32 @@ class ServerClient:
         await self._control("/flush_cache", None, parse=False)
 
     # --- weights ---
+
+    @asynccontextmanager
+    async def updating(self, version: int) -> AsyncIterator[Update]:
+        """pause -> begin -> what the caller does -> end -> flush -> stamp -> resume. Requests in flight wait meanwhile.
+
+        Whatever goes wrong, a server that may hold parts of two versions is stamped so, or stays paused when it cannot
+        be reached: it never samples under a version that it has not.
+        """
+        update = Update()
+        try:
+            await self.pause("retract")
+            session = await self.begin_update()
+            yield update
+            if session:
+                await self.end_update()
+            await self.flush()
+            await self.stamp(version)
+        except (Exception, asyncio.CancelledError):
+            with suppress(RolloutError):
+                if update.begun:
+                    await self.stamp(INCOMPLETE)
+                with suppress(RolloutError):  # it may have ended, or another learner's that was killed may be open
+                    await self.end_update()
+                await self.resume()
+            raise
+        await self.resume()
 
     async def update_from_disk(self, path: str | Path, version: int) -> None:
         """Load an HF directory that the server can read, stamp it; the old weights stay where that fails."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from megasapo.publish import Bucket, Publisher
 from megasapo.rollout import broadcast
+from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
 from megasapo.sections import RolloutConfig
@@ -53,7 +54,7 @@ def publisher(
     return Publisher(
         over.pop("export", lambda: export_of(source)),
         fleet,
-        RolloutConfig(publish=method, start_timeout_s=60.0),
+        RolloutConfig(publish=method, start_timeout_s=60.0, publish_changed_only=over.pop("changed_only", False)),
         rank=0,
         agree=lambda x: x,
         run_dir=run_dir,
@@ -196,6 +197,65 @@ def test_a_broadcast_that_fails_midway_is_sent_again(
     assert len(sent) == 2 + buckets
     assert tokens(generate(fleet)) == greedy_by_transformers(models[0])
     p.close()
+
+
+def test_only_changed_tensors_are_sent_and_all_of_them_to_a_server_that_was_restarted(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tensors = dict(tensor for bucket in export_of(models[1]) for tensor in bucket)
+
+    def export() -> Iterator[Bucket]:
+        yield list(tensors.items())
+
+    p = publisher(fleet, models[1], models, tmp_path, "distributed", export=export, changed_only=True)
+    delivery = p._delivery
+    assert isinstance(delivery, broadcast.Broadcast)
+    p(20)
+    assert delivery.tensors_left_out == 0
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 1.5
+    p(21)
+    assert delivery.tensors_left_out == len(tensors) - 1
+    p(22)
+    assert delivery.tensors_left_out == len(tensors)
+    process = fleet.servers[0].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not fleet.stale():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    p(22)
+    assert delivery.tensors_left_out == 0
+    assert not fleet.stale()
+    p.close()
+
+
+def test_a_server_that_fails_at_the_end_of_a_broadcast_is_left_out_until_the_next(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RolloutConfig(spawn=2, server_args=("--threads", "1"), start_timeout_s=120.0, deterministic=False)
+    with Fleet.start(cfg, models[0], tmp_path) as fleet:
+        real, failing = ServerClient.end_update, [fleet.urls[1]]
+
+        async def end_update(self: ServerClient) -> None:
+            if self.url in failing:
+                raise RolloutError("scripted")
+            await real(self)
+
+        monkeypatch.setattr(ServerClient, "end_update", end_update)
+        p = publisher(fleet, models[1], models, tmp_path, "distributed")
+        p(5)
+        assert [s.ready for s in fleet.servers] == [True, False]
+        assert {c.version_min for c in generate(fleet)} == {5}
+        deadline = time.monotonic() + 60
+        while not fleet.stale():  # it says that it holds parts of two versions
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        failing.clear()
+        fleet.run(fleet.control(fleet.servers[1]).end_update())
+        p(5)
+        assert [s.ready for s in fleet.servers] == [True, True]
+        p.close()
 
 
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(

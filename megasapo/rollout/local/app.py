@@ -44,6 +44,7 @@ CONTROL_PATHS = frozenset(
         "/begin_weight_update",
         "/end_weight_update",
         "/update_weights_from_distributed",
+        "/update_weights_from_tensor",
         "/update_weight_version",
         "/get_weights_by_name",
         "/weights_checker",
@@ -82,6 +83,7 @@ class App:
         routes += [
             Route("/weights_checker", self._weights(c.checksum), methods=["GET", "POST"]),
             Route("/get_weights_by_name", self._plain(c.get_weight), methods=["GET", "POST"]),
+            Route("/update_weights_from_tensor", self._weights(c.update_from_tensor), methods=["POST"]),
             Route("/pause_generation", self._plain(c.pause), methods=["POST"]),
             Route("/continue_generation", self._plain(c.resume), methods=["POST"]),
             Route("/abort_request", self._abort, methods=["POST"]),

@@ -212,6 +212,13 @@ class Control:
             await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
         return self._done("Succeeded to update parameter online.", version)
 
+    async def update_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
+        """SGLang's takes pickled tensors, which can run any code: refused, whatever they hold."""
+        raise Refused(
+            "the embedded server takes no pickled tensors: use /update_weights_from_disk, with a directory in /dev/shm "
+            "where both share a machine, or /update_weights_from_distributed"
+        )
+
     @takes("new_version", "abort_all_requests")
     async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
         version = field(body, "new_version", str)
