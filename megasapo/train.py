@@ -5,8 +5,8 @@ Start reading at `loop`. The setup is in `train`; every collective call is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from megasapo.metrics import Metrics
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
+    from megasapo.rollout.protocol import RolloutError
     from megasapo.rollout.source import RolloutSource
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Event, Guard
@@ -91,7 +92,7 @@ def loop(p: Parts, step: int) -> int:
     while step < p.cfg.train.steps:
         p.heartbeat.at(step + 1, p.cfg.train.steps)
         p.profiler.at(step + 1)
-        with phases("rollout"):
+        with phases("rollout"), saving_first(p, step):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
             sequences = make_sequences(groups, p)
@@ -103,12 +104,12 @@ def loop(p: Parts, step: int) -> int:
         sampled = metrics.merge([group_stats(groups, step, dropped), routing_stats(sequences)])
         step += 1
         with phases("publish"):
-            p.publish(step)
+            unpublished = try_publish(p, step)
         with phases("diagnose"):
             diagnosed = p.diagnosis(step, groups, sequences)
             p.diagnosis.keep(step)
-        with phases("evaluate"):
-            held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) else {}
+        with phases("evaluate"), saving_first(p, step):
+            held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) and not unpublished else {}
         own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics(), p.meter.take(batch)]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
         also = diagnosed.scalars | held_out | metrics.quantiles(stats, "ratio/log_hist", "ratio/log")
@@ -118,13 +119,15 @@ def loop(p: Parts, step: int) -> int:
         if p.guard.act(step, events, groups, figures):
             step = roll_back(p, events)
             continue
-        ending = p.topo.any(p.stop() or p.directory.stop_requested())
+        ending = p.topo.any(p.stop() or p.directory.stop_requested() or unpublished is not None)
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
                 save(p, step)
         if _every(p.cfg.train.export_every, step):
             with p.heartbeat.phase("export"):
                 p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
+        if unpublished is not None:
+            raise unpublished
         if ending:
             break
     p.profiler.close()
@@ -135,6 +138,30 @@ def save(p: Parts, step: int) -> None:
     """A checkpoint of `step`. Collective."""
     p.diagnosis.flush()
     p.policy.save(p.directory.path, step, trainer_state(p, step))
+
+
+def try_publish(p: Parts, step: int) -> RolloutError | None:
+    """Why no server could be given the weights, the same on every rank: the step is to be written and saved first."""
+    from megasapo.rollout.protocol import RolloutError
+
+    try:
+        p.publish(step)
+    except RolloutError as e:
+        return e
+    return None
+
+
+@contextmanager
+def saving_first(p: Parts, step: int) -> Iterator[None]:
+    """No server for too long, or graders that fail, end the run on every rank: not without a checkpoint. Collective."""
+    from megasapo.rollout.protocol import RolloutError
+
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, RolloutError) or p.source.failed:  # which all ranks know, unlike other errors
+            save(p, step)
+        raise
 
 
 def trainer_state(p: Parts, step: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Serving:
         self.engine: Engine
         self.engine, app = build(options, self.loaded)
         self._app = app.asgi()
+        self.routes = self._app._app.routes  # behind the guard
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)

@@ -91,6 +91,7 @@ class RolloutSource:
         self._cfg, self._fleet, self._stream, self._scorer, self._decode = cfg, fleet, stream, scorer, decode
         self._ranks, self._loop, self._republish = ranks, loop, republish
         self._pending: deque[_Pending] = deque()
+        self.failed = False  # rollouts or graders have, which every rank knows
         # one request for the whole batch is the unit that a deterministic server repeats bit for bit
         self._together = cfg.rollout.repeatable
 
@@ -102,7 +103,8 @@ class RolloutSource:
         ahead = min(self._cfg.rollout.max_staleness, self._cfg.train.steps - version - 1)
         while len(self._pending) < 1 + ahead:
             self._submit(self._cfg.rollout.prompts_per_step, step=version + 1 + len(self._pending))
-        groups = self.wait(self._pending.popleft().future, version)
+        groups = self.wait(self._pending[0].future, version)
+        self._pending.popleft()  # not before: what could not be served is drawn again
         if not self._cfg.rollout.drop_zero_variance:
             return groups, 0
         return self._refill(groups, version)
@@ -214,6 +216,7 @@ class RolloutSource:
             dist.all_reduce(flags, group=self._ranks.world_group_cpu)
             unfinished, failures, stale = flags.tolist()
             if failures:
+                self.failed = True
                 if failed:
                     future.result()
                 raise RolloutError("rollouts failed on another rank; its message is in that rank's output")

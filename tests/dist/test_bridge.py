@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.dist.launcher import free_ports, run_ranks
 from tests.tiny import make_model
@@ -112,6 +114,7 @@ def _check_model(directory, out, topo) -> None:
     reference = load_file(directory / "model.safetensors")
     exported = _drain(bridge.export_hf(chunks, hf_config, topo, bucket_bytes=BUCKET_BYTES), topo)
     _assert_equal(exported, reference, topo)
+    _check_memory(chunks, hf_config, topo)
 
     with torch.no_grad():  # exported is what the model holds now, exactly
         for chunk in chunks:
@@ -125,6 +128,56 @@ def _check_model(directory, out, topo) -> None:
         given, written = (json.loads((where / "config.json").read_text()) for where in (directory, out))
         without_mtp = {"num_nextn_predict_layers": 0} if given["model_type"] == "glm4_moe" else {}
         assert written == given | {"dtype": "float32"} | without_mtp
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside the block and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known | self._seen:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage) -> None:
+        where, size = storage.data_ptr(), storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        self._seen.add(where)
+
+        def gone() -> None:
+            self.now -= size
+            self._seen.discard(where)
+
+        weakref.finalize(storage, gone)
+
+
+def _check_memory(chunks, hf_config, topo) -> None:
+    """No rank holds more than one bucket beside its parameters, the largest tensor where that is larger."""
+    from megasapo.mcore import bridge
+
+    largest = 0
+    with Allocated() as allocated:
+        for bucket in bridge.export_hf(chunks, hf_config, topo, bucket_bytes=BUCKET_BYTES):
+            largest = max(largest, *(t.nbytes for _, t in bucket), 0)
+    # the largest tensor comes alone, and what cannot be received in place is there twice
+    assert 0 < allocated.most or topo.world_size > 1
+    assert allocated.most <= max(BUCKET_BYTES, 2 * _first(largest, topo)), f"rank {topo.rank}: {allocated.most} bytes"
+
+
+def _first(value, topo):
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _drain(export, topo) -> dict[str, torch.Tensor]:

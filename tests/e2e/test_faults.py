@@ -13,10 +13,12 @@ from tests.e2e.runs import Run, kill_hard, metrics, running, steps_done, without
 Settings = Callable[..., dict[str, Any]]
 
 
-def start_and_break(tmp_path: Path, settings: Settings, break_it: Callable[[Run], None]) -> tuple[Path, Run]:
+def start_and_break(
+    tmp_path: Path, settings: Settings, break_it: Callable[[Run], None], *changes: str
+) -> tuple[Path, Run]:
     """Start a run and do something to it after its third step; the run and its configuration."""
     config = write_config(tmp_path / "config.yaml", settings(tmp_path))
-    with running("train", config, log=tmp_path / "log") as run:
+    with running("train", config, *changes, log=tmp_path / "log") as run:
         run.until(lambda: steps_done(tmp_path / "run") >= 3, "the third step")
         break_it(run)
         code = run.wait()
@@ -65,6 +67,18 @@ def test_kill_server_and_the_running_job_survives(tmp_path: Path, settings: Sett
     _, run = start_and_break(tmp_path, settings, lambda r: kill_hard(r.servers()))
     assert (tmp_path / "run" / "done").exists(), run.output()[-3000:]
     assert sum(row["rollout/server_restarts"] for row in metrics(tmp_path / "run")) == 1
+    assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_a_run_without_any_server_left_saves_and_the_same_command_continues(
+    tmp_path: Path, settings: Settings, unbroken: Path
+) -> None:
+    never_else = ("train.save_every=1000", "rollout.max_restarts=0")
+    config, run = start_and_break(tmp_path, settings, lambda r: kill_hard(r.servers()), *never_else)
+    reached = steps_done(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}", run.output()[-3000:]
+    assert "rollout.max_restarts=0 times" in run.output()
+    finish(tmp_path, config)
     assert_as_unbroken(tmp_path / "run", unbroken)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megasapo.rollout.local import protocol
+from megasapo.rollout.local.app import CONTROL_PATHS
 from megasapo.rollout.local.stream import Stream
 from tests.serving import serving
 from tests.tiny import make_model
@@ -374,6 +375,13 @@ def test_keys(model_dir, keys, given, generate, control):
         assert s.post("/health", method="GET").status_code == 200
         if given is not None:
             assert s.post("/generate", body, authorization=given).status_code == 401
+
+
+def test_every_endpoint_that_changes_state_needs_the_admin_key(model_dir):
+    with serving(model_dir, admin_api_key="a") as s:
+        posts = {r.path for r in s.routes if "POST" in (r.methods or ())} - {"/generate"}
+        assert posts == CONTROL_PATHS
+        assert {path: s.post(path).status_code for path in posts} == dict.fromkeys(posts, 401)
 
 
 def test_a_crash_of_the_engine_surfaces_everywhere(model_dir):
