@@ -36,6 +36,8 @@ MODELS = {
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
     "glm4_moe_bf16": {"kind": "glm4_moe", "first_k_dense_replace": 2, "use_qk_norm": False, "dtype": torch.bfloat16},
+    "deepseek_v3_bf16": {"kind": "deepseek_v3", "vocab_size": 513, "dtype": torch.bfloat16},
+    "deepseek_v3_plain": {"kind": "deepseek_v3", "q_lora_rank": None, "tie_word_embeddings": True},
     "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
 BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'
