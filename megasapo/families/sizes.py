@@ -84,6 +84,13 @@ class Geometry:
         return 2 * self.kv_heads * self.head_dim
 
     @property
+    def attention_input(self) -> int:
+        """Width of what tensor-parallel ranks gather of each token for attention's projections that they cut."""
+        if self.latent is None:
+            return self.hidden
+        return (self.latent.q_rank or self.hidden) + self.latent.kv_rank + self.latent.rotated
+
+    @property
     def attention_whole(self) -> int:
         """Weights of one layer's attention that every tensor-parallel rank holds: projections to latents."""
         if self.latent is None:

@@ -101,7 +101,7 @@ def _check_model(directory, out, topo) -> None:
     chunks = model.build_model(ModelConfig(path=str(directory), dtype=dtype), hf_config, topo)
     files = HFFiles(directory)
     load_files(chunks, files, hf_config)
-    held = sum(t.nbytes for chunk in chunks for t in chunk.state_dict().values())
+    held = sum(t.nbytes for chunk in chunks for t in chunk.state_dict().values() if t is not None)
     assert files.bytes_read <= held, f"read {files.bytes_read} bytes to fill {held}"
     _check_padding(chunks, hf_config, topo)
 
