@@ -47,6 +47,10 @@ def file_checksum(directory):
         ("moe", {"mlp_only_layers": [1], "num_experts": 3}),
         ("dense", {}),
         ("dense", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("qwen2_moe", {}),
+        ("mixtral", {}),
+        ("glm4_moe", {}),
+        ("deepseek_v3", {}),
     ],
 )
 def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):
