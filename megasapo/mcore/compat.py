@@ -28,7 +28,7 @@ def apply() -> None:
     # 0.19.2 defines it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    # 0.16.1 believes Transformer Engine to be there in latent attention, where mocks stand for it; 0.19.2 looks properly.
+    # 0.16.1 takes mocks in latent attention for Transformer Engine; 0.19.2 looks whether it is there.
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
     # The default of cuda_graph_scope (0.16.1) or cuda_graph_modules (0.19.2) warns about itself.

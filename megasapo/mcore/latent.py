@@ -40,7 +40,7 @@ class LatentAttention(MLASelfAttention):
             if isinstance(cut, ColumnParallelLinear):
                 setattr(self, name, WholeLinear(config, cut.input_size, cut.output_size))
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            norm = getattr(self, name, None)
+            norm: Any = getattr(self, name, None)
             if hasattr(norm, "eps"):  # of Transformer Engine's linear layers, those with a norm inside
                 norm.eps = LATENT_EPS
 

@@ -177,9 +177,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
     }
 
 
-def _overridden(
-    kind: type[TransformerConfig], fields: dict[str, Any], overrides: dict[str, Any]
-) -> dict[str, Any]:
+def _overridden(kind: type[TransformerConfig], fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(kind) if f.init}
     for name in overrides:
         if name not in known:
