@@ -26,7 +26,6 @@ from megasapo.plan.work import Degrees
 from tests.tiny import KINDS, SHAPE
 from tests.unit.bridge_fakes import VOCAB, fake_model, fill_from
 
-
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 256}
 
 
