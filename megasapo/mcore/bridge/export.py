@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
-from megasapo.mcore.bridge.placement import Locals, place
-from megasapo.mcore.bridge.table import Box, BridgeError, Shape
+from megasapo.mcore.bridge.placement import Locals, as_stored, place
+from megasapo.mcore.bridge.table import Box, BridgeError, Piece, Shape
 from megasapo.mcore.topology import Topology
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -110,9 +110,9 @@ class Export:
     @torch.no_grad()
     def _send(self, names: Iterable[str]) -> NamedTensors:
         ops = [
-            dist.P2POp(dist.isend, _part(tensor, local).to(dtype).contiguous(), 0)
+            dist.P2POp(dist.isend, _part(tensor, piece).to(dtype).contiguous(), 0)
             for name in names
-            for tensor, local, _, dtype in self._sends.get(name, [])
+            for tensor, piece, dtype in self._sends.get(name, [])
         ]
         _run(ops)
         return []
@@ -125,8 +125,9 @@ class Export:
         for name in names:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-            for tensor, local, box, _ in self._sends.get(name, []):
-                _at(full, box).copy_(_part(tensor, local))
+            for tensor, piece, _ in self._sends.get(name, []):
+                part = _part(tensor, piece)
+                _at(full, piece.hf).view(part.shape).copy_(part)
             for rank, box in self._sources[name]:
                 if rank != 0:
                     target = _at(full, box)
@@ -141,8 +142,8 @@ class Export:
         return bucket
 
 
-# local tensor, box in it, box in the full tensor, dtype to send
-_Sends = dict[str, list[tuple[torch.Tensor, Box, Box, torch.dtype]]]
+# local tensor, which piece of it, dtype to send
+_Sends = dict[str, list[tuple[torch.Tensor, Piece, torch.dtype]]]
 
 
 def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sends]:
@@ -156,7 +157,7 @@ def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sen
         sent_as = dtype or placed.tensor.dtype
         for piece in placed.pieces:
             boxes[piece.source].append(piece.hf)
-            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece.local, piece.hf, sent_as))
+            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece, sent_as))
         for source, held in boxes.items():
             spec = TensorSpec(placed.names[source], placed.shapes[source], sent_as)
             offers.append(_Offer((*placed.order, source), spec, tuple(held)))
@@ -191,9 +192,9 @@ def _at(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in box)]
 
 
-def _part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a parameter, as numbers where Transformer Engine keeps it in FP8."""
-    return _at(dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor, box)
+def _part(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A piece of a parameter in HF's order, as numbers where Transformer Engine keeps it in FP8."""
+    return as_stored(_at(dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor, piece.local), piece)
 
 
 def _volume(box: Box) -> int:
