@@ -25,6 +25,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 
 from megasapo.data.packing import WHOLE, Shard
+from megasapo.families.family import Rotary
 from megasapo.sinks import attend_with_sinks
 
 
@@ -52,7 +53,7 @@ class Packed(PackedSeqParams):
 
     plan: Plan | None = None
     window_plan: Plan | None = None  # of layers with a sliding window
-    cos: Tensor | None = None  # [Tc, 1, head_dim] fp32, as sin
+    cos: Tensor | None = None  # [Tc, 1, rotary dim] fp32, as sin
     sin: Tensor | None = None
     cp_group: dist.ProcessGroup | None = None  # None without context parallelism
 
@@ -80,19 +81,17 @@ def pack(
     max_seqlen: int,
     position_ids: Tensor,
     *,
-    head_dim: int,
-    theta: float,
+    rotary: Rotary,
     window: int | None = None,
     shard: Shard = WHOLE,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Packed:
     """Parameters of one pack for the spec without Transformer Engine: [S + 1] int32 boundaries, [Tc] positions.
 
-    theta: the base of the rotary embedding, whose angles are made here once for all layers. window: how many keys a
-    token sees, its own included, in layers with a sliding window.
+    The angles of the rotary embedding are made here once for all layers. window: how many keys a token sees,
+    its own included, in layers with a sliding window.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponent)
+    angles = position_ids.float()[:, None] * _frequencies(rotary, position_ids.device)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return Packed(
         qkv_format="thd",
@@ -102,10 +101,17 @@ def pack(
         max_seqlen_kv=max_seqlen,
         plan=plan(cu_seqlens, shard),
         window_plan=plan(cu_seqlens, shard, window) if window else None,
-        cos=angles.cos(),
-        sin=angles.sin(),
+        cos=angles.cos() * rotary.scale,
+        sin=angles.sin() * rotary.scale,
         cp_group=cp_group,
     )
+
+
+def _frequencies(rotary: Rotary, device: torch.device) -> Tensor:
+    if rotary.frequencies is not None:
+        return torch.tensor(rotary.frequencies, device=device)
+    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float32, device=device) / rotary.dim
+    return 1.0 / rotary.theta**exponent
 
 
 def plan(cu_seqlens: Tensor, shard: Shard = WHOLE, window: int | None = None) -> Plan:
@@ -244,7 +250,7 @@ class PackedAttention(torch.nn.Module):
                 "the model runs on packed sequences: pass packed_seq_params made by megasapo.mcore.attention"
             )
         cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
-        query, key = (x * cos + _rotate_half(x) * sin for x in (query, key))
+        query, key = (_rotated(x, cos, sin) for x in (query, key))
         if p.cp_group is not None:
             head_dim = key.shape[-1]
             key, value = _GatherTokens.apply(torch.cat((key, value), -1), p.cp_group).split(
@@ -274,9 +280,13 @@ class PackedAttention(torch.nn.Module):
         )
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    one, two = x.chunk(2, dim=-1)
-    return torch.cat((-two, one), dim=-1)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[Tc, heads, d]: as many of the first values of each head as there are angles, turned; the rest as it is."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    one, two = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-two, one), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if width < x.shape[-1] else turned
 
 
 class _GatherTokens(torch.autograd.Function):
