@@ -44,7 +44,7 @@ UNITS: dict[str, dict[str, Any]] = {
         "add_bias_linear": True,
     },
 }
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of a tensor's largest value
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # of a tensor's largest value
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,25 @@ def config(**over: Any) -> TransformerConfig:
     return TransformerConfig(**fields | over)
 
 
+class ByFormula(SequentialMLP):
+    """gpt-oss's experts as transformers has them; megatron-core's (0.16.1) cannot go backward with biases."""
+
+    def forward(self, tokens: Tensor, counts: Tensor, gates: Tensor) -> tuple[Tensor, None]:
+        out = []
+        parts = zip(tokens.split(counts.tolist()), gates.split(counts.tolist()), self.local_experts, strict=True)
+        for x, gate, expert in parts:
+            a, b = (x @ expert.linear_fc1.weight.t() + expert.linear_fc1.bias).chunk(2, dim=1)
+            a, b = a.clamp(max=1.0), b.clamp(-1.0, 1.0)
+            hidden = (b + 1) * a * torch.sigmoid(1.702 * a)
+            y = hidden @ expert.linear_fc2.weight.t() + expert.linear_fc2.bias
+            out.append((y * gate[:, None]).to(tokens.dtype))
+        return torch.cat(out), None
+
+
 def pair(**over: Any) -> tuple[SequentialMLP, GroupedExperts]:
-    """megatron-core's experts and ours with the same random weights."""
+    """Experts to compare with and ours, with the same random weights."""
     made = []
-    for kind in (SequentialMLP, GroupedExperts):
+    for kind in (ByFormula if over.get("add_bias_linear") else SequentialMLP, GroupedExperts):
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         made.append(kind(4, config(**over), submodules, pg_collection=groups))
@@ -217,7 +232,10 @@ def test_frozen_weights_and_experts_without_tokens_get_no_gradient_work(monkeypa
     [
         ({"gated_linear_unit": False}, "gated_linear_unit=False"),
         ({"activation_func": F.gelu}, "activation_func=.*gelu"),
-        ({"moe_apply_probs_on_input": True, "moe_router_topk": 1}, "moe_apply_probs_on_input=True"),
+        (
+            {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+            "moe_apply_probs_on_input=True",
+        ),
     ],
 )
 @pytest.mark.usefixtures("one_rank")
