@@ -84,7 +84,7 @@ def test_layers_with_a_window_attend_to_fewer_pairs() -> None:
 
 def test_experts_with_biases_are_not_cut() -> None:
     sizes = geometry(json.loads(hf_config("gpt_oss").to_json_string(use_diff=False)))
-    with pytest.raises(ConfigError, match=r"parallel\.etp=2: .* 'gpt_oss' have them; use etp=1"):
+    with pytest.raises(ConfigError, match=r"parallel\.etp=2: .*'gpt_oss' have them; use etp=1"):
         check_layout(ParallelConfig(etp=2), 2, sizes)
 
 
