@@ -126,8 +126,7 @@ class Export:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
             for tensor, piece, _ in self._sends.get(name, []):
-                part = _part(tensor, piece)
-                _at(full, piece.hf).view(part.shape).copy_(part)
+                copy_out(tensor, piece, full)
             for rank, box in self._sources[name]:
                 if rank != 0:
                     target = _at(full, box)
@@ -186,6 +185,12 @@ def _run(ops: list[dist.P2POp]) -> None:
     if ops:
         for work in dist.batch_isend_irecv(ops):
             work.wait()
+
+
+def copy_out(tensor: torch.Tensor, piece: Piece, full: torch.Tensor) -> None:
+    """A piece of a local tensor into the box of the HF tensor that it is."""
+    part = _part(tensor, piece)
+    _at(full, piece.hf).view(part.shape).copy_(part)
 
 
 def _at(tensor: torch.Tensor, box: Box) -> torch.Tensor:
