@@ -4,6 +4,7 @@ layer and router, and experts with a clamped gated unit, all of a layer in one t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megasapo.config import ConfigError
@@ -73,13 +74,11 @@ def _rotary(hf: Any) -> Rotary:
         return rotary(hf)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](hf)
     return Rotary(
         float(rope["rope_theta"]),
         head_dim(hf),
-        tuple(frequencies.tolist()),
-        float(scale),
-        {
+        scaled=partial(ROPE_INIT_FUNCTIONS["yarn"], hf),
+        yarn={
             "rotary_scaling_factor": rope["factor"],
             "original_max_position_embeddings": rope["original_max_position_embeddings"],
             "beta_fast": rope.get("beta_fast") or 32.0,

@@ -91,7 +91,8 @@ def pack(
     The angles of the rotary embedding are made here once for all layers. window: how many keys a token sees,
     its own included, in layers with a sliding window.
     """
-    angles = position_ids.float()[:, None] * _frequencies(rotary, position_ids.device)
+    frequencies, scale = _frequencies(rotary, position_ids.device)
+    angles = position_ids.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return Packed(
         qkv_format="thd",
@@ -101,17 +102,18 @@ def pack(
         max_seqlen_kv=max_seqlen,
         plan=plan(cu_seqlens, shard),
         window_plan=plan(cu_seqlens, shard, window) if window else None,
-        cos=angles.cos() * rotary.scale,
-        sin=angles.sin() * rotary.scale,
+        cos=angles.cos() * scale,
+        sin=angles.sin() * scale,
         cp_group=cp_group,
     )
 
 
-def _frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    if rotary.frequencies is not None:
-        return torch.tensor(rotary.frequencies, device=device)
+def _frequencies(rotary: Rotary, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a position of each pair, and what cosines and sines are multiplied by."""
+    if rotary.scaled is not None:
+        return rotary.scaled(device)
     exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float32, device=device) / rotary.dim
-    return 1.0 / rotary.theta**exponent
+    return 1.0 / rotary.theta**exponent, 1.0
 
 
 def plan(cu_seqlens: Tensor, shard: Shard = WHOLE, window: int | None = None) -> Plan:

@@ -77,6 +77,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("odd", ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")),
         ("dense", ("parallel.tp=2", "parallel.pp=2")),
         ("glm", ("parallel.tp=2", "parallel.ep=2")),
+        ("gpt_oss", ("parallel.tp=2", "parallel.ep=2", "parallel.pp=2")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "one rank",
 )

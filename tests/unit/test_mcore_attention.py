@@ -163,7 +163,7 @@ def test_gradients_with_sinks_are_the_formulas(layer_number: int) -> None:
 
 
 def test_scaled_frequencies_are_used() -> None:
-    params = packed([3], rotary=Rotary(THETA, 4, frequencies=(0.5, 0.25), scale=2.0))
+    params = packed([3], rotary=Rotary(THETA, 4, scaled=lambda device: (torch.tensor([0.5, 0.25], device=device), 2.0)))
     torch.testing.assert_close(params.cos[2, 0], 2 * torch.tensor([1.0, 0.5, 1.0, 0.5]).cos())
 
 
