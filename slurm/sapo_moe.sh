@@ -87,6 +87,11 @@ for knob in GPUS_PER_NODE MIN_SERVERS MAX_SERVER_RESTARTS ROLLOUT_PORT HEALTH_TI
 done
 [[ $LEARNER_NODES =~ ^(all|[1-9][0-9]*)$ ]] || { say "LEARNER_NODES=$LEARNER_NODES: give a number from 1, or all"; exit 2; }
 
+for python in "$PYTHON" "${SERVER_PYTHON:-$PYTHON}"; do
+    [ -n "$CONTAINER_IMAGE" ] || command -v "$python" > /dev/null ||
+        { say "$python (PYTHON or SERVER_PYTHON) is not on $(uname -n): install it on a file system that all nodes share"; exit 2; }
+done
+
 # ---- who does what
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -273,6 +278,10 @@ done
 say "all ${#SERVER_HOSTS[@]} servers answer"
 
 # ---- the learner: one step; any rank that fails ends it, and Slurm is the only one to start it again
+# Its number must not be that of the attempt before: Slurm repeats to a node that was dead what it had to be told, and
+# "end step 5.1" would then end the new one. So every other attempt takes a step that does nothing before it.
+[ $((attempt % 2)) = 0 ] ||
+    timeout 60 srun --overlap --cpu-bind=none --nodes=1 --ntasks=1 --nodelist="${learners[0]}" true < /dev/null
 # shellcheck disable=SC2016
 "${step[@]}" --kill-on-bad-exit=1 --nodes="$LEARNER_NODES" --ntasks="$LEARNER_NODES" \
     --nodelist="$(IFS=,; echo "${learners[*]}")" --job-name=learner --output="$logs/learner-%N.log" \

@@ -52,7 +52,7 @@ def test_an_undisturbed_run(cluster: Cluster, unbroken: Experiment) -> None:
 
 
 def test_arithmetic_example(cluster: Cluster, tmp_path: Path) -> None:
-    """As `make train` goes, but shorter: its task, a cold start of 100 of 900 steps, 20 of 60 steps of SAPO by sbatch."""
+    """As `make train` goes, but shorter: its task, 100 of 900 steps of cold start, 20 of 60 steps of SAPO by sbatch."""
     example, model = ROOT / "examples" / "arithmetic", tmp_path / "cold-start"
     sft = [f"model.path={tmp_path / 'model'}", f"sft.data={tmp_path / 'sft.jsonl'}", f"sft.out={model}"]
     for command in (
@@ -92,11 +92,11 @@ def test_time_limit(cluster: Cluster, experiment: Experiment, unbroken: Experime
 def test_power_cut(cluster: Cluster, experiment: Experiment, unbroken: Experiment, node: str) -> None:
     job = standing(cluster, experiment)
     cluster.sandbox("power-off", node)
-    job.until(lambda: job.restarts() == 1, "the requeue")
+    job.until(lambda: job.restarts() > 0, "the requeue")
     experiment.go_on()
     cluster.sandbox("power-on", node)
     job.succeed()
-    assert job.restarts() == 1
+    assert job.restarts() in (1, 2)  # 2: the learner noticed before Slurm did, which then gave the dead node out again
     assert_nothing_lost(experiment, unbroken)
 
 
