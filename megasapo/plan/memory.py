@@ -71,14 +71,14 @@ def held_parameters(geometry: Geometry, degrees: Degrees, stage: int) -> Held:
     layers = [moe for chunk in stage_chunks(g, degrees, stage) for moe in chunk]
     moe = sum(layers)
     cut, whole = g.attention_matrix - g.attention_whole + g.attention_bias, g.attention_whole + g.layer_vectors
-    dense = len(layers) * (cut // tp + whole)
-    dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.shared_expert // tp)
+    dense = len(layers) * (cut // tp + g.attention_vectors + whole)
+    dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.router_bias + g.shared_expert // tp)
     table = padded_vocab_size(g.vocab, tp) // tp * g.hidden
     first, last = stage == 0, stage == degrees.pp - 1
     dense += table * first + g.hidden * last
     if last and not (first and g.tied):
         dense += table  # tied across stages: both hold it
-    return Held(dense, moe * (g.experts // degrees.ep) * g.expert // degrees.etp)
+    return Held(dense, moe * (g.experts // degrees.ep) * (g.expert + g.expert_bias) // degrees.etp)
 
 
 def parameter_bytes(held: Held, degrees: Degrees, dtype: str) -> tuple[int, int, int]:

@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "rms_norm_eps": 1e-5,
     },
+    "gpt_oss": {"kind": "gpt_oss", "vocab_size": 515},
 }
 LENGTHS = (5, 17, 33, 2, 64, 9, 30, 12)
 TEMPERATURE = 0.7

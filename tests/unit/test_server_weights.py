@@ -51,6 +51,7 @@ def file_checksum(directory):
         ("mixtral", {}),
         ("glm4_moe", {}),
         ("deepseek_v3", {}),
+        ("gpt_oss", {}),
     ],
 )
 def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):
