@@ -1,8 +1,9 @@
 """The directory RUN/checkpoints: which checkpoints are complete, undamaged and wanted; no tensor is read here.
 
-Called by mcore/checkpoint.py and mcore/saver.py on rank 0. A checkpoint is a directory `step_XXXXXXXX` with `megasapo.json`, its
-record: format, layout, trainer state and the SHA-256 of every other file and of itself. `latest` names the one to
-continue from. What ends in `.tmp` is being written or removed; in `.damaged`, set aside.
+Called by mcore/checkpoint.py and mcore/saver.py on rank 0. A checkpoint is a directory `step_XXXXXXXX` with
+`megasapo.json`, its record: format, layout, trainer state and the SHA-256 of every other file and of itself. `latest`
+names the one to continue from. What ends in `.tmp` is being written or removed; in `.damaged`, set aside; in
+`.unstable`, the state that ended a run.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from megasapo import config, launch, layout
+from megasapo import config, launch, layout, lock
 from megasapo.config import Config, ConfigError
 
 STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
@@ -66,7 +66,11 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
     if is_rank:
         launch.die_with_parent()
         return None
-    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None) if nproc > 1 else None
+    if nproc == 1:
+        return None
+    if run_dir is not None:
+        lock.refuse_held(run_dir)  # again by rank 0, for all that it writes
+    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None)
 
 
 def ask_to_stop(run_dir: Path) -> None:

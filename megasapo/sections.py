@@ -268,7 +268,7 @@ class TrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Checkpoints of steps that this divides are kept as well, for good; 0: none."""
     async_save: bool = True
-    """Write checkpoints beside the training, from a copy in host memory; false: the step waits (docs/checkpoints.md)."""
+    """Write them beside the training, from a copy in host memory; false: the step waits (docs/checkpoints.md)."""
     verify_checkpoints: bool = True
     """Compare a checkpoint's files with their SHA-256 before continuing from it; false: trust them."""
     eval_every: NonNegativeInt = 0

@@ -1,7 +1,7 @@
-"""What a training checkpoint holds and how it is read again: megatron-core's dist_checkpointing below RUN/checkpoints/.
+"""What a training checkpoint holds and how it is read again, by megatron-core's dist_checkpointing.
 
-Called by train.py and sft.py through Policy. `saver.py` writes, `megasapo.checkpoints` keeps the directory. Tensors have names
-that depend on no layout; each rank's random state is its own and comes back only where the layout is the same.
+Called by train.py and sft.py through Policy. `saver.py` writes, `megasapo.checkpoints` keeps the directory. Tensors
+have names that depend on no layout; each rank's random state is its own and comes back only in the same layout.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _read(path: Path, template: dict[str, Any]) -> tuple[dict[str, Any], set[str
         state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
         compat.check_extra_states(state)
     except CheckpointException as e:  # which is no Exception
-        raise CheckpointError(f"{path} cannot be read: {'; '.join(str(cause) for cause, _ in e.failures.values())}") from e
+        raise CheckpointError(
+            f"{path} cannot be read: {'; '.join(str(cause) for cause, _ in e.failures.values())}"
+        ) from e
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from e
     return state, surplus, lacking

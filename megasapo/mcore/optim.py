@@ -131,9 +131,14 @@ class Optimizer:
             "chained_optim_avoid_prefix": True,  # how many optimizers share the parameters depends on the layout
         }
         self._allocate_state(is_loading)
-        state = self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-        parts = [state] if len(self._parts) == 1 else [state[i] for i in range(len(self._parts))]
-        return {str(i): part["param_state"] for i, part in enumerate(parts)}
+        if (
+            not is_loading
+        ):  # without the full garbage collections of sharded_state_dict, which take longer than all else
+            saved = [part.sharded_param_state_fully_reshardable(model_state, False, metadata) for part in self._parts]
+            return {str(i): state for i, state in enumerate(saved)}
+        state = self._inner.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
+        wanted = [state] if len(self._parts) == 1 else [state[i] for i in range(len(self._parts))]
+        return {str(i): part["param_state"] for i, part in enumerate(wanted)}
 
     def _allocate_state(self, is_loading: bool) -> None:
         """Give an optimizer that has not stepped yet the zeros that it would begin with, to save or to load into.

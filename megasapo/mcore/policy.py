@@ -198,14 +198,15 @@ class Policy:
         bucket = int(self._cfg.rollout.publish_bucket_mb * 2**20)
         bridge.save_hf(self._chunks, self._cfg.model.path, out, self._topo, bucket_bytes=bucket)
 
-    def save(self, run_dir: Path, trainer_state: dict[str, Any], *, point: bool = True) -> Path:
+    def save(self, run_dir: Path, trainer_state: dict[str, Any], aside: str = "") -> Path:
         """Collective. Begin the checkpoint of trainer_state["step"]; it is there after `finish_saving`.
 
-        With `point` RUN/checkpoints/latest will name it. Raises CheckpointError if the one before failed.
+        RUN/checkpoints/latest will name it, unless a word that is added to its name puts it `aside`. Raises
+        CheckpointError if the one before failed.
         """
         self._saver.finish()
         state, record = checkpoint.contents(self._chunks, self._optimizer, self._topo, trainer_state)
-        return self._saver.save(run_dir, trainer_state["step"], state, record, point=point)
+        return self._saver.save(run_dir, trainer_state["step"], state, record, aside=aside)
 
     @property
     def saving_failed(self) -> bool:
@@ -215,6 +216,10 @@ class Policy:
     def finish_saving(self) -> None:
         """Collective. Wait for the checkpoint in flight, if any. Raises CheckpointError if it failed."""
         self._saver.finish()
+
+    def close(self) -> None:
+        """As `finish_saving`, at the end of a run that may have failed already: an error is only logged."""
+        self._saver.close()
 
     def load(self, path: Path) -> dict[str, Any]:
         """Collective. Continue from a checkpoint of any layout; its trainer state."""

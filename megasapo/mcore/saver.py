@@ -1,16 +1,17 @@
 """Writes training checkpoints beside the training: the state is copied to host memory, a thread does the rest.
 
-Called by policy.py. The threads of all ranks agree over a process group of their own; a checkpoint gets its name, and `latest`
-names it, when every rank has written and hashed its files. At most one is in flight; an error of a thread is raised by
-the next call of `save` or `finish`, on every rank.
+Called by policy.py. The threads of all ranks agree over a process group of their own; a checkpoint gets its name, and
+`latest` names it, when every rank has written and hashed its files. At most one is in flight; an error of a thread is
+raised by the next call of `save` or `finish`, on every rank.
 """
 
 from __future__ import annotations
 
 import datetime
+import logging
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from megasapo.checkpoints import CheckpointError
 from megasapo.mcore.topology import Topology
 from megasapo.sections import TrainConfig
 
+log = logging.getLogger(__name__)
 # Threads wait for the slowest writer, and would for ever for a machine that is gone
 TIMEOUT = datetime.timedelta(minutes=30)
 WRITERS = 2  # threads, and files, of a rank
@@ -45,11 +47,11 @@ class Job:
     shards: dict[str, Any]  # torch's checkpoint entries of this rank
     common: dict[str, Any]  # what megatron-core found outside tensors, rank 0's
     record: dict[str, Any]
-    point: bool  # `latest` is to name it
+    aside: str  # added to its name; `latest` is to name it if empty
 
     @property
     def final(self) -> Path:
-        return self.folder / f"step_{self.step:08d}"
+        return self.folder / f"step_{self.step:08d}{'.' if self.aside else ''}{self.aside}"
 
     @property
     def temporary(self) -> Path:
@@ -66,7 +68,7 @@ class Saver:
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}  # on the host, for the next checkpoint again
 
-    def save(self, run_dir: Path, step: int, state: dict[str, Any], record: dict[str, Any], *, point: bool) -> Path:
+    def save(self, run_dir: Path, step: int, state: dict[str, Any], record: dict[str, Any], aside: str) -> Path:
         """Begin checkpoint `step` of a sharded `state`; with train.async_save off it is there when this returns.
 
         `record`: for megasapo.json, equal on every rank. Raises CheckpointError if this one or the one before failed.
@@ -79,9 +81,8 @@ class Saver:
         # every rank's part is compared with the others' once: it does not change while a process lives
         sharded, common = save_preprocess(state, first)
         kept = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)[0]
-        if self._cfg.async_save:
-            self._to_host(kept)
-        job = Job(folder, step, torch_dist.mcore_to_pyt_state_dict(kept), common, record, point)
+        self._settle(kept)
+        job = Job(folder, step, torch_dist.mcore_to_pyt_state_dict(kept), common, record, aside)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save step {step}", daemon=True)
         self._thread.start()
         if not self._cfg.async_save:
@@ -102,20 +103,30 @@ class Saver:
         if error is not None:
             raise error
 
-    def _to_host(self, kept: dict[str, list[Any]]) -> None:
-        """Replace this rank's tensors by copies that the training does not change."""
+    def close(self) -> None:
+        """As `finish`, where another error is on its way."""
+        try:
+            self.finish()
+        except CheckpointError as e:
+            log.error("%s", e)
+
+    def _settle(self, kept: dict[str, list[Any]]) -> None:
+        """Replace this rank's tensors by what can be written while the training changes them."""
         on_gpu = self._topo.device.type == "cuda"
-        for name, parts in kept.items():
-            for i, part in enumerate(parts):
-                if isinstance(part, ShardedTensor):
-                    source = part.data.detach()
-                    if "dequantize" in type(source).__dict__:  # Transformer Engine's FP8, which torch cannot write
-                        source = source.dequantize()
-                    buffer = self._buffers.get((name, i))
-                    if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                        buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_gpu)
-                        self._buffers[name, i] = buffer
-                    part.data = buffer.copy_(source, non_blocking=True)
+        tensors = ((name, i, p) for name, parts in kept.items() for i, p in enumerate(parts))
+        for name, i, part in tensors:
+            if not isinstance(part, ShardedTensor):
+                continue
+            source = part.data.detach()
+            if "dequantize" in type(source).__dict__:  # Transformer Engine's FP8, which torch cannot write
+                source = source.dequantize()
+            if self._cfg.async_save:
+                buffer = self._buffers.get((name, i))
+                if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                    buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_gpu)
+                    self._buffers[name, i] = buffer
+                source = buffer.copy_(source, non_blocking=True)
+            part.data = source
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -126,8 +137,8 @@ class Saver:
             self._write(job)
         except (Exception, CheckpointException) as e:  # the latter is no Exception
             self._error = CheckpointError(
-                f"checkpoint {job.final} could not be written: {_causes(e)}. `latest` names the one before: free space, or "
-                "mend what is named, and give the same command again"
+                f"checkpoint {job.final} could not be written: {_causes(e)}. `latest` names the one before: "
+                "free space, or mend what is named, and give the same command again"
             )
             self._error.__cause__ = e
 
@@ -149,8 +160,8 @@ class Saver:
 
     def _finalise(self, job: Job, files: dict[str, str]) -> None:
         checkpoints.write_record(job.temporary, job.record | {"files": files})
-        checkpoints.commit(job.temporary, job.final, point=job.point)
-        if job.point:
+        checkpoints.commit(job.temporary, job.final, point=not job.aside)
+        if not job.aside:
             keep, keep_every = self._cfg.keep_checkpoints, self._cfg.keep_every
             checkpoints.prune(job.folder, job.step, keep=keep, keep_every=keep_every)
 

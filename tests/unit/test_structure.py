@@ -21,6 +21,7 @@ LAYERS = [
         "sections",
         "checksum",
         "errors",
+        "checkpoints",
         "geometry",
         "layout",
         "contradictions",
@@ -30,7 +31,7 @@ LAYERS = [
     {"algo", "launch", "fp8", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
-    {"publish", "run", "stability", "diagnosis"},
+    {"publish", "run", "lock", "stability", "diagnosis"},
     {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster"},
     {"cli"},
 ]
