@@ -35,7 +35,8 @@ from megasapo.sections import TrainConfig
 log = logging.getLogger(__name__)
 # Threads wait for the slowest writer, and would for ever for a machine that is gone
 TIMEOUT = datetime.timedelta(minutes=30)
-WRITERS = 2  # threads, and files, of a rank
+# Threads, and files, of a rank. torch (2.9 to 2.13) loses the errors of further threads, and with them what these wrote.
+WRITERS = 1
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Saver:
         is_main = self._topo.rank == 0
         try:
             self._together(partial(_prepare, job) if is_main else _nothing)
-            writer = FileSystemWriter(job.temporary, thread_count=WRITERS, per_thread_copy_ahead=0)
+            writer = _Writer(job.temporary, thread_count=WRITERS, per_thread_copy_ahead=0)
             planner = torch_dist.MCoreSavePlanner(flatten_state_dict=False)
             write_shards(job.shards, storage_writer=writer, planner=planner, process_group=self._group)
             self._together(partial(_add_common, job) if is_main else _nothing)
@@ -178,6 +179,19 @@ class Saver:
         if errors:
             raise RuntimeError("; ".join(errors))
         return [result for result, _ in found]
+
+
+class _Writer(FileSystemWriter):
+    """Names the reason why a file cannot be written, which torch hides behind its own complaint about the file."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as e:
+            cause: BaseException | None = e
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or e from None
 
 
 def _nothing() -> None:
