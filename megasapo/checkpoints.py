@@ -73,6 +73,8 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((path / RECORD).read_text())
         number, known = record["format"], record.get("sha256")
+        if number == FORMAT:
+            known = record["sha256"]
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise Damaged(f"{path / RECORD} is damaged ({type(e).__name__}: {e})") from e
     if known is not None and known != _own_digest(record):

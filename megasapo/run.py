@@ -88,7 +88,10 @@ def refuse_other_command(command: str, cfg: Config) -> None:
     if pointer.exists():
         marks.append(pointer.parent / pointer.read_text().strip() / "megasapo.json")
     for mark in marks:
-        record = json.loads(mark.read_text()) if mark.exists() else {}
+        try:
+            record = json.loads(mark.read_text()) if mark.exists() else {}
+        except ValueError:  # damaged: mcore.checkpoint sets it aside
+            continue
         owner = record.get("trainer", record).get("command", command)
         if owner != command:
             raise ConfigError(f"{cfg.run_dir} belongs to `megasapo {owner}`: choose another run.name for {command}")

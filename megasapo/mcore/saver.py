@@ -35,7 +35,7 @@ from megasapo.sections import TrainConfig
 log = logging.getLogger(__name__)
 # Threads wait for the slowest writer, and would for ever for a machine that is gone
 TIMEOUT = datetime.timedelta(minutes=30)
-# Threads, and files, of a rank. torch (2.9 to 2.13) loses the errors of further threads, and with them what these wrote.
+# Files of a rank; of more, torch (2.9 to 2.13) has threads write the others, and loses their errors and what they wrote
 WRITERS = 1
 
 
