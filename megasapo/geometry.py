@@ -1,140 +1,21 @@
-"""The sizes of a model, read from an HF config.json, and what follows from them: parameters and FLOPs, exactly.
+"""The sizes of a model, read from an HF config.json.
 
 layout.py checks sizes against a parallel layout, plan/ estimates memory and time from them, the learner derives its
-model FLOPs. It knows nothing of parallelism, and imports neither torch nor transformers.
+model FLOPs. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megasapo.config import ConfigError
+from megasapo.families import family
+from megasapo.families.sizes import BACKWARD, Fields, Geometry, Parameters
 
-BACKWARD = 2  # a matrix product's backward is two of the same size: by its input and by its weight
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Numbers of parameters by what they are; `head` is 0 when it is the embedding (tied)."""
-
-    embedding: int
-    head: int
-    dense: int  # of all layers and the final norm, without routed experts
-    experts: int  # routed experts of all layers
-    active: int  # that one token passes: all but the experts it is not routed to
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.head + self.dense + self.experts
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Sizes of a decoder with gated feed-forward layers and grouped-query attention, all of it causal."""
-
-    model_type: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    moe_layers: tuple[bool, ...]  # of each layer: whether it has experts
-    ffn: int  # width of a dense layer's feed-forward part
-    experts: int = 0  # of a layer
-    top_k: int = 0
-    moe_ffn: int = 0  # width of one expert
-    shared_ffn: int = 0  # width of the shared expert, 0 without one
-    qk_norm: bool = True
-
-    @property
-    def layers(self) -> int:
-        return len(self.moe_layers)
-
-    @property
-    def query_width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Of keys and values together."""
-        return 2 * self.kv_heads * self.head_dim
-
-    @property
-    def attention_matrix(self) -> int:
-        """Weights of one layer's query, key, value and output projections."""
-        return self.hidden * (2 * self.query_width + self.kv_width)
-
-    @property
-    def layer_vectors(self) -> int:
-        """Norm weights of one layer."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-
-    @property
-    def dense_mlp(self) -> int:
-        return 3 * self.hidden * self.ffn
-
-    @property
-    def expert(self) -> int:
-        """Weights of one routed expert."""
-        return 3 * self.hidden * self.moe_ffn
-
-    @property
-    def router(self) -> int:
-        return self.hidden * self.experts
-
-    @property
-    def shared_expert(self) -> int:
-        return 3 * self.hidden * self.shared_ffn
-
-    def parameters(self) -> Parameters:
-        """Exact counts, without vocabulary padding; equal to what transformers builds from the same config."""
-        moe = sum(self.moe_layers)
-        dense = self.layers * (self.attention_matrix + self.layer_vectors) + self.hidden
-        dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.shared_expert)
-        experts = moe * self.experts * self.expert
-        table = self.vocab * self.hidden
-        head = 0 if self.tied else table
-        return Parameters(table, head, dense, experts, table + head + dense + moe * self.top_k * self.expert)
-
-    def linear_flops(self, *, with_head: bool = True) -> int:
-        """FLOPs of one token's forward pass in products with weights; embedding look-ups and norms cost none."""
-        moe = sum(self.moe_layers)
-        weights = self.layers * self.attention_matrix + (self.layers - moe) * self.dense_mlp
-        weights += moe * (self.router + self.shared_expert + self.top_k * self.expert)
-        return 2 * (weights + (self.vocab * self.hidden if with_head else 0))
-
-    @property
-    def pair_flops(self) -> int:
-        """FLOPs of the forward pass for one query and one key that it attends to, over all layers."""
-        return self.layers * 4 * self.query_width  # a product with the key, and one with the value
-
-    def attention_flops(self, lengths: Iterable[int]) -> int:
-        """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included."""
-        return sum(n * (n + 1) // 2 for n in lengths) * self.pair_flops
-
-    def forward_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
-        """FLOPs of one forward pass over sequences of these lengths: matrix products only.
-
-        `head_tokens`: how many of the tokens need a logprob and so the output head; all without it.
-        """
-        lengths = list(lengths)
-        flops = sum(lengths) * self.linear_flops() + self.attention_flops(lengths)
-        without = 0 if head_tokens is None else sum(lengths) - head_tokens
-        return flops - without * 2 * self.vocab * self.hidden
-
-    def training_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
-        """Forward and backward, without what recomputation adds: the figure of model FLOPs utilisation."""
-        return (1 + BACKWARD) * self.forward_flops(lengths, head_tokens)
-
-    @property
-    def cost_ratio(self) -> float:
-        """b / a of a sequence's cost a n + b n^2: what data.balance needs to level attention along with the rest."""
-        return self.pair_flops / 2 / (self.linear_flops() + self.pair_flops / 2)
+__all__ = ["BACKWARD", "Geometry", "Parameters", "geometry", "read_geometry"]
 
 
 def read_geometry(model_path: str | Path) -> Geometry:
@@ -153,79 +34,4 @@ def read_geometry(model_path: str | Path) -> Geometry:
 
 def geometry(config: Mapping[str, Any], source: str = "config.json") -> Geometry:
     """The sizes in the parsed config.json of a supported family (exact `model_type`); ConfigError otherwise."""
-    model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        raise ConfigError(f"{source}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return family(_Fields(config, source))
-
-
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """The fields of a config.json, checked as they are read."""
-
-    config: Mapping[str, Any]
-    source: str
-
-    def size(self, *names: str, default: int | None = None) -> int:
-        """The first of `names` (spellings of one field) that is set: a positive whole number."""
-        for name in names:
-            value = self.config.get(name)
-            if value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{self.source}: {name}={value!r} is not a positive whole number")
-            return value
-        if default is None:
-            raise ConfigError(f"{self.source}: {names[0]} is missing")
-        return default
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.source}: {name}={value!r} is neither true nor false")
-        return value
-
-
-def _qwen3_sizes(fields: _Fields, head_dim: int | None) -> dict[str, Any]:
-    """`head_dim`: what the family takes when config.json leaves it out; None: heads share the hidden size."""
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    kv_heads = fields.size("num_key_value_heads")
-    if heads % kv_heads:
-        raise ConfigError(
-            f"{fields.source}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
-        )
-    return {
-        "model_type": fields.config["model_type"],
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": fields.size("head_dim", default=head_dim or hidden // heads),
-        "vocab": fields.size("vocab_size"),
-        "tied": fields.flag("tie_word_embeddings", default=False),
-        "ffn": fields.size("intermediate_size"),
-    }
-
-
-def _qwen3(fields: _Fields) -> Geometry:
-    layers = fields.size("num_hidden_layers")
-    return Geometry(**_qwen3_sizes(fields, head_dim=128), moe_layers=(False,) * layers)
-
-
-def _qwen3_moe(fields: _Fields) -> Geometry:
-    layers, step = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", default=1)
-    dense = set(fields.config.get("mlp_only_layers") or ())
-    experts = fields.size("num_experts", "num_local_experts")  # transformers 5 writes the second name
-    top_k = fields.size("num_experts_per_tok")
-    if top_k > experts:
-        raise ConfigError(f"{fields.source}: num_experts_per_tok={top_k} is more than the {experts} experts")
-    return Geometry(
-        **_qwen3_sizes(fields, head_dim=None),
-        moe_layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(layers)),
-        experts=experts,
-        top_k=top_k,
-        moe_ffn=fields.size("moe_intermediate_size"),
-    )
-
-
-FAMILIES: dict[str, Callable[[_Fields], Geometry]] = {"qwen3_moe": _qwen3_moe, "qwen3": _qwen3}
+    return family(config.get("model_type"), source).geometry(Fields(config, source))

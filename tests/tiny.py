@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -39,37 +39,73 @@ MOE_SHAPE = {
     "mlp_only_layers": [],
 }
 
+QWEN2_MOE_SHAPE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+}
+MIXTRAL_SHAPE = {"num_local_experts": 8, "num_experts_per_tok": 2}
+GLM4_MOE_SHAPE = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' name for the family, and its fields beside SHAPE
+    "moe": ("Qwen3Moe", MOE_SHAPE),
+    "dense": ("Qwen3", {}),
+    "qwen2_moe": ("Qwen2Moe", QWEN2_MOE_SHAPE),
+    "mixtral": ("Mixtral", MIXTRAL_SHAPE),
+    "glm4_moe": ("Glm4Moe", GLM4_MOE_SHAPE),
+}
+
 
 def make_model(
     directory: str | Path,
-    kind: Literal["moe", "dense"] = "moe",
+    kind: str = "moe",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **over: Any,
 ) -> Path:
-    """Write a random Qwen3-MoE or dense Qwen3 (512 ids, 4 layers) with tokenizer; `over` are config fields.
+    """Write a random model of one of KINDS (512 ids, 4 layers) with tokenizer; `over` are config fields.
 
     Matrices are scaled up from transformers' initialisation so that logits, and so greedy tokens, are well apart.
     """
     # here, because ranks import this module for its constants, and these imports take longer than most tests
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    import transformers
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "moe":
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SHAPE, **MOE_SHAPE, **over}))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **over}))
+        name, shape = KINDS[kind]
+        config = getattr(transformers, f"{name}Config")(**{**SHAPE, **shape, **over})
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
         with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.1)
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
                     parameter.mul_(5)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)  # a norm weight of exactly one hides mistakes
-    model.to(dtype).save_pretrained(directory)
+    for parameter in model.parameters():  # not routers' biases: files have them in float32
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(directory)
     return directory
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megasapo.data.packing import WHOLE, Shard
+from megasapo.families.family import Rotary
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Packed(PackedSeqParams):
     """megatron-core's packed-sequence parameters, with what our own attention needs."""
 
     plan: Plan | None = None
-    cos: Tensor | None = None  # [Tc, 1, head_dim] fp32, as sin
+    cos: Tensor | None = None  # [Tc, 1, rotary dim] fp32, as sin
     sin: Tensor | None = None
     cp_group: dist.ProcessGroup | None = None  # None without context parallelism
 
@@ -66,17 +67,16 @@ def pack(
     max_seqlen: int,
     position_ids: Tensor,
     *,
-    head_dim: int,
-    theta: float,
+    rotary: Rotary,
     shard: Shard = WHOLE,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Packed:
     """Parameters of one pack for the spec without Transformer Engine: [S + 1] int32 boundaries, [Tc] positions.
 
-    theta: the base of the rotary embedding, whose angles are made here once for all layers.
+    The angles of the rotary embedding are made here once for all layers.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponent)
+    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float32, device=position_ids.device) / rotary.dim
+    angles = position_ids.float()[:, None] * (1.0 / rotary.theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return Packed(
         qkv_format="thd",
@@ -184,7 +184,7 @@ class PackedAttention(torch.nn.Module):
                 "the model runs on packed sequences: pass packed_seq_params made by megasapo.mcore.attention"
             )
         cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
-        query, key = (x * cos + _rotate_half(x) * sin for x in (query, key))
+        query, key = (_rotated(x, cos, sin) for x in (query, key))
         if p.cp_group is not None:
             head_dim = key.shape[-1]
             key, value = _GatherTokens.apply(torch.cat((key, value), -1), p.cp_group).split(
@@ -209,9 +209,13 @@ class PackedAttention(torch.nn.Module):
         )
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    one, two = x.chunk(2, dim=-1)
-    return torch.cat((-two, one), dim=-1)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[Tc, heads, d]: as many of the first values of each head as there are angles, turned; the rest as it is."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    one, two = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-two, one), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if width < x.shape[-1] else turned
 
 
 class _GatherTokens(torch.autograd.Function):

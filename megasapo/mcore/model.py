@@ -1,7 +1,7 @@
 """A megatron-core GPTModel from an HF directory's config, and its forward pass over packed micro-batches.
 
 policy.py and score.py build with `build_model` and run `forward_micro_batch` inside megatron-core's schedules; weights
-come from the bridge. Families are dispatched by exact HF `model_type`. It knows nothing of losses or optimizers.
+come from the bridge. What a family computes, megasapo.families says. It knows nothing of losses or optimizers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError
+from megasapo.families import family
+from megasapo.families.family import Rotary
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients
@@ -79,8 +80,7 @@ def build_model(
         refuse_widths(numbers.cfg, config)
     outside = Outside(
         vocab_size=hf_config.vocab_size,
-        head_dim=_head_dim(hf_config),
-        rope_theta=_rope_theta(hf_config),
+        rotary=family(hf_config.model_type).rotary(hf_config),
         head_kernel=choose_kernel(cfg.head, topo.device),
         precision=numbers,
     )
@@ -106,7 +106,8 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
             parallel_output=True,
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
             position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
-            rotary_base=_rope_theta(hf_config),
+            rotary_base=outside.rotary.theta,
+            rotary_percent=outside.rotary.dim / config.kv_channels,
             vp_stage=vp_stage,
         )
     if model.post_process:
@@ -123,8 +124,7 @@ class Outside:
     """What the forward pass needs to know of a model beside its modules."""
 
     vocab_size: int  # of the HF model: columns beyond it are padding
-    head_dim: int
-    rope_theta: float
+    rotary: Rotary
     head_kernel: str
     precision: Precision
 
@@ -133,10 +133,8 @@ def transformer_config(
     cfg: ModelConfig, hf_config: Any, topo: Topology, precision: Precision, *, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of a supported HF model, with `cfg.override_transformer_config` applied last."""
-    family = FAMILIES.get(hf_config.model_type)
-    if family is None:
-        raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | family(hf_config)
+    own = family(hf_config.model_type, f"{cfg.path}/config.json").transformer_fields(hf_config)
+    fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | own
     fields |= precision.transformer_fields()
     config = TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
     if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
@@ -166,6 +164,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "calculate_per_token_loss": True,  # the loss carries its own weights: gradients are sums over ranks
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
@@ -173,69 +172,6 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "moe_permute_fusion": precision.use_te,  # and adds up a token's experts in order: CUDA's scatter_add_ does not
         "gradient_accumulation_fusion": Fusions.find(use_te=precision.use_te, on_gpu=on_gpu).gradient_accumulation,
     }
-
-
-def _qwen3(hf: Any) -> dict[str, Any]:
-    _require(hf, hidden_act="silu", attention_bias=False)
-    if getattr(hf, "use_sliding_window", False):
-        raise ConfigError("use_sliding_window=true is not supported; only full attention is")
-    return {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": _head_dim(hf),
-        "init_method_std": hf.initializer_range,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.rms_norm_eps,
-        "qk_layernorm": True,
-        "activation_func": F.silu,
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-    }
-
-
-def _qwen3_moe(hf: Any) -> dict[str, Any]:
-    dense = set(hf.mlp_only_layers or ())
-    is_moe = [
-        int(i not in dense and hf.num_experts > 0 and (i + 1) % hf.decoder_sparse_step == 0)
-        for i in range(hf.num_hidden_layers)
-    ]
-    return _qwen3(hf) | {
-        "num_moe_experts": hf.num_experts,
-        "moe_layer_freq": is_moe,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_router_topk": hf.num_experts_per_tok,
-        # HF takes the softmax over all experts; normalising the chosen ones afterwards is the softmax over those.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-    }
-
-
-FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {"qwen3_moe": _qwen3_moe, "qwen3": _qwen3}
-
-
-def _require(hf: Any, **wanted: Any) -> None:
-    for name, value in wanted.items():
-        if getattr(hf, name) != value:
-            raise ConfigError(f"{name}={getattr(hf, name)!r} is not supported for {hf.model_type}; only {value!r} is")
-
-
-def _head_dim(hf: Any) -> int:
-    """Qwen3-MoE configs may leave it out, and then heads share the hidden size."""
-    head_dim = getattr(hf, "head_dim", None)
-    return int(head_dim if head_dim is not None else hf.hidden_size // hf.num_attention_heads)
-
-
-def _rope_theta(hf: Any) -> float:
-    rope = hf.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type={rope['rope_type']!r} is not supported; only 'default' is")
-    return float(rope["rope_theta"])
 
 
 def _overridden(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -353,8 +289,7 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
             mb.cu_seqlens,
             mb.max_seqlen,
             mb.position_ids,
-            head_dim=outside.head_dim,
-            theta=outside.rope_theta,
+            rotary=outside.rotary,
             shard=topo.shard,
             cp_group=topo.cp_group if topo.cp > 1 else None,
         )

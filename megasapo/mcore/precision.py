@@ -146,6 +146,8 @@ def refuse_widths(cfg: PrecisionConfig, config: Any) -> None:
         widths[f"intermediate_size / tp({tp})"] = config.ffn_hidden_size // tp
     if config.num_moe_experts:
         widths[f"moe_intermediate_size / etp({etp})"] = config.moe_ffn_hidden_size // etp
+    if shared := config.moe_shared_expert_intermediate_size:
+        widths[f"width of the shared expert / tp({tp})"] = shared // tp
     wrong = [f"{name} = {width}" for name, width in widths.items() if width % multiple]
     if wrong:
         raise ConfigError(

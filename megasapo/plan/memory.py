@@ -70,7 +70,7 @@ def held_parameters(geometry: Geometry, degrees: Degrees, stage: int) -> Held:
     g, tp = geometry, degrees.tp
     layers = [moe for chunk in stage_chunks(g, degrees, stage) for moe in chunk]
     moe = sum(layers)
-    dense = len(layers) * (g.attention_matrix // tp + g.layer_vectors)
+    dense = len(layers) * ((g.attention_matrix + g.attention_bias) // tp + g.layer_vectors)
     dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.shared_expert // tp)
     table = padded_vocab_size(g.vocab, tp) // tp * g.hidden
     first, last = stage == 0, stage == degrees.pp - 1

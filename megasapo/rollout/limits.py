@@ -64,10 +64,11 @@ class ModelLimits:
 
     def check_engine(self, engine: str) -> None:
         """Refuse a model that an engine would run wrongly without saying so."""
-        if engine == "sglang" and self.model_type == "qwen3_moe" and self.dense_layers:
+        if engine == "sglang" and self.model_type in ("qwen2_moe", "qwen3_moe") and self.dense_layers:
             raise RolloutError(
-                f"the model has dense layers {list(self.dense_layers)}; SGLang (0.5.21) takes every qwen3_moe layer "
-                "for a mixture of experts and would sample from uninitialised weights: use rollout.engine=embedded"
+                f"the model has dense layers {list(self.dense_layers)}; SGLang (0.5.21) takes every layer of a "
+                f"{self.model_type} for a mixture of experts and would sample from uninitialised weights: use "
+                "rollout.engine=embedded"
             )
 
     def check(self, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> None:

@@ -18,7 +18,7 @@ from megasapo.rollout.weight_files import Bucket, Writer, read_config, tensors
 
 SCALE = "_scale_inv"
 LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-KEPT = frozenset({"gate", "embed_tokens", "lm_head"})  # matrices that stay: the router's, and both ends of the model
+KEPT = frozenset({"gate", "shared_expert_gate", "embed_tokens", "lm_head"})  # gates, and both ends of the model
 BUCKET_BYTES = 1 << 30
 
 

@@ -24,6 +24,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
     },
     "dense": {"kind": "dense", "rope_theta": 1e4, "rms_norm_eps": 1e-5},
+    "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
+    "mixtral": {"kind": "mixtral"},
+    "glm4_moe": {"kind": "glm4_moe"},
 }
 LENGTHS = (5, 17, 33, 2, 64, 9, 30, 12)
 TEMPERATURE = 0.7
@@ -48,6 +51,7 @@ def make_models(directory: Path) -> None:
 def reference(model_dir: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, torch.Tensor]]:
     """Logprobs and entropies of each sequence ([n - 1] each), and the gradient of the loss by HF name."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     logps, entropies = [], []
@@ -65,14 +69,7 @@ def reference(model_dir: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], 
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        if name.endswith("mlp.experts.gate_up_proj"):
-            for expert, both in enumerate(parameter.grad):
-                gate, up = both.chunk(2)
-                stem = name.removesuffix("gate_up_proj") + str(expert)
-                gradients |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
-        elif name.endswith("mlp.experts.down_proj"):
-            stem = name.removesuffix("down_proj")
-            gradients |= {f"{stem}{e}.down_proj.weight": g for e, g in enumerate(parameter.grad)}
-        else:
-            gradients[name] = parameter.grad
-    return logps, entropies, gradients
+        gradients[name] = parameter.grad
+    # routers' biases have no gradient: they leave the learner as they came
+    biases = {name: value for name, value in model.state_dict().items() if name.endswith("e_score_correction_bias")}
+    return logps, entropies, revert_weight_conversion(model, gradients | biases)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.hf_files import HFFiles
 from megasapo.mcore.bridge.load import load_files, load_hf, read_config
 from megasapo.mcore.bridge.placement import place
-from megasapo.mcore.bridge.table import BridgeError
 from tests.unit.bridge_fakes import EXPERTS, HF_MOE, MOE_FFN, VOCAB, H, fake_model, fill_from
 
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from megasapo.config import ConfigError
+from megasapo.families import family
+from megasapo.families.weights import BridgeError, Dims, Shard, columns, gate_up, qkv, rows, vocab
 from megasapo.mcore.bridge.export import _combine, _offers, _part
-from megasapo.mcore.bridge.families import family
 from megasapo.mcore.bridge.placement import find_hf, place
-from megasapo.mcore.bridge.table import BridgeError, Dims, Shard, columns, gate_up, qkv, rows, vocab
 from tests.unit.bridge_fakes import HF_MOE, fake_model, fill_from
 
 
@@ -109,11 +110,9 @@ def test_order_is_that_of_an_hf_state_dict() -> None:
 
 
 def test_unknown_model_type_names_the_nearest_and_all_known() -> None:
-    with pytest.raises(
-        BridgeError, match=r"'qwen3_mo' has no weight table: the nearest is 'qwen3_moe'; known: qwen3, qw"
-    ):
+    with pytest.raises(ConfigError, match=r"'qwen3_mo' is not supported \(the nearest is 'qwen3_moe'\); supported: qw"):
         family("qwen3_mo")
-    with pytest.raises(BridgeError, match=r"'llama' has no weight table: known: qwen3, qwen3_moe"):
+    with pytest.raises(ConfigError, match=r"config.json: model_type='llama' is not supported; supported: qwen3_moe, q"):
         family("llama")
 
 
@@ -144,7 +143,7 @@ def test_wrapped_models_are_seen_through() -> None:
 
 
 def test_hf_names_are_found_exactly() -> None:
-    table = family("qwen3_moe")
+    table = family("qwen3_moe").weights
     rule, layer, expert = find_hf(table, "model.layers.12.mlp.experts.127.down_proj.weight")  # type: ignore[misc]
     assert (rule.layout, layer, expert) == (columns, 12, 127)
     assert find_hf(table, "model.layers.12.mlp.experts.127.down_proj.weight_scale") is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megasapo.data.packing import Shard
+from megasapo.families.family import Rotary
 from megasapo.mcore.attention import PackedAttention, pack, plan
 
 HEADS, GROUPS, DIM, THETA = 4, 2, 8, 100.0
@@ -23,7 +24,7 @@ def positions(lengths: list[int]) -> torch.Tensor:
 
 
 def packed(lengths: list[int], **over):
-    return pack(boundaries(lengths), max(lengths), positions(lengths), **{"head_dim": DIM, "theta": THETA} | over)
+    return pack(boundaries(lengths), max(lengths), positions(lengths), **{"rotary": Rotary(THETA, DIM)} | over)
 
 
 def attention(**over) -> PackedAttention:
@@ -160,6 +161,6 @@ def test_masks_and_unpacked_batches_are_refused() -> None:
 
 
 def test_rotary_angles_are_fp32_whatever_the_model_computes_in() -> None:
-    params = pack(boundaries([1]), 1, torch.tensor([1001]), head_dim=64, theta=1e6)
+    params = pack(boundaries([1]), 1, torch.tensor([1001]), rotary=Rotary(1e6, 64))
     assert params.cos.dtype == torch.float32
     torch.testing.assert_close(params.cos[0, 0, 0], torch.tensor(1001.0).cos())  # bfloat16 would say 1000

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megasapo.geometry import read_geometry
 from megasapo.rollout.local.fused import Fused
+from megasapo.routing.validate import RoutingRule, validate
 from tests.serving import serving
 from tests.tiny import make_model
 
@@ -80,7 +82,10 @@ def logprobs(answer):
 @pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
 @pytest.mark.parametrize("kind", ["moe_dir", "dense_dir", "mixed_dir"])
 def test_greedy_equals_generate(kind, plain, request):
-    directory = request.getfixturevalue(kind)
+    check_greedy(request.getfixturevalue(kind), plain)
+
+
+def check_greedy(directory, plain):
     counts = [20, 3, 35, 1, 10]
     params = [{"max_new_tokens": n, "temperature": 0, "ignore_eos": True} for n in counts]
     with serving(directory, plain_forward=plain) as server:
@@ -180,9 +185,31 @@ def test_fused_arithmetic_that_is_wrong_does_not_start(moe_dir, monkeypatch):
             pass
 
 
-def routed(answer, start=0, layers=4):
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral", "glm4_moe"])
+def test_other_families_generate_as_transformers_does(kind, tmp_path):
+    directory = make_model(tmp_path, kind=kind)
+    check_greedy(directory, plain=True)
+    reference = load_reference(directory)
+    chosen = []  # by each layer's router: what transformers gives its experts
+    for module in reference.modules():
+        if hasattr(module, "_apply_gate"):
+            module.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1]))
+    with serving(directory, enable_return_routed_experts=True) as server:
+        answer = server.generate(
+            input_ids=PROMPTS[1], sampling_params={"max_new_tokens": 9, "ignore_eos": True}, return_routed_experts=True
+        )
+    with torch.inference_mode():
+        reference(torch.tensor([PROMPTS[1] + answer["output_ids"][:-1]]), use_cache=False)
+    rule = RoutingRule.of(read_geometry(directory))
+    rows = routed(answer, top_k=rule.top_k)
+    got = validate(rows, tokens=len(rows) + 1, rule=rule, where=kind)
+    assert (np.sort(got) == torch.stack(chosen, 1).sort().values.numpy()).all()
+
+
+def routed(answer, start=0, layers=4, top_k=2):
     rows = answer["meta_info"]["prompt_tokens"] + len(answer["output_ids"]) - 1 - start
-    return np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32).reshape(rows, layers, 2)
+    ids = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
+    return ids.reshape(rows, layers, top_k)
 
 
 def router_choices(reference, tokens):

@@ -47,6 +47,9 @@ def file_checksum(directory):
         ("moe", {"mlp_only_layers": [1], "num_experts": 3}),
         ("dense", {}),
         ("dense", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("qwen2_moe", {}),
+        ("mixtral", {}),
+        ("glm4_moe", {}),
     ],
 )
 def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):

@@ -19,6 +19,7 @@ LAYERS = [
         "metrics",
         "config",
         "sections",
+        "families",
         "checksum",
         "errors",
         "checkpoints",

@@ -1,12 +1,11 @@
-"""HF <-> megatron-core weights: `load_hf`, `export_hf`, `save_hf`. One declarative table per model family.
+"""HF <-> megatron-core weights: `load_hf`, `export_hf`, `save_hf`, along the weight tables of megasapo.families.
 
-table.py has the vocabulary of the tables, qwen3.py and qwen3_moe.py are tables, families.py finds one by model_type,
-placement.py applies it to this rank's model. The only way weights enter or leave the learner; never renames by hand.
+placement.py applies a table to this rank's model. The only way weights enter or leave the learner.
 """
 
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.export import export_hf
 from megasapo.mcore.bridge.load import load_hf
 from megasapo.mcore.bridge.save import save_hf
-from megasapo.mcore.bridge.table import BridgeError
 
 __all__ = ["BridgeError", "export_hf", "load_hf", "save_hf"]

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
+from megasapo.families.weights import Box, BridgeError, Shape
 from megasapo.mcore.bridge.placement import Locals, place
-from megasapo.mcore.bridge.table import Box, BridgeError, Shape
 from megasapo.mcore.topology import Topology
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -53,8 +53,8 @@ def export_hf(
 
     Rank 0 gets lists of (HF name, full tensor) on the model's device, in the order of an HF state dict; other ranks
     get as many empty lists. A list takes at most `bucket_bytes`, receive buffers included; a tensor that needs more
-    comes alone. Each list is emptied when the next one is asked for, so that only one is ever alive. `dtype` casts;
-    None keeps the parameters' dtypes.
+    comes alone. Each list is emptied when the next one is asked for, so that only one is ever alive. `dtype` casts,
+    but what a rule keeps; None keeps the tensors' dtypes.
     """
     yield from Export(chunks, hf_config, topo, dtype=dtype).buckets(bucket_bytes)
 
@@ -153,7 +153,7 @@ def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sen
         if not placed.is_primary:
             continue
         boxes: dict[int, list[Box]] = defaultdict(list)
-        sent_as = dtype or placed.tensor.dtype
+        sent_as = placed.tensor.dtype if dtype is None or placed.keeps_dtype else dtype
         for piece in placed.pieces:
             boxes[piece.source].append(piece.hf)
             sends[placed.names[piece.source]].append((placed.tensor.detach(), piece.local, piece.hf, sent_as))

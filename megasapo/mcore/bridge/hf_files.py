@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megasapo.mcore.bridge.table import Box, BridgeError, Shape
+from megasapo.families.weights import Box, BridgeError, Shape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

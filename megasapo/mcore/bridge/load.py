@@ -6,6 +6,8 @@ Every rank reads only the boxes it holds, piece by piece; nothing is sent betwee
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -13,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
+from megasapo.families.weights import BridgeError, pattern
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
-from megasapo.mcore.bridge.table import BridgeError, pattern
 from megasapo.mcore.compat import set_quantised
 
+log = logging.getLogger(__name__)
 MOST_PROBLEMS_SHOWN = 5
 
 
@@ -44,6 +48,7 @@ def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> N
         shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
+    _say_ignored(mine, files)
     for placed in mine.placed:
         _fill(placed, files)
 
@@ -69,6 +74,22 @@ def _fill(placed: Placed, files: HFFiles) -> None:
         local.copy_(files.read(placed.names[piece.source], piece.hf))
     if quantised:
         set_quantised(placed.tensor, whole.to(placed.tensor.device))
+
+
+def _say_ignored(mine: Locals, files: HFFiles) -> None:
+    ignored = [name for name in files.names if _is_mtp(mine, name)]
+    if ignored and not (dist.is_initialized() and dist.get_rank()):
+        log.warning(
+            "%s: %d tensors of multi-token prediction (%s, ...) are not loaded: they are neither trained nor exported",
+            files.directory,
+            len(ignored),
+            ignored[0],
+        )
+
+
+def _is_mtp(mine: Locals, name: str) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and 0 <= int(layer[1]) - mine.num_layers < mine.mtp_layers
 
 
 # What is wrong with one tensor, said on demand: the nearest of many names takes a second to find.
@@ -106,11 +127,11 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
-    if any(pattern(template).fullmatch(name) for template in mine.family.ignored):
+    if _is_mtp(mine, name) or any(pattern(template).fullmatch(name) for template in mine.table.ignored):
         return True
-    if mine.is_tied and name == mine.family.tied[0]:
+    if mine.is_tied and name == mine.table.tied[0]:
         return True  # as transformers does: the embedding is used in its place
-    found = find_hf(mine.family, name)
+    found = find_hf(mine.table, name)
     if found is None:
         return False
     _, layer, expert = found

@@ -13,8 +13,19 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from megasapo.mcore.bridge.families import family
-from megasapo.mcore.bridge.table import BridgeError, Dims, Family, Mapped, Piece, Rule, Shape, Shard, index_of, pattern
+from megasapo.families import family
+from megasapo.families.weights import (
+    BridgeError,
+    Dims,
+    Mapped,
+    Piece,
+    Rule,
+    Shape,
+    Shard,
+    WeightTable,
+    index_of,
+    pattern,
+)
 
 SHUFFLING_SETTINGS = ("moe_mlp_glu_interleave_size", "attention_output_gate")
 """TransformerConfig fields that change the order of rows inside a weight; no table knows them yet."""
@@ -30,16 +41,18 @@ class Placed(NamedTuple):
     pieces: tuple[Piece, ...]
     order: tuple[int, ...]  # sorts tensors as an HF state dict lists them: embedding, layers, experts, head
     is_primary: bool  # among the ranks that hold equal copies, this one speaks for them
+    keeps_dtype: bool  # see Rule
 
 
 class Locals(NamedTuple):
     """What this rank holds of a model: its tensors, and the indices by which HF names tell whose they are."""
 
-    family: Family
+    table: WeightTable
     placed: list[Placed]
     layers: frozenset[int]  # global indices
     experts: frozenset[int]
     num_layers: int  # of the whole model
+    mtp_layers: int  # that files may have after these, for multi-token prediction, and that are not loaded
     num_experts: int
     is_tied: bool
 
@@ -62,7 +75,7 @@ def settings(hf_config: Any) -> Mapping[str, Any]:
 def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
     """This rank's tensors. `chunks` may be wrapped (DDP, Float16Module).
 
-    Raises BridgeError for an unknown model_type, a parameter without a rule, or a setting that no table covers.
+    Raises BridgeError for a tensor without a rule or a setting that no table covers, ConfigError for an unknown family.
     """
     models = [_unwrap(chunk) for chunk in chunks]
     config: Any = models[0].config
@@ -75,7 +88,7 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
     for name in ("model_type", "vocab_size"):
         if name not in hf:
             raise BridgeError(f"the model's HF configuration has no {name!r}; it has {', '.join(sorted(hf))}")
-    table = family(hf["model_type"])
+    table = family(hf["model_type"]).weights
     is_tied = bool(models[0].share_embeddings_and_output_weights)
     ranks = _ranks(models[0])
     num_experts = config.num_moe_experts or 0
@@ -89,10 +102,11 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
         for name, tensor in _tensors(model)
     ]
     experts = frozenset(range(first_expert, first_expert + per_rank))
-    return Locals(table, placed, layers, experts, config.num_layers, num_experts, is_tied)
+    mtp_layers = int(hf.get("num_nextn_predict_layers") or 0) if table.mtp_layers else 0
+    return Locals(table, placed, layers, experts, config.num_layers, mtp_layers, num_experts, is_tied)
 
 
-def find_hf(table: Family, name: str) -> tuple[Rule, int | None, int | None] | None:
+def find_hf(table: WeightTable, name: str) -> tuple[Rule, int | None, int | None] | None:
     """The rule, global layer and global expert of an HF name; None when no rule claims it."""
     for rule in table.rules:
         for template in rule.hf:
@@ -131,7 +145,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, value
 
 
-def _find_mcore(table: Family, name: str) -> tuple[int, re.Match[str]]:
+def _find_mcore(table: WeightTable, name: str) -> tuple[int, re.Match[str]]:
     for position, rule in enumerate(table.rules):
         for template in rule.mcore:
             if match := pattern(template).fullmatch(name):
@@ -145,7 +159,7 @@ def _place(
     name: str,
     tensor: torch.Tensor,
     model: Any,
-    table: Family,
+    table: WeightTable,
     dims: Dims,
     ranks: Ranks,
     first_expert: int,
@@ -163,11 +177,12 @@ def _place(
     if is_copy:
         names = (table.tied[1],)
     mapped: Mapped = rule.layout(tuple(tensor.shape), ranks.expert if rule.is_expert else ranks.dense, dims)
+    is_primary = not is_copy and _is_primary(rule, mapped, ranks)
     order = (_section(table, position), index.get("layer", -1), index.get("expert", -1), position)
-    return Placed(name, tensor, names, *mapped, order, not is_copy and _is_primary(rule, mapped, ranks))
+    return Placed(name, tensor, names, *mapped, order, is_primary, rule.keeps_dtype)
 
 
-def _section(table: Family, position: int) -> int:
+def _section(table: WeightTable, position: int) -> int:
     """0 before the layers, 1 in them, 2 after them."""
     if table.rules[position].is_layer:
         return 1

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megasapo.families import family
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.export import Export, TensorSpec
 from megasapo.mcore.bridge.hf_files import INDEX, SINGLE
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.table import BridgeError
 from megasapo.mcore.topology import Topology
 
 GIB = 2**30
@@ -144,7 +145,8 @@ def _write_companions(source: Path, config: dict[str, object], tensors: list[Ten
         by_dtype[spec.dtype] = by_dtype.get(spec.dtype, 0) + spec.nbytes
     main = max(by_dtype, key=lambda dtype: by_dtype[dtype])
     recorded = {key: value for key, value in config.items() if key != "torch_dtype"}  # the old name of `dtype`
-    _write_json(out / "config.json", {**recorded, "dtype": str(main).removeprefix("torch.")})
+    changed = family(config["model_type"]).exported | {"dtype": str(main).removeprefix("torch.")}
+    _write_json(out / "config.json", recorded | changed)
 
 
 def _put_in_place(unfinished: Path, out: Path) -> None:

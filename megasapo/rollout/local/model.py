@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Loaded:
 
 
 def load(options: Options) -> Loaded:
-    """The model in eval mode on its device, every parameter in memory of its own."""
+    """The model in eval mode on its device, every weight in memory of its own."""
     path = options.model
     transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -58,8 +59,8 @@ def load(options: Options) -> Loaded:
     else:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
         model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` here
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # loading may have mapped the file, which updates overwrite
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()  # loading may have mapped the file, which updates overwrite
     tokenizer = None
     if any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,4 +1,4 @@
-"""What a family's weight table is made of: rules that pair a megatron-core parameter with HF tensors, and layouts.
+"""What a family's weight table is made of: rules that pair a megatron-core tensor with HF tensors, and layouts.
 
 A layout says, for one rank's shard, which box of which HF tensor is which box of the local parameter. Loading copies
 along these boxes one way and exporting the other way, so the two are inverse by construction. No torch in here.
@@ -57,7 +57,7 @@ Layout = Callable[[Shape, Shard, Dims], Mapped]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One megatron-core parameter (its names under the local and the TE spec) and the HF tensors it is made of.
+    """One megatron-core tensor (its names under the local and the TE spec) and the HF tensors it is made of.
 
     `{layer}` and `{expert}` stand for indices: local ones in `mcore`, global ones in `hf`.
     """
@@ -65,6 +65,7 @@ class Rule:
     mcore: tuple[str, ...]
     hf: tuple[str, ...]
     layout: Layout
+    keeps_dtype: bool = False  # written and published in the learner's own dtype, whatever that of the others is
 
     @property
     def is_expert(self) -> bool:
@@ -76,8 +77,8 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """The weight table of one HF model_type; rules stand in the order of the HF state dict."""
+class WeightTable:
+    """The weights of one HF model_type; rules stand in the order of the HF state dict."""
 
     rules: tuple[Rule, ...]
     tied: tuple[str, str] = (
@@ -85,6 +86,7 @@ class Family:
         "model.embed_tokens.weight",
     )  # with tied embeddings the first is the second
     ignored: tuple[str, ...] = ()  # HF names that carry no weights, or those of parts that are not trained
+    mtp_layers: bool = False  # files may have layers for multi-token prediction after the last: they are not trained
 
 
 def whole(local: Shape, shard: Shard, dims: Dims) -> Mapped:

@@ -1,0 +1,73 @@
+"""GLM-4.5 (HF model_type `glm4_moe`): half of each head rotated, dense first layers, a shared expert, and routers that
+choose by sigmoid scores with a bias.
+
+Layers for multi-token prediction, which released checkpoints have after the last one, are not trained and not exported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megasapo.families import decoder
+from megasapo.families.decoder import (
+    EMBEDDING,
+    EXPERT_BIAS,
+    HEAD,
+    INPUT_NORM,
+    MLP,
+    MLP_NORM,
+    PROJECTION,
+    QK_NORM,
+    QKV,
+    QKV_BIAS,
+)
+from megasapo.families.family import Family
+from megasapo.families.sizes import Fields, Geometry
+from megasapo.families.weights import WeightTable
+
+
+def _transformer_fields(hf: Any) -> dict[str, Any]:
+    is_moe = [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)]
+    return {
+        **decoder.transformer_fields(hf, qk_norm=hf.use_qk_norm, qkv_bias=hf.attention_bias),
+        **decoder.expert_fields(hf, experts=hf.n_routed_experts, ffn=hf.moe_intermediate_size, is_moe=is_moe),
+        **decoder.sigmoid_router(hf),
+        "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
+    }
+
+
+def _geometry(fields: Fields) -> Geometry:
+    expert = fields.size("moe_intermediate_size")
+    return Geometry(
+        **decoder.sizes(fields),
+        **decoder.expert_sizes(fields, "n_routed_experts", "num_local_experts"),
+        moe_layers=decoder.dense_first(fields),
+        moe_ffn=expert,
+        shared_ffn=fields.size("n_shared_experts", default=1) * expert,
+        qk_norm=fields.flag("use_qk_norm", default=False),
+        qkv_bias=fields.flag("attention_bias", default=False),
+    )
+
+
+FAMILY = Family(
+    _geometry,
+    _transformer_fields,
+    WeightTable(
+        (
+            EMBEDDING,
+            INPUT_NORM,
+            QKV,
+            QKV_BIAS,
+            *QK_NORM,
+            PROJECTION,
+            MLP_NORM,
+            *MLP,
+            *decoder.experts(),
+            EXPERT_BIAS,
+            *decoder.shared_experts("shared_experts"),
+            *HEAD,
+        ),
+        mtp_layers=True,
+    ),
+    exported={"num_nextn_predict_layers": 0},
+)

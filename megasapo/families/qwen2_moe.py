@@ -1,0 +1,60 @@
+"""Qwen1.5-MoE and Qwen2-MoE (HF model_type `qwen2_moe`): biases of q, k, v, and a shared expert behind a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megasapo.families import decoder
+from megasapo.families.decoder import EMBEDDING, HEAD, HF, INPUT_NORM, MCORE, MLP, MLP_NORM, PROJECTION, QKV, QKV_BIAS
+from megasapo.families.family import Family
+from megasapo.families.sizes import Fields, Geometry
+from megasapo.families.weights import Rule, WeightTable, whole
+
+SHARED_GATE = Rule((f"{MCORE}mlp.shared_experts.gate_weight",), (f"{HF}mlp.shared_expert_gate.weight",), whole)
+
+
+def _transformer_fields(hf: Any) -> dict[str, Any]:
+    decoder.require_full_attention(hf)
+    return {
+        **decoder.transformer_fields(hf, qk_norm=False, qkv_bias=hf.qkv_bias),
+        **decoder.expert_fields(
+            hf, experts=hf.num_experts, ffn=hf.moe_intermediate_size, is_moe=decoder.sparse_pattern(hf)
+        ),
+        **decoder.softmax_router(normalised=hf.norm_topk_prob),
+        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _geometry(fields: Fields) -> Geometry:
+    return Geometry(
+        **decoder.sizes(fields),
+        **decoder.expert_sizes(fields, "num_experts", "num_local_experts"),
+        moe_layers=decoder.sparse_layers(fields),
+        moe_ffn=fields.size("moe_intermediate_size"),
+        shared_ffn=fields.size("shared_expert_intermediate_size"),
+        shared_gate=True,
+        qk_norm=False,
+        qkv_bias=fields.flag("qkv_bias", default=True),
+    )
+
+
+FAMILY = Family(
+    _geometry,
+    _transformer_fields,
+    WeightTable(
+        (
+            EMBEDDING,
+            INPUT_NORM,
+            QKV,
+            QKV_BIAS,
+            PROJECTION,
+            MLP_NORM,
+            *MLP,
+            *decoder.experts(),
+            *decoder.shared_experts("shared_expert"),
+            SHARED_GATE,
+            *HEAD,
+        )
+    ),
+)
