@@ -61,7 +61,7 @@ class Saving:
 def compare(
     work: Work, runs: int, steps: int, topo: Topology, where: Path
 ) -> tuple[dict[str, list[Seconds]], dict[str, Saving]]:
-    """Seconds of `steps` steps in a row of each, round by round, without the wait for what is in flight at their end."""
+    """Seconds of `steps` steps in a row, round by round, without the wait for what is in flight at their end."""
     learners = {mode: Saving(mode, work, topo, where) for mode in MODES}
 
     def run(learner: Saving) -> Callable[[], Seconds]:

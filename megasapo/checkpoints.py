@@ -129,7 +129,10 @@ def set_aside(path: Path, problem: str) -> Path:
     """
     aside = _unused(path, "damaged")
     path.rename(aside)
-    return _one_before(path.parent / "latest", step_of(path), f"{problem}; it is now {aside.name}")
+    pointer = path.parent / "latest"
+    before = _one_before(pointer, step_of(path), f"{problem}; it is now {aside.name}")
+    write_durably(pointer, before.name)
+    return before
 
 
 def _one_before(pointer: Path, step: int | None, problem: str) -> Path:
@@ -140,7 +143,6 @@ def _one_before(pointer: Path, step: int | None, problem: str) -> Path:
             f"into {pointer}, or remove {pointer} to start over"
         )
     log.warning("%s: continuing from %s", problem, left[-1])
-    write_durably(pointer, left[-1].name)
     return left[-1]
 
 

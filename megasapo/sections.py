@@ -34,6 +34,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: Path_
     """HF directory: config.json, safetensors, tokenizer."""
+    load: str = ""
+    """Checkpoint whose weights the learner starts from in place of model.path's: one that tools/convert_checkpoint.py
+    wrote, or a run's RUN/checkpoints/step_N, of any layout; its optimizer is not taken."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameters and activations of the learner; the optimizer keeps fp32 masters."""
     head: Literal["auto", "torch", "triton"] = "auto"

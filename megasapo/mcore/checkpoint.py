@@ -23,10 +23,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megasapo import checkpoints
 from megasapo.checkpoints import FORMAT, CheckpointError, is_checkpoint, latest, step_of
-from megasapo.mcore import compat
+from megasapo.errors import ConfigError
+from megasapo.mcore import bridge, compat
 from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
+from megasapo.sections import ModelConfig
 
 __all__ = ["FORMAT", "CheckpointError", "is_checkpoint", "latest", "step_of"]
 NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^random\b")  # of a checkpoint's keys
@@ -132,6 +134,21 @@ def load(
         if topo.rank == 0:
             print(_changed_layout(path, record["layout"], topo.degrees), flush=True)
     return record["trainer"]
+
+
+def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -> None:
+    """Collective. The weights that a model begins with: those of model.load, else of model.path."""
+    start = Path(cfg.load or cfg.path)
+    if is_checkpoint(start):
+        verify(start, topo)
+        load_weights(start, model)
+    elif cfg.load:
+        raise ConfigError(
+            f"model.load={cfg.load}: no checkpoint there (no megasapo.json); give an HF directory as model.path, or "
+            "convert it with tools/convert_checkpoint.py"
+        )
+    else:
+        bridge.load_hf(model, start, topo)
 
 
 def load_weights(path: Path, model: list[torch.nn.Module]) -> None:

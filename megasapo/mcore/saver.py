@@ -121,7 +121,8 @@ class Saver:
             source = part.data.detach()
             if "dequantize" in type(source).__dict__:  # Transformer Engine's FP8, which torch cannot write
                 source = source.dequantize()
-            if self._cfg.async_save:
+            # masters and moments were gathered for this checkpoint, on the host
+            if self._cfg.async_save and not name.startswith("optimizer.state."):
                 buffer = self._buffers.get((name, i))
                 if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
                     buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_gpu)

@@ -35,7 +35,13 @@ MODELS = {
     "dense": {"kind": "dense", "vocab_size": 513, "num_attention_heads": 8},
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
-    "glm4_moe_bf16": {"kind": "glm4_moe", "first_k_dense_replace": 2, "use_qk_norm": False, "dtype": torch.bfloat16},
+    "glm4_moe_bf16": {
+        "kind": "glm4_moe",
+        "first_k_dense_replace": 2,
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 1,
+        "dtype": torch.bfloat16,
+    },
     "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
 BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'
@@ -116,6 +122,9 @@ def _check_model(directory, out, topo) -> None:
     if topo.rank == 0:
         saved = {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}
         _assert_equal(saved, {k: v.float() * 2 for k, v in reference.items()}, topo)
+        given, written = (json.loads((where / "config.json").read_text()) for where in (directory, out))
+        without_mtp = {"num_nextn_predict_layers": 0} if given["model_type"] == "glm4_moe" else {}
+        assert written == given | {"dtype": "float32"} | without_mtp
 
 
 def _drain(export, topo) -> dict[str, torch.Tensor]:

@@ -94,7 +94,6 @@ def test_latest_that_names_nothing_complete_gives_the_one_before(
     (folder / "latest").write_text(pointer)
     assert checkpoints.latest(tmp_path) == folder / "step_00000002"
     assert f"names {pointer!r}, which is not complete: continuing from" in caplog.text
-    assert (folder / "latest").read_text() == "step_00000002"
 
 
 def test_without_any_complete_checkpoint_left_it_says_what_to_do(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
 
 def rotated(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """Each pair (x_i, x_{i+d/2}) turned by position * theta^(-2i/d), as complex numbers; cosines in fp32."""
-    inverse = 1.0 / THETA ** (torch.arange(0, DIM, 2, dtype=torch.float32) / DIM)
+    dim = x.shape[-1]
+    inverse = 1.0 / THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     angles = positions(lengths).float()[:, None] * inverse
     turn = torch.complex(angles.cos().double(), angles.sin().double())
     turned = torch.complex(*x.chunk(2, dim=-1)) * turn[:, None]
@@ -67,6 +68,15 @@ def test_packed_attention_is_the_formula(lengths: list[int]) -> None:
     q, k, v = inputs(sum(lengths), torch.float64)
     out = attention()(q, k, v, packed_seq_params=packed(lengths))
     torch.testing.assert_close(out, by_formula(q, k, v, lengths, DIM**-0.5), rtol=0, atol=1e-12)
+
+
+def test_only_the_first_values_of_a_head_are_rotated_where_there_are_fewer_angles() -> None:
+    lengths, part = [5, 3], DIM // 2
+    q, k, v = inputs(8, torch.float64)
+    out = attention()(q, k, v, packed_seq_params=packed(lengths, rotary=Rotary(THETA, part)))
+    q, k = (torch.cat((rotated(x[..., :part], lengths), x[..., part:]), -1) for x in (q, k))
+    still = packed(lengths, rotary=Rotary(THETA, 0))
+    torch.testing.assert_close(out, attention()(q, k, v, packed_seq_params=still), rtol=0, atol=1e-12)
 
 
 def test_softmax_scale_is_used() -> None:

@@ -1,0 +1,121 @@
+"""Families beside Qwen3: sizes against transformers, what is refused, and what released files have beside the model.
+
+Logprobs, round trips and generation: test_model.py and test_bridge.py in tests/dist, test_server_generate.py here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from megasapo.config import ConfigError
+from megasapo.families import FAMILIES, family
+from megasapo.families.weights import BridgeError
+from megasapo.geometry import geometry
+from megasapo.mcore.bridge.load import load_hf
+from megasapo.mcore.bridge.placement import place
+from megasapo.plan.memory import held_parameters
+from megasapo.plan.work import Degrees
+from tests.tiny import KINDS, SHAPE
+from tests.unit.bridge_fakes import VOCAB, fake_model, fill_from
+
+
+def hf_config(kind: str, **over: Any) -> Any:
+    name, shape = KINDS[kind]
+    return getattr(transformers, f"{name}Config")(**{**SHAPE, **shape, **over})
+
+
+@pytest.mark.parametrize(
+    ("kind", "over"),
+    [
+        ("qwen2_moe", {}),
+        ("qwen2_moe", {"qkv_bias": False, "decoder_sparse_step": 2, "mlp_only_layers": [], "num_attention_heads": 8}),
+        ("mixtral", {}),
+        ("mixtral", {"head_dim": None, "tie_word_embeddings": True}),
+        ("glm4_moe", {}),
+        (
+            "glm4_moe",
+            {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 3, "n_shared_experts": 1},
+        ),
+    ],
+)
+def test_parameters_and_flops_are_those_of_transformers(kind: str, over: dict[str, Any]) -> None:
+    config = hf_config(kind, **over)
+    sizes = geometry(json.loads(config.to_json_string(use_diff=False)))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    count, named = sizes.parameters(), dict(model.named_parameters())
+    assert count.total == sum(p.numel() for p in named.values())
+    assert count.experts == sum(p.numel() for name, p in named.items() if ".experts." in name)
+    assert held_parameters(sizes, Degrees(1, 1, 1, 1, 1, 1, 1), 0).total == count.total
+    # two FLOPs for each weight of a matrix that a token passes: of experts, top-k of all
+    experts = sum(p.numel() for name, p in named.items() if ".experts." in name)
+    others = sum(p.numel() for name, p in named.items() if p.dim() > 1 and ".experts." not in name)
+    tied = 0 if sizes.tied else sizes.vocab * sizes.hidden  # the embedding is looked up
+    assert sizes.linear_flops() == 2 * (others - tied + experts * sizes.top_k // sizes.experts)
+
+
+def test_a_tensor_parallel_rank_holds_its_part_of_biases_and_shared_expert() -> None:
+    sizes = geometry(json.loads(hf_config("qwen2_moe").to_json_string(use_diff=False)))
+    whole, half = (held_parameters(sizes, Degrees(tp, tp, 1, 1, 1, 1, 1), 0).dense for tp in (1, 2))
+    replicated = 4 * 2 * 64 + 64 + 3 * 64 * (8 + 1)  # norms, and the gates of router and shared expert in three layers
+    assert 2 * half - whole == replicated
+
+
+@pytest.mark.parametrize(
+    ("kind", "over", "message"),
+    [
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096 is not supported for mixtral; only None is"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=4 is not supported"),
+        ("glm4_moe", {"topk_group": 1}, "num_experts_per_tok=4 with topk_group=1 is not supported"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(kind: str, over: dict[str, Any], message: str) -> None:
+    config = hf_config(kind, **over)
+    with pytest.raises(ConfigError, match=message):
+        family(config.model_type).transformer_fields(config)
+
+
+def test_scaled_positions_are_refused() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ConfigError, match="rope_type='linear' is not supported"):
+        family("mixtral").rotary(hf_config("mixtral", rope_parameters=rope))
+
+
+@pytest.mark.parametrize(("name", "value"), [("first_k_dense_replace", 5), ("num_experts_per_tok", 9)])
+def test_sizes_that_cannot_be_are_refused_by_name(name: str, value: int) -> None:
+    fields = json.loads(hf_config("glm4_moe").to_json_string(use_diff=False)) | {name: value}
+    with pytest.raises(ConfigError, match=f"{name}={value} is"):
+        geometry(fields)
+
+
+def test_every_family_is_known_by_its_own_name() -> None:
+    assert {hf_config(kind).model_type for kind in KINDS} == set(FAMILIES)
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"model_type": "glm4_moe", "vocab_size": VOCAB, "num_nextn_predict_layers": 1}
+    tensors: dict[str, torch.Tensor] = {}
+    fill_from(place([fake_model("local")], config), tensors)
+    extra = {f"model.layers.4.{name}.weight": torch.ones(2) for name in ("eh_proj", "enorm", "self_attn.q_proj")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        load_hf([fake_model("local")], tmp_path, topo=None)
+    assert "3 tensors of multi-token prediction (model.layers.4.eh_proj.weight, ...) are not loaded" in caplog.text
+
+    save_file(tensors | {"model.layers.5.eh_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(BridgeError, match=r"model\.layers\.5\.eh_proj\.weight' belongs to no parameter"):
+        load_hf([fake_model("local")], tmp_path, topo=None)
