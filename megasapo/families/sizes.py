@@ -31,8 +31,19 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """Sizes of latent attention: queries, and keys with values, are made from vectors of low rank."""
+
+    q_rank: int  # 0: queries are projected straight
+    kv_rank: int
+    plain: int  # of a query's and a key's head: values that are not rotated
+    rotated: int  # and those that are; the key's are the same for all heads
+    value: int  # of a value's head
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of a decoder with gated feed-forward layers and grouped-query attention, all of it causal."""
+    """Sizes of a decoder with gated feed-forward layers and grouped-query or latent attention, all of it causal."""
 
     model_type: str
     hidden: int
@@ -50,6 +61,10 @@ class Geometry:
     shared_gate: bool = False  # whether the shared expert's output is weighted by a gate
     qk_norm: bool = True
     qkv_bias: bool = False
+    latent: Latent | None = None
+    biases: bool = False  # whether the output projection, routers and experts have them, too
+    sinks: bool = False  # whether attention has one for each head
+    windows: tuple[int, ...] = ()  # of each layer: how many keys a token sees at most, 0: all; () is 0 in every layer
 
     @property
     def layers(self) -> int:
@@ -60,14 +75,39 @@ class Geometry:
         return self.heads * self.head_dim
 
     @property
+    def output_width(self) -> int:
+        """Of what attention gives."""
+        return self.heads * (self.latent.value if self.latent else self.head_dim)
+
+    @property
     def kv_width(self) -> int:
         """Of keys and values together."""
+        if self.latent:
+            return self.query_width + self.output_width
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def attention_input(self) -> int:
+        """Width of what tensor-parallel ranks gather of each token for attention's projections that they cut."""
+        if self.latent is None:
+            return self.hidden
+        return (self.latent.q_rank or self.hidden) + self.latent.kv_rank + self.latent.rotated
+
+    @property
+    def attention_whole(self) -> int:
+        """Weights of one layer's attention that every tensor-parallel rank holds: projections to latents."""
+        if self.latent is None:
+            return 0
+        return self.hidden * (self.latent.q_rank + self.latent.kv_rank + self.latent.rotated)
 
     @property
     def attention_matrix(self) -> int:
         """Weights of one layer's query, key, value and output projections."""
-        return self.hidden * (2 * self.query_width + self.kv_width)
+        if self.latent is None:
+            return self.hidden * (2 * self.query_width + self.kv_width)
+        queries = (self.latent.q_rank or self.hidden) * self.query_width
+        keys = self.latent.kv_rank * self.heads * (self.latent.plain + self.latent.value)
+        return self.attention_whole + queries + keys + self.hidden * self.output_width
 
     @property
     def attention_bias(self) -> int:
@@ -75,8 +115,15 @@ class Geometry:
         return self.query_width + self.kv_width if self.qkv_bias else 0
 
     @property
+    def attention_vectors(self) -> int:
+        """One layer's biases of the output projection, and sinks."""
+        return self.hidden * self.biases + self.heads * self.sinks
+
+    @property
     def layer_vectors(self) -> int:
         """Norm weights of one layer."""
+        if self.latent:
+            return 2 * self.hidden + self.latent.q_rank + self.latent.kv_rank
         return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
@@ -87,6 +134,15 @@ class Geometry:
     def expert(self) -> int:
         """Weights of one routed expert."""
         return 3 * self.hidden * self.moe_ffn
+
+    @property
+    def expert_bias(self) -> int:
+        """Biases of one routed expert's products."""
+        return (2 * self.moe_ffn + self.hidden) * self.biases
+
+    @property
+    def router_bias(self) -> int:
+        return self.experts * self.biases
 
     @property
     def router(self) -> int:
@@ -100,12 +156,14 @@ class Geometry:
     def parameters(self) -> Parameters:
         """Exact counts, without vocabulary padding; equal to what transformers builds from the same config."""
         moe = sum(self.moe_layers)
-        dense = self.layers * (self.attention_matrix + self.attention_bias + self.layer_vectors) + self.hidden
-        dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.shared_expert)
-        experts = moe * self.experts * self.expert
+        vectors = self.attention_bias + self.attention_vectors + self.layer_vectors
+        dense = self.layers * (self.attention_matrix + vectors) + self.hidden
+        dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.router_bias + self.shared_expert)
+        expert = self.expert + self.expert_bias
+        experts = moe * self.experts * expert
         table = self.vocab * self.hidden
         head = 0 if self.tied else table
-        return Parameters(table, head, dense, experts, table + head + dense + moe * self.top_k * self.expert)
+        return Parameters(table, head, dense, experts, table + head + dense + moe * self.top_k * expert)
 
     def linear_flops(self, *, with_head: bool = True) -> int:
         """FLOPs of one token's forward pass in products with weights; embedding look-ups and norms cost none."""
@@ -117,11 +175,16 @@ class Geometry:
     @property
     def pair_flops(self) -> int:
         """FLOPs of the forward pass for one query and one key that it attends to, over all layers."""
-        return self.layers * 4 * self.query_width  # a product with the key, and one with the value
+        return self.layers * 2 * (self.query_width + self.output_width)  # a product with the key, one with the value
 
     def attention_flops(self, lengths: Iterable[int]) -> int:
-        """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included."""
-        return sum(n * (n + 1) // 2 for n in lengths) * self.pair_flops
+        """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included.
+
+        In layers with a window, to that many at most.
+        """
+        lengths, windows = list(lengths), self.windows or (0,) * self.layers
+        pairs = {window: sum(_causal_pairs(n, window) for n in lengths) for window in set(windows)}
+        return sum(pairs[window] for window in windows) * (self.pair_flops // self.layers)
 
     def forward_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
         """FLOPs of one forward pass over sequences of these lengths: matrix products only.
@@ -140,7 +203,16 @@ class Geometry:
     @property
     def cost_ratio(self) -> float:
         """b / a of a sequence's cost a n + b n^2: what data.balance needs to level attention along with the rest."""
-        return self.pair_flops / 2 / (self.linear_flops() + self.pair_flops / 2)
+        layer = self.pair_flops / self.layers
+        seen = sum(self.windows)  # far from the start of a sequence, which is all that counts here
+        full = self.layers - sum(window > 0 for window in self.windows)
+        return full * layer / 2 / (self.linear_flops() + full * layer / 2 + seen * layer)
+
+
+def _causal_pairs(length: int, window: int) -> int:
+    if not window or length <= window:
+        return length * (length + 1) // 2
+    return length * window - window * (window - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)

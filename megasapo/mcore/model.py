@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError
@@ -33,12 +34,14 @@ from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.fusions import Fusions, apex_kernel, output_layer_without_kernel
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
+from megasapo.mcore.latent import use_latent_attention
 from megasapo.mcore.norm import RMSNorm
 from megasapo.mcore.precision import Precision, refuse_widths
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ModelConfig, PrecisionConfig
 from megasapo.types import MicroBatch
 
+ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Recompute = Literal["none", "selective", "full"]
@@ -81,6 +84,7 @@ def build_model(
     outside = Outside(
         vocab_size=hf_config.vocab_size,
         rotary=family(hf_config.model_type).rotary(hf_config),
+        window=config.window_size[0] + 1 if config.window_size else None,
         head_kernel=choose_kernel(cfg.head, topo.device),
         precision=numbers,
     )
@@ -93,6 +97,7 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
     )
+    use_latent_attention(spec)
     if not use_te:
         _use_own_modules(spec)
     with output_layer_without_kernel(use_te=use_te):
@@ -105,7 +110,7 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
             post_process=topo.is_last_stage and number == topo.vpp - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-            position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
+            position_embedding_type=_rotation(config, outside),
             rotary_base=outside.rotary.theta,
             rotary_percent=outside.rotary.dim / config.kv_channels,
             vp_stage=vp_stage,
@@ -119,12 +124,22 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
     return model.to(topo.device)
 
 
+def _rotation(config: TransformerConfig, outside: Outside) -> Literal["none", "rope", "yarn"]:
+    """What megatron-core is to do about positions: nothing where our own attention rotates."""
+    if not outside.precision.use_te:
+        return "none"
+    for name, value in (outside.rotary.yarn or {}).items():
+        setattr(config, f"yarn_{name}", value)  # 0.16.1 to 0.19.2 read these from the config, which has no such fields
+    return "yarn" if outside.rotary.yarn else "rope"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outside:
     """What the forward pass needs to know of a model beside its modules."""
 
     vocab_size: int  # of the HF model: columns beyond it are padding
     rotary: Rotary
+    window: int | None  # keys that a token sees in layers with a sliding window
     head_kernel: str
     precision: Precision
 
@@ -136,11 +151,18 @@ def transformer_config(
     own = family(hf_config.model_type, f"{cfg.path}/config.json").transformer_fields(hf_config)
     fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | own
     fields |= precision.transformer_fields()
-    config = TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
+    fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
+    kind = MLATransformerConfig if own.get("multi_latent_attention") else TransformerConfig
+    config = kind(**_overridden(kind, fields, cfg.override_transformer_config))
     if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
         raise ConfigError(
             "model.override_transformer_config: gradient_accumulation_fusion=true needs Transformer Engine's layers "
             "or fused_weight_gradient_mlp_cuda of NVIDIA's Apex, and neither is there: leave it out"
+        )
+    if precision.use_te and topo.cp > 1 and config.softmax_type != "vanilla":
+        raise ConfigError(
+            f"parallel.cp={topo.cp}: Transformer Engine has no context parallelism for packed sequences with attention "
+            f"sinks, which model_type={hf_config.model_type!r} has: use parallel.cp=1, or model.dtype=float32"
         )
     return config
 
@@ -164,7 +186,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "calculate_per_token_loss": True,  # the loss carries its own weights: gradients are sums over ranks
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "activation_func": F.silu,
+        "activation_func": "silu",
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
@@ -174,13 +196,13 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
     }
 
 
-def _overridden(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+def _overridden(kind: type[TransformerConfig], fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"model.override_transformer_config: TransformerConfig has no field {name!r}{hint}")
+            raise ConfigError(f"model.override_transformer_config: {kind.__name__} has no field {name!r}{hint}")
         quantising = QUANTISING.search(name) and name not in TUNING
         owner = OWN_FIELDS.get(name, "precision.recipe" if quantising else None)
         if owner:
@@ -228,8 +250,8 @@ def _use_own_modules(block: TransformerBlockSubmodules) -> None:
             layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, name) not in (None, IdentityOp):
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, None) not in (None, IdentityOp):
                 setattr(attention, name, RMSNorm)
 
 
@@ -290,6 +312,7 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
             mb.max_seqlen,
             mb.position_ids,
             rotary=outside.rotary,
+            window=outside.window,
             shard=topo.shard,
             cp_group=topo.cp_group if topo.cp > 1 else None,
         )

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 3.0
-CONNECT_TIMEOUT_S = 60.0  # thousands of connections may be opened at once, by one thread
 KEEPALIVE_S = 4.0  # SGLang closes an idle connection after 5
 RESUME_FOR_S = 3.0
 _jitter = random.Random()  # its own generator: waiting must not move anybody's seeded stream
@@ -327,7 +326,9 @@ class ServerClient:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+                # A request has one for everything. None for connecting: thousands may do so at once, in one thread, and
+                # who waits for a machine that is gone is freed by the watch.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,
             )

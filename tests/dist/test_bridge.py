@@ -37,6 +37,7 @@ MODELS = {
     "dense": {"kind": "dense", "vocab_size": 513, "num_attention_heads": 8},
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
+    "gpt_oss_bf16": {"kind": "gpt_oss", "vocab_size": 515, "dtype": torch.bfloat16},
     "glm4_moe_bf16": {
         "kind": "glm4_moe",
         "first_k_dense_replace": 2,
@@ -44,6 +45,8 @@ MODELS = {
         "num_nextn_predict_layers": 1,
         "dtype": torch.bfloat16,
     },
+    "deepseek_v3_bf16": {"kind": "deepseek_v3", "vocab_size": 513, "dtype": torch.bfloat16},
+    "deepseek_v3_plain": {"kind": "deepseek_v3", "q_lora_rank": None, "tie_word_embeddings": True},
     "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
 BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'
