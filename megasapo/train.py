@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from megasapo.metrics import Metrics
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
-    from megasapo.rollout.protocol import RolloutError
     from megasapo.rollout.source import RolloutSource
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Event, Guard
@@ -141,7 +140,7 @@ def save(p: Parts, step: int, aside: str = "") -> Path:
     return p.policy.save(p.directory.path, trainer_state(p, step), aside)
 
 
-def try_publish(p: Parts, step: int) -> RolloutError | None:
+def try_publish(p: Parts, step: int) -> Exception | None:
     """Why no server could be given the weights, the same on every rank: the step is to be written and saved first."""
     from megasapo.rollout.protocol import RolloutError
 
