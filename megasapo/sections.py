@@ -154,8 +154,16 @@ class RolloutConfig(Section):
     max_in_flight: PositiveInt = 256
     """Requests in flight from one data-parallel leader."""
     request_timeout_s: PositiveFloat = 600.0
+    health_timeout_s: PositiveFloat = 30.0
+    """A server that leaves a health check unanswered for this long counts as dead: its requests go elsewhere."""
     retry_for_s: PositiveFloat = 600.0
-    """A request that has failed for this long, retries included, stops the run."""
+    """A request that has failed for this long, retries included (no server is ready, say), ends the run: it saves a
+    checkpoint, and the same command continues it."""
+    hedge_after_s: PositiveFloat | None = None
+    """A request unanswered for this long is sent to a second server too; the first answer counts, the other request is
+    aborted. It prefers short responses, unless sampling is seeded: use it against slow servers; empty: never."""
+    router: str | None = None
+    """URL of an sglang-router in front of `servers`: requests go to it, weights and pauses to the servers."""
     drop_zero_variance: bool = False
     """Drop groups whose rewards are all equal and draw new ones (DAPO); counted either way."""
     deterministic: bool = True
