@@ -29,7 +29,7 @@ LAYERS = [
         "overrides",
         "",
     },
-    {"algo", "launch", "fp8", "extensions"},
+    {"algo", "launch", "fp8", "sinks", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "lock", "stability", "diagnosis", "convert"},
