@@ -19,6 +19,7 @@ from megasapo.rollout.client import ServerClient, read_key, retrying
 from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
 from megasapo.rollout.spawn import free_port, with_routing
+from megasapo.rollout.transcript import to_the_end
 from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
@@ -142,7 +143,7 @@ class Fleet:
     async def _one(self, ids: tuple[int, ...], sampling: SamplingParams, routed: bool) -> Completion:
         assert self._slots is not None
         async with self._slots:
-            return (await self._request([ids], [sampling], routed))[0]
+            return await to_the_end(self._request, ids, sampling, routed)
 
     async def _request(
         self, input_ids: list[tuple[int, ...]], sampling: list[SamplingParams], routed: bool
@@ -157,7 +158,9 @@ class Fleet:
             server = self._pick()
             server.outstanding_tokens += cost
             try:
-                completions = await self._clients[server.index].generate(input_ids, sampling, routed=rule)
+                completions = await self._clients[server.index].generate(
+                    input_ids, sampling, routed=rule, partial=self.cfg.on_publish == "abort"
+                )
                 self._check_versions(completions, oldest, server)
             except Retryable:
                 server.failed_at = time.monotonic()
