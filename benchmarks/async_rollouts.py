@@ -83,7 +83,7 @@ def run(kind: str, seed: int, directory: Path, args: argparse.Namespace) -> list
         *(f"train.steps={args.steps}", f"train.save_every={args.steps}", "train.eval_every=0", "parallel.ep=1"),
         *("log.sinks=[jsonl]", "log.keep_rollouts=false"),
     ]
-    command = [sys.executable, "-m", "megasapo.cli", "train", str(EXAMPLE / "sapo.yaml"), "--nproc", str(args.nproc)]
+    command = [sys.executable, "-m", "megasapo.cli", "train", str(EXAMPLE / "sapo.yaml")]
     with (directory / f"{name}.log").open("w") as log:
         if args.slow_server:
             port = free_port()
@@ -94,7 +94,7 @@ def run(kind: str, seed: int, directory: Path, args: argparse.Namespace) -> list
             settings.append(f"rollout.servers=[{slow.url}]")
             _wait_for(f"http://127.0.0.1:{port}", server)
         try:
-            code = subprocess.run([*command, *settings], stdout=log, stderr=log, cwd=ROOT).returncode
+            code = subprocess.run([*command, *settings, "--nproc", str(args.nproc)], stdout=log, stderr=log, cwd=ROOT).returncode
         finally:
             if args.slow_server:
                 slow.close()
@@ -116,7 +116,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def step_s(row: dict[str, float]) -> float:
-    return sum(value for name, value in row.items() if name.startswith("time/"))
+    return row["time/step_s"]
 
 
 def final_reward(rows: list[dict[str, float]]) -> float:

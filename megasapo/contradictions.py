@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # what is known of a mini-batch before the optimizer moves the weights
 BEFORE_STEP = ("ratio/", "sapo/", "mismatch/", "loss/", "entropy/mean", "grad/norm")
 MOST_PROFILED = 10  # steps: a trace of more does not open, and its events are kept in memory
+KEY_FLAGS = ("--api-key", "--admin-api-key")  # SGLang's
 NOT_SHARED = ("time/", "perf/", "gpu/")  # differ between ranks, which must all come to the same decision
 
 
@@ -116,6 +117,7 @@ def _check_algo(cfg: Config) -> None:
 
 def _check_rollout(cfg: Config) -> None:
     r = cfg.rollout
+    _check_servers(cfg)
     if r.drop_zero_variance and r.group_size == 1:
         raise ValueError("rollout.drop_zero_variance needs groups of at least 2: a group of one has no variance")
     if r.oversample > 1 and r.repeatable:
@@ -133,6 +135,35 @@ def _check_rollout(cfg: Config) -> None:
             "logprobs of the full one: train/inference correction and old_logprobs=rollout would be wrong; "
             "use top_p=1 and top_k=-1"
         )
+
+
+def _check_servers(cfg: Config) -> None:
+    r = cfg.rollout
+    named = [flag for flag in (*r.spawn_command, *r.server_args) if flag.split("=")[0] in KEY_FLAGS]
+    if named:
+        raise ValueError(
+            f"{named[0].split('=')[0]} in rollout.spawn_command or server_args would put a key on a command line and "
+            "into the run's config.yaml: name a file that holds it in rollout.api_key_file"
+        )
+    if r.hedge_after_s is not None and r.repeatable:
+        raise ValueError(
+            f"rollout.hedge_after_s={r.hedge_after_s:g} needs requests that can be told apart, and a repeatable run "
+            "sends one a step: use rollout.deterministic=false"
+        )
+    if r.router is None:
+        return
+    if cfg.asks_for_routing:
+        raise ValueError(
+            f"rollout.router={r.router}: sglang-router does not pass return_routed_experts on, which "
+            "algo.routing_replay=R3, routing.trace_rate and routing.diagnose_every need: leave rollout.router empty, "
+            "the run balances over rollout.servers itself"
+        )
+    if not r.servers:
+        raise ValueError(
+            f"rollout.router={r.router} carries no pause or weight calls: name the servers behind it in rollout.servers"
+        )
+    if r.repeatable:
+        raise ValueError(f"rollout.router={r.router} chooses the server of a request: use rollout.deterministic=false")
 
 
 def _check_eval(cfg: Config) -> None:

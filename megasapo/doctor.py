@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 from megasapo.extensions import Extension, apex, transformer_engine
 
-REQUIRED = ("torch", "megatron-core", "transformers", "safetensors", "httpx", "starlette", "uvicorn", "math-verify")
+REQUIRED = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "safetensors",
+    "aiohttp",
+    "starlette",
+    "uvicorn",
+    "math-verify",
+)
 
 
 @dataclass(frozen=True, slots=True)

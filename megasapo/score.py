@@ -127,7 +127,7 @@ def score(cfg: Config, lines: Sequence[Line], topo: Topology, *, with_routing: b
     from megasapo.mcore.scorer import Scorer
 
     scorer = Scorer(cfg, topo)
-    scorer.load(Path(cfg.model.path))
+    scorer.load(Path(cfg.model.load or cfg.model.path))
     forced = [line.routing for line in lines]
     scored = scorer.score(
         [line.ids for line in lines],

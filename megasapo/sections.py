@@ -34,6 +34,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: Path_
     """HF directory: config.json, safetensors, tokenizer."""
+    load: str = ""
+    """Checkpoint whose weights the learner starts from in place of model.path's: one that tools/convert_checkpoint.py
+    wrote, or a run's RUN/checkpoints/step_N, of any layout; its optimizer is not taken."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameters and activations of the learner; the optimizer keeps fp32 masters."""
     head: Literal["auto", "torch", "triton"] = "auto"
@@ -158,8 +161,16 @@ class RolloutConfig(Section):
     max_in_flight: PositiveInt = 256
     """Requests in flight from one data-parallel leader."""
     request_timeout_s: PositiveFloat = 600.0
+    health_timeout_s: PositiveFloat = 30.0
+    """A server that leaves a health check unanswered for this long counts as dead: its requests go elsewhere."""
     retry_for_s: PositiveFloat = 600.0
-    """A request that has failed for this long, retries included, stops the run."""
+    """A request that has failed for this long, retries included (no server is ready, say), ends the run: it saves a
+    checkpoint, and the same command continues it."""
+    hedge_after_s: PositiveFloat | None = None
+    """A request unanswered for this long is sent to a second server too; the first answer counts, the other request is
+    aborted. It prefers short responses, unless sampling is seeded: use it against slow servers; empty: never."""
+    router: str | None = None
+    """URL of an sglang-router in front of `servers`: requests go to it, weights and pauses to the servers."""
     episode: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """Async function `module:function(engine, sample)` that makes a sample in several turns (docs/asynchrony.md);
     empty: one request a sample."""

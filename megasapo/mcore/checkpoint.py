@@ -21,10 +21,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from megasapo.errors import UserError
+from megasapo.errors import ConfigError, UserError
+from megasapo.mcore import bridge
 from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
+from megasapo.sections import ModelConfig
 
 FORMAT = 2
 NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^random\b")  # of a checkpoint's keys
@@ -124,6 +126,20 @@ def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: T
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}: resume with the model, layout and precision of the run") from e
     return record["trainer"]
+
+
+def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -> None:
+    """Collective. The weights that a model begins with: those of model.load, else of model.path."""
+    start = Path(cfg.load or cfg.path)
+    if is_checkpoint(start):
+        load_weights(start, model)
+    elif cfg.load:
+        raise ConfigError(
+            f"model.load={cfg.load}: no checkpoint there (no megasapo.json); give an HF directory as model.path, or "
+            "convert it with tools/convert_checkpoint.py"
+        )
+    else:
+        bridge.load_hf(model, start, topo)
 
 
 def load_weights(path: Path, model: list[torch.nn.Module]) -> None:

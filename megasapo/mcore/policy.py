@@ -50,7 +50,7 @@ class Policy:
         self._chunks = model.build_model(
             cfg.model, self.hf_config, topo, recompute=cfg.train.recompute, precision=cfg.precision
         )
-        bridge.load_hf(self._chunks, cfg.model.path, topo)
+        checkpoint.load_start(cfg.model, self._chunks, topo)
         self._reference = self.copy_weights() if algo.kl_coef else None
         self._ddp = wrap_ddp(self._chunks)
         self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)

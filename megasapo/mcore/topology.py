@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +19,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megasapo.data.packing import Shard
-from megasapo.layout import check_layout
+from megasapo.layout import check_layout, fewest_ranks
 from megasapo.sections import ParallelConfig
 
 # A rank may wait for a whole rollout of its peers inside a collective.
 TIMEOUT = datetime.timedelta(hours=2)
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,52 @@ class Topology:
         self.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """What building a model takes of a Topology, for a rank that is not there."""
+
+    rank: int
+    tp: int
+    pp: int
+    ep: int
+    cp: int
+    etp: int
+    vpp: int
+    is_first_stage: bool
+    is_last_stage: bool
+    device: torch.device
+
+
+@contextmanager
+def imagined(parallel: ParallelConfig, rank: int) -> Iterator[Imagined]:
+    """Inside, this process is `rank` of the smallest world that holds the layout's model, without context parallelism.
+
+    Its process groups are torch's fake ones: collectives return at once and move nothing.
+    """
+    # Registers the backend "fake"; torch has it in this place since 2.0, and no public one.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a process that is in a process group cannot imagine another"
+    parallel = parallel.model_copy(update={"cp": 1})
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=fewest_ranks(parallel))
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        degrees = {name: getattr(parallel, name) for name in ("tp", "pp", "ep", "cp", "etp", "vpp")}
+        yield Imagined(rank, **degrees, is_first_stage=stage == 0, is_last_stage=stage == parallel.pp - 1, device=META)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _init_process_group(world_size: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""The client of one rollout server: SGLang's HTTP protocol over httpx, one attempt a call, and the retry loop.
+"""The client of one rollout server: SGLang's HTTP protocol over aiohttp, one attempt a call, and the retry loop.
 
 The fleet (generation) and publish (weights) call it. A client belongs to the event loop it is first used in. It knows
 nothing of processes, versions of the learner, or torch.
@@ -7,6 +7,7 @@ nothing of processes, versions of the learner, or torch.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -15,7 +16,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import httpx
+import aiohttp
+import orjson
 
 from megasapo.rollout.protocol import (
     BadAnswer,
@@ -32,10 +34,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 3.0
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 60.0  # thousands of connections may be opened at once, by one thread
+KEEPALIVE_S = 4.0  # SGLang closes an idle connection after 5
 RESUME_FOR_S = 3.0
 PauseMode = Literal["abort", "in_place", "retract"]
-QUESTION_TIMEOUT_S = 30.0  # health and info; SGLang's /health takes at least a second
 _jitter = random.Random()  # its own generator: waiting must not move anybody's seeded stream
 
 
@@ -88,19 +90,24 @@ class ServerClient:
         admin_key: str | None = None,
         request_timeout_s: float = 600.0,
         control_timeout_s: float = 300.0,
+        question_timeout_s: float = 30.0,
     ) -> None:
-        """`admin_key` goes to the control endpoints; without one they get `api_key` as well."""
+        """`question_timeout_s`: of health and info; SGLang's health takes at least a second.
+
+        `admin_key` goes to the control endpoints; without one they get `api_key` as well."""
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"server URL {url!r} does not start with http:// or https://")
         self.url = url.rstrip("/")
         self._key, self._admin_key = api_key, admin_key or api_key
         self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
-        # Rollout servers are never behind the machine's web proxy, whatever its environment says.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
-        self._http = httpx.AsyncClient(base_url=self.url, trust_env=False, limits=limits)
+        self._question_timeout_s = question_timeout_s
+        self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        await self._http.aclose()
+        """End all connections; what still waits for an answer gets a Retryable. The next request opens new ones."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     # --- generation ---
 
@@ -110,14 +117,15 @@ class ServerClient:
         sampling: Sequence[SamplingParams],
         *,
         routed: RoutingRule | None = None,
+        rid: str | None = None,
         partial: bool = False,
     ) -> list[Completion]:
         """One list request, one completion for each prompt. A malformed answer is a BadAnswer.
 
-        `routed`: ask for the experts too, of a model with this routing. `partial`: an aborted answer comes as far as it
-        got (finish_reason abort), otherwise it is a BadAnswer as well.
+        `routed`: ask for the experts too, of a model with this routing. `rid`: what `abort` may call it by. `partial`:
+        an aborted answer comes as far as it got (finish_reason abort), otherwise it is a BadAnswer as well.
         """
-        body = generate_request(input_ids, sampling, return_routed_experts=routed is not None)
+        body = generate_request(input_ids, sampling, return_routed_experts=routed is not None, rid=rid)
         answer = await self._json("POST", "/generate", body, timeout_s=self._request_timeout_s)
         try:
             return read_completions(answer, input_ids, sampling, routed, partial=partial)
@@ -125,19 +133,15 @@ class ServerClient:
             e.args = (f"{self.url}: {e.args[0]}",)
             raise
 
-    async def healthy(self) -> bool:
-        """Whether the server is up and its model answers."""
-        try:
-            await self._call("GET", "/health", None, timeout_s=QUESTION_TIMEOUT_S, key=None)
-        except Retryable:
-            return False
-        return True
+    async def check_health(self) -> None:
+        """Raises Retryable unless the server is up and its model generates a token."""
+        await self._call("GET", "/health_generate", None, timeout_s=self._question_timeout_s, key=None)
 
     async def model_info(self) -> dict[str, Any]:
-        return await self._object("GET", "/model_info", None, timeout_s=QUESTION_TIMEOUT_S)
+        return await self._object("GET", "/model_info", None, timeout_s=self._question_timeout_s)
 
     async def server_info(self) -> dict[str, Any]:
-        return await self._object("GET", "/server_info", None, timeout_s=QUESTION_TIMEOUT_S)
+        return await self._object("GET", "/server_info", None, timeout_s=self._question_timeout_s)
 
     # --- control ---
 
@@ -262,38 +266,62 @@ class ServerClient:
     async def _json(
         self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None = None
     ) -> Any:
-        response = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._key)
+        content = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._key)
         try:
-            return response.json()
+            return _parsed(content)
         except ValueError as e:
-            raise BadAnswer(f"{self.url}{path}: {len(response.content)} bytes that are not JSON: {e}") from e
+            raise BadAnswer(f"{self.url}{path}: {len(content)} bytes that are not JSON: {e}") from e
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None
-    ) -> httpx.Response:
+    ) -> bytes:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        data = orjson.dumps(body) if body is not None else None
         try:
-            # httpx's read timeout starts anew with every chunk; the request as a whole has one too.
             async with asyncio.timeout(timeout_s):
-                response = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
+                async with self._connections().request(
+                    method, self.url + path, data=data, headers=headers, allow_redirects=False
+                ) as response:
+                    status, content = response.status, await response.read()
+        except aiohttp.ClientError as e:  # its timeouts too, which are TimeoutErrors
+            raise Retryable(f"{self.url}{path}: {type(e).__name__}: {e}") from e
         except TimeoutError as e:
             raise Retryable(f"{self.url}{path}: no answer in {timeout_s:g} s") from e
-        except httpx.RequestError as e:
-            raise Retryable(f"{self.url}{path}: {type(e).__name__}: {e}") from e
-        if response.status_code == 429 or response.status_code >= 500:
-            raise Retryable(f"{self.url}{path}: {response.status_code}: {_message(response)}")
-        if response.status_code >= 400:
-            raise Refused(f"{self.url}{path}: {response.status_code}: {_message(response)}", response.status_code)
-        return response
+        if status == 429 or status >= 500:
+            raise Retryable(f"{self.url}{path}: {status}: {_message(content)}")
+        if status >= 300:
+            raise Refused(f"{self.url}{path}: {status}: {_message(content)}", status)
+        return content
+
+    def _connections(self) -> aiohttp.ClientSession:
+        """Made in the event loop that uses them. Servers are never behind a web proxy, whatever the environment says,
+        and a redirection would take the key elsewhere.
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+            )
+        return self._session
 
 
-def _message(response: httpx.Response) -> str:
+def _parsed(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        return json.loads(content)  # takes NaN, which the reader of the answer finds; or says better what is wrong
+
+
+def _message(content: bytes) -> str:
     """The server's own words: SGLang says them as error.message, message or detail, or as plain text."""
     try:
-        body = response.json()
+        body = orjson.loads(content)
     except ValueError:
-        return response.text[:500]
+        return content.decode(errors="replace")[:500]
     if isinstance(body, dict):
         error = body.get("error")
         found = error.get("message") if isinstance(error, dict) else error

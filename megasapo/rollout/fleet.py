@@ -1,4 +1,4 @@
-"""The fleet of rollout servers: who is up, which weights each has, and where a request goes (types.Engine).
+"""The fleet of rollout servers: who is up, which weights each has, and one way to ask them all (types.Engine).
 
 The learner's rank 0 starts it (`Fleet.start`): it spawns or connects, watches from a thread of its own, restarts what
 died. The other data-parallel leaders only connect to its URLs (`Fleet.connect`). The rollout source calls `generate`
@@ -7,7 +7,6 @@ from its event loop, publish calls the rest from the main thread. It must not im
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megasapo.metrics import Metric, Sum
-from megasapo.rollout.client import ServerClient, read_key, retrying
+from megasapo.rollout.client import ServerClient, read_key
+from megasapo.rollout.dispatch import Dispatch
 from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization, refuse_quantising_flags
-from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
+from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.spawn import free_port, with_routing
-from megasapo.rollout.transcript import to_the_end
 from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
@@ -35,15 +34,12 @@ class Fleet:
         self.urls = tuple(urls)
         self.version: int | None = None  # what `generate` accepts; None until the first publish: anything
         self.servers = [Server(index=i, url=url) for i, url in enumerate(self.urls)]
-        self.deterministic = cfg.repeatable
-        self._limits = limits
-        self._leader_index = leader_index
         self._key = read_key(cfg.api_key_file)
         self._watch: Watch | None = None
-        self._counts: dict[str, float] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._clients: list[ServerClient] = []
-        self._slots: asyncio.Semaphore | None = None
+        self._owns = False  # this process may change weights, and restarts what it has spawned
+        self._dispatch = Dispatch(
+            cfg, self.servers, limits, self._key, leader_index, newest=lambda: self.version, check=self.check
+        )
 
     @classmethod
     def start(
@@ -69,8 +65,8 @@ class Fleet:
             limits.check_engine(cfg.engine)
             served = served_model(cfg, served, Path(run_dir))
         fleet = cls(cfg, urls, limits, leader_index)
-        watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._key)
-        fleet._watch = watch
+        watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._key, fleet._dispatch.lost)
+        fleet._watch, fleet._owns = watch, True
         try:
             watch.start()
             if cfg.quantization != "none":
@@ -85,10 +81,11 @@ class Fleet:
     def connect(
         cls, cfg: RolloutConfig, urls: Sequence[str], model_path: str | Path, *, leader_index: int = 0
     ) -> Fleet:
-        """A fleet that another process started; it only generates."""
+        """A fleet that another process started; it only generates, and looks whether its servers are there."""
         fleet = cls(cfg, urls, ModelLimits.read(model_path), leader_index)
-        for server in fleet.servers:
-            server.ready = True
+        theirs = cfg.model_copy(update={"servers": tuple(urls)})
+        fleet._watch = Watch(theirs, fleet.servers, Path(model_path), None, fleet._key, fleet._dispatch.lost)
+        fleet._watch.start_looking()
         return fleet
 
     def __enter__(self) -> Fleet:
@@ -104,9 +101,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Close the connections of `generate`, in the event loop that used it."""
-        clients, self._clients, self._loop = self._clients, [], None
-        for client in clients:
-            await client.close()
+        await self._dispatch.close()
 
     # --- generation ---
 
@@ -119,101 +114,17 @@ class Fleet:
     ) -> list[Completion]:
         """One completion for each prompt, in order; see types.Engine.
 
-        Deterministic fleets send one list request to the server that `leader_index` names, others one request a prompt
-        to the server with the fewest tokens outstanding. RolloutError after rollout.retry_for_s of failures.
+        Deterministic fleets send one list request to the server that `leader_index` names, others one request a prompt:
+        those of a group to one server, the next group to the server with the fewest tokens outstanding. RolloutError
+        after rollout.retry_for_s of failures.
         """
-        self._limits.check(input_ids, sampling)
-        self._enter_loop()
-        if not input_ids:
-            return []
-        if self.deterministic:
-            return await self._request(input_ids, sampling, return_routed_experts)
-        tasks = [
-            asyncio.create_task(self._one(ids, s, return_routed_experts))
-            for ids, s in zip(input_ids, sampling, strict=True)
-        ]
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
-
-    async def _one(self, ids: tuple[int, ...], sampling: SamplingParams, routed: bool) -> Completion:
-        assert self._slots is not None
-        async with self._slots:
-            return await to_the_end(self._request, ids, sampling, routed)
-
-    async def _request(
-        self, input_ids: list[tuple[int, ...]], sampling: list[SamplingParams], routed: bool
-    ) -> list[Completion]:
-        cost = sum(len(ids) + s.max_new_tokens for ids, s in zip(input_ids, sampling, strict=True))
-        rule = self._limits.routing_rule() if routed else None
-        # What is asked for now is trained on at most max_staleness versions from now; an older sample would be too old.
-        oldest = self.version
-
-        async def attempt() -> list[Completion]:
-            self.check()
-            server = self._pick()
-            server.outstanding_tokens += cost
-            try:
-                completions = await self._clients[server.index].generate(
-                    input_ids, sampling, routed=rule, partial=self.cfg.on_publish == "abort"
-                )
-                self._check_versions(completions, oldest, server)
-            except Retryable:
-                server.failed_at = time.monotonic()
-                raise
-            finally:
-                server.outstanding_tokens -= cost
-            return completions
-
-        what = f"a request of {len(input_ids)} prompts"
-        return await retrying(attempt, what=what, for_s=self.cfg.retry_for_s, on_retry=self._count_retry)
-
-    def _pick(self) -> Server:
-        """Where the next attempt goes. Servers that failed a moment ago are asked only if no other is left."""
-        ready = [s for s in self.servers if s.ready]
-        if not ready:
-            troubles = "; ".join(s.trouble or f"{s.url} has weights of version {s.version}" for s in self.servers)
-            raise Retryable(f"no rollout server is ready now: {troubles}")
-        now = time.monotonic()
-        well = [s for s in ready if now - s.failed_at > 1.0] or ready
-        if self.deterministic:
-            return min(well, key=lambda s: (s.index - self._leader_index) % len(self.servers))
-        return min(well, key=lambda s: (s.outstanding_tokens, s.index))
-
-    def _check_versions(self, completions: list[Completion], oldest: int | None, server: Server) -> None:
-        if oldest is None:
-            return
-        # A publish while the request runs makes it newer, and the next one may be under way; anything beyond that is of
-        # before a roll-back.
-        newest = oldest if self.cfg.max_staleness == 0 or self.version is None else self.version + 1
-        try:
-            check_versions(completions, oldest, newest)
-        except WrongVersion as e:
-            raise WrongVersion(f"{server.url}: {e}") from e
-
-    def _enter_loop(self) -> None:
-        """Connections belong to one event loop: make new ones where this is another than last time."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._loop = loop
-            self._clients = [
-                ServerClient(s.url, self._key, request_timeout_s=self.cfg.request_timeout_s) for s in self.servers
-            ]
-            self._slots = asyncio.Semaphore(self.cfg.max_in_flight)
-
-    def _count_retry(self, error: Retryable) -> None:
-        kinds: dict[type, str] = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}
-        for name in ("rollout/retries", f"rollout/{kinds.get(type(error), 'unreachable')}"):
-            self._counts[name] = self._counts.get(name, 0.0) + 1.0
+        return await self._dispatch.generate(input_ids, sampling, routed=return_routed_experts)
 
     def take_metrics(self) -> dict[str, Metric]:
-        """Retries by cause and restarts of servers since the last call, as Sums."""
-        counts, self._counts = self._counts, {}
-        if self._watch is not None:
+        """Retries by cause, hedges and restarts of servers since the last call, as Sums."""
+        counts = self._dispatch.take_counts()
+        if self._owns:
+            assert self._watch is not None
             counts["rollout/server_restarts"] = self._watch.take_restarts()
         return {name: Sum(n) for name, n in sorted(counts.items())}
 
@@ -229,7 +140,7 @@ class Fleet:
 
         Servers that are down or starting do not count, nor do those the watch brings up to date from disk.
         """
-        return self._watch is not None and any(self._watch.needs_publish(s) for s in self.servers)
+        return self._owns and self._watch is not None and any(self._watch.needs_publish(s) for s in self.servers)
 
     def wait_ready(self) -> list[Server]:
         """The servers that answer now, as soon as one does. RolloutError after rollout.start_timeout_s without."""
@@ -282,7 +193,7 @@ class Fleet:
         self._owner().release(self.version, None, None)
 
     def _owner(self) -> Watch:
-        if self._watch is None:
+        if self._watch is None or not self._owns:
             raise RolloutError("this process only connected to the fleet; the one that started it must do this")
         return self._watch
 

@@ -46,9 +46,16 @@ class Refused(RolloutError):
 
 
 def generate_request(
-    input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], *, return_routed_experts: bool
+    input_ids: Sequence[Sequence[int]],
+    sampling: Sequence[SamplingParams],
+    *,
+    return_routed_experts: bool,
+    rid: str | None = None,
 ) -> dict[str, Any]:
-    """The JSON body of one `/generate` for a list of prompts, each with its own sampling."""
+    """The JSON body of one `/generate` for a list of prompts, each with its own sampling.
+
+    `rid`: what the request's ids begin with.
+    """
     if len(input_ids) != len(sampling):
         raise ValueError(f"{len(input_ids)} prompts but {len(sampling)} sampling parameters")
     body: dict[str, Any] = {
@@ -59,6 +66,8 @@ def generate_request(
     }
     if return_routed_experts:
         body["return_routed_experts"] = True
+    if rid is not None:
+        body["rid"] = rid
     return body
 
 
@@ -109,21 +118,22 @@ def _read_completion(
         reason = meta["finish_reason"]["type"]
         if reason == "abort" and (not partial or meta["finish_reason"].get("status_code")):
             raise BadAnswer(f"the server aborted the request: {meta['finish_reason'].get('message')}")
-        pairs = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+        entries = meta["output_token_logprobs"]
+        logprobs, tokens = [entry[0] for entry in entries], [entry[1] for entry in entries]
         spans = _version_spans(meta, len(output_ids))
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise BadAnswer(f"the answer lacks a field: {type(e).__name__}: {e}") from e
     if reason not in ("stop", "length", "abort"):
         raise BadAnswer(f"unknown finish_reason {reason!r}")
-    if not all(type(t) is int and t >= 0 for t in output_ids):
+    if not isinstance(output_ids, list) or set(map(type, output_ids)) - {int} or min(output_ids, default=0) < 0:
         raise BadAnswer("output_ids are not all non-negative integers")
     if not (reason != "abort") <= len(output_ids) <= max_new_tokens:
         raise BadAnswer(f"{len(output_ids)} output tokens for max_new_tokens={max_new_tokens}")
-    if [t for _, t in pairs] != output_ids:
-        raise BadAnswer(f"output_token_logprobs ({len(pairs)}) do not belong to output_ids ({len(output_ids)})")
+    if tokens != output_ids:
+        raise BadAnswer(f"output_token_logprobs ({len(tokens)}) do not belong to output_ids ({len(output_ids)})")
     return Completion(
         output_ids=tuple(output_ids),
-        logprobs=_finite_logprobs([p for p, _ in pairs]),
+        logprobs=_finite_logprobs(logprobs),
         finish_reason=reason,
         version_min=min(version for version, _, _ in spans),
         version_max=max(version for version, _, _ in spans),

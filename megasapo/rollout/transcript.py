@@ -15,7 +15,7 @@ from megasapo.rollout.protocol import RolloutError
 from megasapo.types import Completion, FinishReason, SamplingParams
 
 MOST_FRUITLESS = 20  # aborts in a row without a token
-Generate = Callable[[list[tuple[int, ...]], list[SamplingParams], bool], Awaitable[list[Completion]]]
+Generate = Callable[[list[tuple[int, ...]], list[SamplingParams]], Awaitable[list[Completion]]]
 
 
 class Transcript:
@@ -87,9 +87,9 @@ class Transcript:
         self._rows += len(new)
 
 
-async def to_the_end(generate: Generate, ids: tuple[int, ...], sampling: SamplingParams, routed: bool) -> Completion:
+async def to_the_end(generate: Generate, ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
     """One completion, asked for again from its prefix whenever a server aborts it (finish_reason abort)."""
-    [done] = await generate([ids], [sampling], routed)
+    [done] = await generate([ids], [sampling])
     if done.finish_reason != "abort":
         return done
     whole, fruitless = Transcript(ids), 0
@@ -101,4 +101,4 @@ async def to_the_end(generate: Generate, ids: tuple[int, ...], sampling: Samplin
         fruitless = 0 if done.output_ids else fruitless + 1
         if fruitless == MOST_FRUITLESS:
             raise RolloutError(f"a request was aborted {fruitless} times in a row before its first token")
-        [done] = await generate([tuple(whole.ids)], [replace(sampling, max_new_tokens=left)], routed)
+        [done] = await generate([tuple(whole.ids)], [replace(sampling, max_new_tokens=left)])

@@ -1,7 +1,8 @@
 """The watch over a fleet's servers: starts them, restarts what died, knows who is up and which weights each holds.
 
-One thread with one event loop, owned by the fleet of the learner's rank 0; weight and pause calls run in the same loop.
-A server that missed a publish to disk is brought up to date here; after a broadcast only a new publish can do that.
+One thread with one event loop, owned by a fleet; weight and pause calls run in the same loop. A server that missed a
+publish to disk is brought up to date here; after a broadcast only a new publish can do that. The fleets of the other
+data-parallel leaders have a watch that only looks.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from megasapo.log.heartbeat import write_json
 from megasapo.rollout.client import ServerClient
@@ -26,19 +27,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 0.2
 LOOK_EVERY_S = 2.0
+HEALTH_EVERY_S = 30.0
 REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
 
 
+State = Literal["starting", "ready", "suspect", "dead"]
+
+
 @dataclass(slots=True)
 class Server:
-    """One server's state. The watch writes it (the fleet its last two fields), everybody reads."""
+    """One server's state. The watch writes it (the dispatch its last three fields), everybody reads."""
 
     index: int
     url: str
     process: ServerProcess | None = None
     up: bool = False  # it answers
     ready: bool = False  # it answers and its weights may be sampled from
+    starting: bool = False  # it has been started and has not answered yet
+    hung: bool = False  # it answers, but its model did not when it was last asked to generate
+    given_up: bool = False  # out of restarts
     version: int | None = None  # of its weights; None: not known
     incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
     restarts: int = 0
@@ -46,21 +54,42 @@ class Server:
     trouble: str = ""  # why it was last not ready, for messages
     seen_at: float = 0.0
     look_at: float = 0.0  # when to ask for its version next
+    health_at: float = 0.0  # when to have it generate a token next
     outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
     failed_at: float = field(default=float("-inf"))  # when a request to it last failed
+    suspect: bool = False  # it failed a request, and has neither answered another nor passed a health check since
+
+    @property
+    def state(self) -> State:
+        """starting: not to be asked yet, for it loads its model or lacks the current weights; suspect: ready, and asked
+        when enough others are; dead: it does not answer, or generates nothing."""
+        if self.ready:
+            return "suspect" if self.suspect else "ready"
+        return "starting" if self.starting or (self.up and not self.hung) else "dead"
 
     def record(self) -> dict[str, Any]:
         """What people want to know of it, as JSON values."""
-        names = ("index", "url", "up", "ready", "version", "restarts", "trouble", "outstanding_tokens")
+        names = ("index", "url", "state", "up", "ready", "version", "restarts", "trouble", "outstanding_tokens")
         return {name: getattr(self, name) for name in names}
 
 
 class Watch:
     """See the module. `start` and `stop` from the main thread; `failure` is why the run must end, if it must."""
 
-    def __init__(self, cfg: RolloutConfig, servers: list[Server], model: Path, run_dir: Path, key: str | None) -> None:
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        servers: list[Server],
+        model: Path,
+        run_dir: Path | None,
+        key: str | None,
+        on_lost: Callable[[Server], None],
+    ) -> None:
+        """`run_dir`: of logs; None where another process owns the servers. `on_lost`: called in the watch's thread when
+        a server that was asked will not answer any more."""
         self.failure: Exception | None = None
         self._cfg, self._servers, self._model, self._run_dir, self._key = cfg, servers, model, run_dir, key
+        self._on_lost = on_lost
         self._version: int | None = None
         self._weights_dir: Path | None = None
         self._restarts_counted = 0
@@ -78,6 +107,13 @@ class Watch:
         """Bring all servers up, then keep watching. Raises RolloutError when one does not come up in time."""
         self._thread.start()
         self.submit(self._start_all()).result()
+
+    def start_looking(self) -> None:
+        """Watch servers that another process has started and are there."""
+        for server in self._servers:
+            server.up = server.ready = True
+        self._thread.start()
+        self.submit(self._keep_all()).result()
 
     def stop(self) -> None:
         """End the watch and every server it spawned."""
@@ -106,6 +142,7 @@ class Watch:
                 self._key,
                 request_timeout_s=self._cfg.request_timeout_s,
                 control_timeout_s=self._cfg.request_timeout_s,
+                question_timeout_s=self._cfg.health_timeout_s,
             )
         return client
 
@@ -135,6 +172,9 @@ class Watch:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        await self._keep_all()
+
+    async def _keep_all(self) -> None:
         self._tasks += [asyncio.create_task(self._keep(s)) for s in self._servers]
 
     async def _close(self) -> None:
@@ -155,6 +195,7 @@ class Watch:
 
     async def _report(self) -> None:
         """Forever: the servers as they are, into RUN/logs/servers.json, for `megasapo watch`."""
+        assert self._run_dir is not None
         path = self._run_dir / "logs" / "servers.json"
         while True:
             record = {
@@ -186,7 +227,15 @@ class Watch:
         self._updating.release()
 
     def _judge(self, server: Server) -> None:
-        server.ready = server.up and (self._version is None or server.version == self._version)
+        current = self._version is None or server.version == self._version
+        server.ready = server.up and current and not server.hung
+
+    def _lose(self, server: Server, why: str, *, hung: bool = False) -> None:
+        """It does not answer, or (hung) its model does not: whoever waits for it must look elsewhere."""
+        was_up = server.up and not server.hung
+        server.up, server.ready, server.hung, server.trouble = hung, False, hung, why
+        if was_up:
+            self._on_lost(server)
 
     async def _first_start(self, server: Server) -> None:
         """A port may be taken between choosing it and the server's bind; anything else ends the run at once."""
@@ -202,7 +251,9 @@ class Watch:
 
     async def _start(self, server: Server) -> None:
         """Spawn it, unless it is not ours, and wait until it is healthy."""
+        server.starting = True
         if not self._cfg.servers:
+            assert self._run_dir is not None
             port = int(server.url.rsplit(":", 1)[1])
             server.process = ServerProcess(
                 server_command(self._cfg, self._model, port),
@@ -217,14 +268,19 @@ class Watch:
                 end = late if code is None else f"ended with code {code}"
                 if server.process is not None:
                     await asyncio.to_thread(server.process.stop)
+                server.starting = False
                 raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{_log_end(server)}")
             await asyncio.sleep(POLL_S)
         server.incarnation += 1
-        server.seen_at = time.monotonic()
+        server.seen_at, server.starting, server.hung = time.monotonic(), False, False
         await self._look(server)
 
     async def _healthy(self, server: Server) -> bool:
-        return await self.client(server).healthy()
+        try:
+            await self.client(server).check_health()
+        except Retryable:
+            return False
+        return True
 
     async def _keep(self, server: Server) -> None:
         """Forever: restart it when it died, look at its version now and then."""
@@ -242,14 +298,15 @@ class Watch:
             raise
         except Exception as e:
             log.exception("the watch over rollout server %d ends", server.index)
-            server.up = server.ready = False
-            self.failure = e
+            self._lose(server, str(e))
+            server.given_up = True
+            if all(s.given_up for s in self._servers) or not isinstance(e, RolloutError):
+                self.failure = e
 
     async def _restart(self, server: Server, why: str) -> None:
         while True:
-            server.up = server.ready = False
+            self._lose(server, why)
             server.version = server.refused_version = None
-            server.trouble = why
             server.restarts += 1
             if server.restarts > self._cfg.max_restarts:
                 raise RolloutError(
@@ -266,22 +323,37 @@ class Watch:
                 why = str(e)
 
     async def _look(self, server: Server) -> None:
-        """Ask for its version. A process silent for rollout.start_timeout_s is ended (and so restarted)."""
+        """Ask for its version, and now and then for a token. A process silent for rollout.start_timeout_s is ended (and
+        so restarted)."""
         epoch = self._epoch
         try:
             info = await self.client(server).model_info()
         except Retryable as e:
-            server.up, server.ready, server.trouble = False, False, str(e)
-            if server.process is not None and time.monotonic() - server.seen_at > self._cfg.start_timeout_s:
-                log.warning("rollout server %d is silent: ending it", server.index)
-                await asyncio.to_thread(server.process.stop)
-            return
+            self._lose(server, str(e))
+            return await self._end_silent(server)
         if not server.up and server.process is None:
             server.incarnation += 1  # not ours: it may have been restarted while it was away
-        server.seen_at, server.up = time.monotonic(), True
+        server.up = True
+        # Only the owner knows when servers are paused, and no request fails of that.
+        due = server.suspect or server.hung or (self._run_dir is not None and time.monotonic() > server.health_at)
+        if due and (server.ready or server.hung) and not self._updating.locked():  # one that is paused gives no token
+            try:
+                await self.client(server).check_health()
+            except Retryable as e:
+                if epoch == self._epoch:
+                    self._lose(server, str(e), hung=True)
+                return await self._end_silent(server)
+            server.suspect = server.hung = False
+            server.health_at = time.monotonic() + HEALTH_EVERY_S
+        server.seen_at = time.monotonic()
         if epoch == self._epoch and not self._updating.locked():
             server.version = parse_version(info.get("weight_version"))
             self._judge(server)
+
+    async def _end_silent(self, server: Server) -> None:
+        if server.process is not None and time.monotonic() - server.seen_at > self._cfg.start_timeout_s:
+            log.warning("rollout server %d is silent: ending it", server.index)
+            await asyncio.to_thread(server.process.stop)
 
     async def _bring_up_to_date(self, server: Server) -> None:
         behind = server.up and server.version not in (None, self._version) and server.refused_version != self._version

@@ -410,7 +410,9 @@ def test_a_sample_in_flight_goes_on_after_a_publish_however_it_is_set(
 ) -> None:
     base = 50 if method == "disk" else 60
     changed = {"on_publish": mode, "max_staleness": 1}
-    monkeypatch.setattr(contract.fleet, "cfg", contract.fleet.cfg.model_copy(update=changed))
+    cfg = contract.fleet.cfg.model_copy(update=changed)
+    monkeypatch.setattr(contract.fleet, "cfg", cfg)
+    monkeypatch.setattr(contract.fleet._dispatch, "_cfg", cfg)
     publish(contract, contract.old, base, method)
     found: list[Completion] = []
     long = SamplingParams(**LONG)

@@ -16,7 +16,7 @@ class Handler(BaseHTTPRequestHandler):
     version = "default"
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.path.startswith("/health"):
             return self._reply(503 if "--never-healthy" in sys.argv else 200, {})
         self._reply(200, {"weight_version": Handler.version})
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megasapo.checksum import Checksum, weights_checksum
 from megasapo.mcore.bridge.export import TensorSpec, _is_contiguous
-from megasapo.mcore.bridge.save import SafetensorsWriter, _assign, _put_in_place, _write_companions
+from megasapo.mcore.bridge.save import SafetensorsWriter, _put_in_place, assign_files, write_companions
 
 TENSORS = {
     "a": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -50,10 +50,10 @@ def test_shards_are_bounded_and_named_as_the_library_names_them() -> None:
     tensors = [
         TensorSpec(n, (size,), torch.float32) for n, size in [("a", 10), ("b", 15), ("c", 1), ("d", 99), ("e", 1)]
     ]
-    files = _assign(tensors, max_shard_bytes=100)
+    files = assign_files(tensors, max_shard_bytes=100)
     assert [[s.name for s in specs] for specs in files.values()] == [["a", "b"], ["c"], ["d"], ["e"]]
     assert next(iter(files)) == "model-00001-of-00004.safetensors"
-    assert list(_assign(tensors, max_shard_bytes=10**6)) == ["model.safetensors"]
+    assert list(assign_files(tensors, max_shard_bytes=10**6)) == ["model.safetensors"]
 
 
 def test_companions_and_recorded_dtype(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_companions_and_recorded_dtype(tmp_path: Path) -> None:
         (source / name).write_text(name)
     config = {"model_type": "qwen3", "torch_dtype": "float32", "dtype": "float32"}
     big, small = torch.zeros(100, dtype=torch.bfloat16), torch.zeros(3)
-    _write_companions(source, config, [spec("small", small), spec("big", big)], out)
+    write_companions(source, config, [spec("small", small), spec("big", big)], out)
     assert sorted(f.name for f in out.iterdir()) == sorted([*kept, "vocab.json", "config.json"])
     assert json.loads((out / "config.json").read_text()) == {"model_type": "qwen3", "dtype": "bfloat16"}
     assert config["dtype"] == "float32"

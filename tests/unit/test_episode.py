@@ -257,8 +257,8 @@ def test_an_episode_that_cannot_be_is_refused(target: str, message: str) -> None
 
 
 def aborting(engine: Engine) -> Any:
-    async def generate(ids: list[Any], sampling: list[SamplingParams], routed: bool) -> list[Completion]:
-        return await engine.generate(ids, sampling, return_routed_experts=routed)
+    async def generate(ids: list[Any], sampling: list[SamplingParams]) -> list[Completion]:
+        return await engine.generate(ids, sampling, return_routed_experts=True)
 
     return generate
 
@@ -270,7 +270,7 @@ def test_an_aborted_request_goes_on_from_its_prefix() -> None:
             return done if len(self.requests) == 3 else Completion(*_but_aborted(done))
 
     engine = Aborted((10, 11), (), (12, 13))
-    done = asyncio.run(to_the_end(aborting(engine), (1, 2, 3), SamplingParams(max_new_tokens=8), True))
+    done = asyncio.run(to_the_end(aborting(engine), (1, 2, 3), SamplingParams(max_new_tokens=8)))
     assert [ids for [ids] in engine.requests] == [(1, 2, 3), (1, 2, 3, 10, 11), (1, 2, 3, 10, 11)]
     assert [s.max_new_tokens for s in engine.sampling] == [8, 6, 6]
     assert (done.output_ids, done.finish_reason, done.sampled) == ((10, 11, 12, 13), "stop", None)
@@ -286,11 +286,11 @@ def _but_aborted(done: Completion) -> tuple[Any, ...]:
 
 
 def test_a_server_that_aborts_everything_ends_the_request() -> None:
-    async def generate(ids: list[Any], sampling: list[SamplingParams], routed: bool) -> list[Completion]:
+    async def generate(ids: list[Any], sampling: list[SamplingParams]) -> list[Completion]:
         return [Completion((), np.zeros(0, np.float32), "abort", 0, 0)]
 
     with pytest.raises(RolloutError, match=f"aborted {MOST_FRUITLESS} times in a row"):
-        asyncio.run(to_the_end(generate, (1,), SamplingParams(max_new_tokens=8), False))
+        asyncio.run(to_the_end(generate, (1,), SamplingParams(max_new_tokens=8)))
 
 
 def test_an_aborted_answer_is_read_as_far_as_it_got() -> None:

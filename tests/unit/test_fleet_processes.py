@@ -89,7 +89,7 @@ def test_a_crash_at_start_shows_the_log(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_never_gets_healthy_stops_the_start(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match=r"(?s)rollout\.start_timeout_s=1.*fake server on port"):
+    with pytest.raises(RolloutError, match=r"(?s)rollout\.start_timeout_s=1.*fake_server.py"):
         Fleet.start(settings("--never-healthy", start_timeout_s=1.0), model, tmp_path)
 
 
@@ -154,10 +154,10 @@ def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) ->
             assert generate(remote) == -1
             assert remote.servers[0].process is None
         assert alive(listener(owner))
-        leader = Fleet.connect(owner.cfg, owner.urls, model, leader_index=1)
-        assert generate(leader) == -1
-        with pytest.raises(RolloutError, match="only connected"):
-            leader.begin_publish()
+        with Fleet.connect(owner.cfg, owner.urls, model, leader_index=1) as leader:
+            assert generate(leader) == -1
+            with pytest.raises(RolloutError, match="only connected"):
+                leader.begin_publish()
 
 
 def test_a_remote_server_that_is_not_there_stops_the_start(model: Path, tmp_path: Path) -> None:

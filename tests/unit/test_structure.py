@@ -31,7 +31,7 @@ LAYERS = [
     {"algo", "launch", "fp8", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
-    {"publish", "run", "stability", "diagnosis"},
+    {"publish", "run", "stability", "diagnosis", "convert"},
     {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster"},
     {"cli"},
 ]

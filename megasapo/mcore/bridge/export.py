@@ -126,7 +126,7 @@ class Export:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
             for tensor, local, box, _ in self._sends.get(name, []):
-                _at(full, box).copy_(_part(tensor, local))
+                copy_out(tensor, local, full, box)
             for rank, box in self._sources[name]:
                 if rank != 0:
                     target = _at(full, box)
@@ -185,6 +185,11 @@ def _run(ops: list[dist.P2POp]) -> None:
     if ops:
         for work in dist.batch_isend_irecv(ops):
             work.wait()
+
+
+def copy_out(tensor: torch.Tensor, local: Box, full: torch.Tensor, box: Box) -> None:
+    """A box of a local tensor into the box of the HF tensor that it is."""
+    _at(full, box).copy_(_part(tensor, local))
 
 
 def _at(tensor: torch.Tensor, box: Box) -> torch.Tensor:

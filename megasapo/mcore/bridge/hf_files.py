@@ -16,6 +16,7 @@ from megasapo.families.weights import Box, BridgeError, Shape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_OPEN = 2  # files
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -53,14 +54,20 @@ class HFFiles:
         """A copy of one box of a tensor, in the file's dtype."""
         file = self._file_of[name]
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(self.directory / file, "pt")
-            full = self._handles[file].get_slice(name)
+            full = self._open(file).get_slice(name)
             value: torch.Tensor = full[tuple(slice(start, stop) for start, stop in box)]
         except (SafetensorError, OSError) as e:
             raise BridgeError(f"{self.file(name)}: cannot read tensor {name!r}: {e}") from e
         self.bytes_read += value.nbytes
         return value
+
+    def _open(self, file: str) -> Any:
+        """Mapped into memory, as what has been read of it stays until it is closed: so few at a time."""
+        if file not in self._handles:
+            while len(self._handles) >= MOST_OPEN:
+                self._handles.pop(next(iter(self._handles)))
+            self._handles[file] = safe_open(self.directory / file, "pt")
+        return self._handles[file]
 
     def _locate(self) -> dict[str, str]:
         if (self.directory / SINGLE).is_file():

@@ -42,15 +42,20 @@ def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> No
 def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> None:
     """The same from opened files, which count the bytes read."""
     mine = place(chunks, hf_config)
+    check_files(mine, files)
+    say_ignored(mine, files)
+    for placed in mine.placed:
+        fill(placed, files)
+
+
+def check_files(mine: Locals, files: HFFiles) -> None:
+    """Raises BridgeError when a tensor is missing, left over, of the wrong shape or dtype, or its file is broken."""
     problems = [*_missing(mine, files), *_left_over(mine, files)] or _misshapen(mine, files)
     if problems:
         more = len(problems) - MOST_PROBLEMS_SHOWN
         shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
-    _say_ignored(mine, files)
-    for placed in mine.placed:
-        _fill(placed, files)
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(placed: Placed, files: HFFiles) -> None:
+def fill(placed: Placed, files: HFFiles) -> None:
+    """Copy a local tensor's part of the HF tensors into it; what they do not have, padding, becomes zero."""
     filled = sum(prod(stop - start for start, stop in piece.local) for piece in placed.pieces)
     quantised = is_float8tensor(placed.tensor)  # writes to a part of it would be lost
     whole = torch.empty(placed.tensor.shape, dtype=placed.tensor.dtype) if quantised else placed.tensor
@@ -76,7 +82,8 @@ def _fill(placed: Placed, files: HFFiles) -> None:
         set_quantised(placed.tensor, whole.to(placed.tensor.device))
 
 
-def _say_ignored(mine: Locals, files: HFFiles) -> None:
+def say_ignored(mine: Locals, files: HFFiles) -> None:
+    """Warn of tensors that are passed over."""
     ignored = [name for name in files.names if _is_mtp(mine, name)]
     if ignored and not (dist.is_initialized() and dist.get_rank()):
         log.warning(
@@ -155,6 +162,10 @@ def _misshapen(mine: Locals, files: HFFiles) -> list[Problem]:
                 )
                 problems.append(partial(str, text))
             elif found.dtype not in FLOATS:
-                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded"
+                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded{_hint(found.dtype)}"
                 problems.append(partial(str, text))
     return problems
+
+
+def _hint(dtype: str) -> str:
+    return "; tools/convert_checkpoint.py hf-to-hf makes a bfloat16 copy" if dtype == "F8_E4M3" else ""

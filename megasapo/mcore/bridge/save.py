@@ -39,6 +39,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 
@@ -72,13 +73,14 @@ def save_hf(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _write_weights(export, unfinished, bucket_bytes, max_shard_bytes)
-        _write_companions(Path(hf_config_dir), config, export.tensors, unfinished)
+        changed = config | family(config["model_type"]).exported
+        write_companions(Path(hf_config_dir), changed, export.tensors, unfinished)
         _put_in_place(unfinished, out)
     dist.barrier(group=topo.world_group_cpu)
 
 
 def _write_weights(export: Export, directory: Path, bucket_bytes: int, max_shard_bytes: int) -> None:
-    files = _assign(export.tensors, max_shard_bytes)
+    files = assign_files(export.tensors, max_shard_bytes)
     file_of = {spec.name: file for file, specs in files.items() for spec in specs}
     writers = {file: SafetensorsWriter(directory / file, specs) for file, specs in files.items()}
     for bucket in export.buckets(bucket_bytes):
@@ -89,10 +91,10 @@ def _write_weights(export: Export, directory: Path, bucket_bytes: int, max_shard
     if len(files) > 1:
         total = sum(spec.nbytes for spec in export.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        _write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index)
 
 
-def _assign(tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def assign_files(tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """File names and what goes into each, in order."""
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -133,10 +135,11 @@ class SafetensorsWriter:
     def finish(self) -> None:
         """Bring the file to disk. Every tensor must have been written."""
         assert not self._expected, f"{self._path}: {[spec.name for spec in self._expected]} not written"
-        _sync(self._path)
+        sync(self._path)
 
 
-def _write_companions(source: Path, config: dict[str, object], tensors: list[TensorSpec], out: Path) -> None:
+def write_companions(source: Path, config: dict[str, object], tensors: list[TensorSpec], out: Path) -> None:
+    """Tokenizer, generation settings, and config.json with the dtype most of the weights have, unquantised."""
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatch(file.name, name) for name in COMPANIONS):
             shutil.copyfile(file, out / file.name)
@@ -144,14 +147,14 @@ def _write_companions(source: Path, config: dict[str, object], tensors: list[Ten
     for spec in tensors:
         by_dtype[spec.dtype] = by_dtype.get(spec.dtype, 0) + spec.nbytes
     main = max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    recorded = {key: value for key, value in config.items() if key != "torch_dtype"}  # the old name of `dtype`
-    changed = family(config["model_type"]).exported | {"dtype": str(main).removeprefix("torch.")}
-    _write_json(out / "config.json", recorded | changed)
+    dropped = ("torch_dtype", "quantization_config")  # the old name of `dtype`; weights are written unquantised
+    recorded = {key: value for key, value in config.items() if key not in dropped}
+    write_json(out / "config.json", {**recorded, "dtype": str(main).removeprefix("torch.")})
 
 
 def _put_in_place(unfinished: Path, out: Path) -> None:
     for file in unfinished.iterdir():
-        _sync(file)
+        sync(file)
     if out.exists():
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -160,14 +163,15 @@ def _put_in_place(unfinished: Path, out: Path) -> None:
         shutil.rmtree(old)
     else:
         unfinished.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a directory's list of files, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,0 +1,195 @@
+"""`tools/convert_checkpoint.py`: HF directories to megatron-core checkpoints and back, in bounded memory.
+
+Reads arguments, starts the processes that write files, and says what went wrong; work.py has what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+from megasapo import config, launch
+from megasapo.convert.errors import ConvertError, WriteError
+from megasapo.convert.job import Folder, Job, Output, fingerprint
+from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, resolved
+from megasapo.convert.verify import check_logprobs, check_tensors
+from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
+from megasapo.errors import UserError
+from megasapo.geometry import read_geometry
+from megasapo.layout import check_layout, fewest_ranks
+from megasapo.sections import ParallelConfig
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+POLL_S = 0.3
+Verify = Literal["tensors", "logprobs"] | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the tool; the process's exit code: 2 for what the user can mend."""
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        verify: Verify = "logprobs" if args.verify else "tensors" if args.verify_tensors else None
+        convert(_request(args), Path(args.dst), nproc=args.nproc, verify=verify)
+    except UserError as e:
+        print(f"convert_checkpoint: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_checkpoint: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{args.dst}: done")
+    return 0
+
+
+def convert(request: Request, target: Path, *, nproc: int = 1, verify: Verify = None) -> None:
+    """Make `target`, which must not exist: it is there in full afterwards, or an error is raised and it is not.
+
+    `verify`: "tensors" compares each with the source, the other way round; "logprobs": and those. UserError
+    (ConvertError, BridgeError and others) for what the user can mend.
+    """
+    identity = request.identity() | {"files": [fingerprint(request.source), fingerprint(request.model)]}
+    with Job(target, identity) as job:
+        refuse_damaged(request.source)
+        work = make_work(request)
+        kept = [output for output in work.outputs if job.folder.record(output.name) is not None]
+        todo = [output for output in work.outputs if output not in kept]
+        if kept:
+            print(f"{len(kept)} of {len(work.outputs)} files are there already, whole: going on with the rest")
+        job.check_space(todo)
+        try:
+            with _progress(job, sum(output.nbytes for output in work.outputs)):
+                _write(request, work, todo, job.folder, nproc)
+                work.complete(job.folder)
+            if verify is not None:
+                print(check_tensors(request, work, job.folder.files), flush=True)
+            if verify == "logprobs" and request.direction != "hf-to-hf":
+                print(check_logprobs(request, job.folder.files), flush=True)
+            job.put_in_place()
+        except WriteError as e:
+            raise WriteError(
+                f"{e}\nfinished files are kept in {job.folder.path}: make room and give the same command again, or "
+                "remove it"
+            ) from e
+
+
+def _write(request: Request, work: Work, todo: Sequence[Output], folder: Folder, nproc: int) -> None:
+    count = min(nproc, len(todo))
+    if count <= 1:
+        for output in todo:
+            work.write(output, folder)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        shares = [pool.submit(_write_share, request, [o.name for o in todo[i::count]], folder) for i in range(count)]
+        try:
+            for share in shares:
+                share.result()
+        except BrokenProcessPool as e:
+            raise ConvertError(
+                "a process that was writing has died, as when memory runs out: give the same command again with fewer "
+                "--nproc or a smaller --shard-size; finished files are kept"
+            ) from e
+
+
+def _write_share(request: Request, names: Sequence[str], folder: Folder) -> None:
+    """In a process of its own."""
+    launch.die_with_parent()
+    work = make_work(request)
+    for output in work.outputs:
+        if output.name in names:
+            work.write(output, folder)
+
+
+@contextmanager
+def _progress(job: Job, total: int) -> Iterator[None]:
+    """A bar of the bytes that are on disk, where somebody looks."""
+    from tqdm import tqdm
+
+    done = threading.Event()
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="written") as bar:
+
+        def watch() -> None:
+            while not done.wait(POLL_S):
+                bar.update(job.written() - bar.n)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+            bar.update(total - bar.n)
+        finally:
+            done.set()
+            thread.join()
+
+
+def _request(args: argparse.Namespace) -> Request:
+    source = resolved(Path(args.src))
+    wanted = "megatron" if args.direction.startswith("megatron") else "hf"
+    if is_megatron(source) != (wanted == "megatron"):
+        found = "a megatron-core checkpoint" if is_megatron(source) else "no megatron-core checkpoint"
+        raise ConvertError(f"{source} is {found}: {args.direction} reads {'one' if wanted == 'megatron' else 'HF'}")
+    to_hf = args.direction.endswith("-to-hf")
+    if args.quantize and not to_hf:
+        raise ConvertError("--quantize: megatron-core checkpoints are not quantised; it goes with megatron-to-hf")
+    if args.dtype == "float16" and not to_hf:
+        raise ConvertError("--dtype float16: the learner computes in bfloat16 or float32; take one of them")
+    parallel = _parallel(args.overrides, args.direction)
+    model = model_of(source, args.model) if wanted == "megatron" else source
+    if not to_hf:
+        check_layout(parallel, fewest_ranks(parallel), read_geometry(str(model)))
+    if args.nproc < 1:
+        raise ConvertError(f"--nproc {args.nproc}: at least one process must work")
+    quantise = args.quantize is not None
+    return Request(args.direction, source, model, _bytes(args.shard_size), args.dtype, quantise, parallel)
+
+
+def _parallel(overrides: Sequence[str], direction: str) -> ParallelConfig:
+    if overrides and direction != "hf-to-megatron":
+        raise ConvertError(
+            f"{overrides[0]}: a layout is that of a megatron-core target; any source's is found by itself"
+        )
+    wrong = [item for item in overrides if not item.startswith("parallel.")]
+    if wrong:
+        raise ConvertError(f"{wrong[0]}: only parallel.NAME=N can be set here, such as parallel.tp=2")
+    return config.from_dict({"model": {"path": "."}}, list(overrides), source="convert_checkpoint").parallel
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) * UNITS[match[2].upper()] < 1:
+        raise ConvertError(f"--shard-size {text}: give a size such as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description="HF directories to megatron-core checkpoints and back. Killed, the same command goes on.",
+    )
+    parser.add_argument("direction", choices=get_args(Direction))
+    parser.add_argument(
+        "--src", required=True, help="what to read: an HF directory, a checkpoint, or a run's directory"
+    )
+    parser.add_argument("--dst", required=True, help="directory to make; must not exist")
+    parser.add_argument("--model", help="HF directory of the model, where a checkpoint does not say which it is of")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="cast to it (default: as the source; FP8 to bfloat16)")
+    parser.add_argument("--quantize", choices=["fp8_block"], help="write linear weights in FP8, by 128 x 128 blocks")
+    parser.add_argument("--shard-size", default="5GB", help="most bytes of a file (default: 5GB)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that write files (default: 1)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every tensor with the source, the other way round, and logprobs of fixed tokens with "
+        "transformers' (which takes memory for the whole model in float32)",
+    )
+    parser.add_argument("--verify-tensors", action="store_true", help="the first of these only")
+    parser.add_argument("overrides", nargs="*", metavar="parallel.x=N", help="layout of a megatron-core target")
+    return parser

@@ -1,0 +1,165 @@
+"""`tools/inspect_checkpoint.py`: what is in a checkpoint, and how two of them differ, as tables or JSON.
+
+Reads arguments and lays out tables; figures.py has the figures, sources.py reads the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megasapo.convert import figures
+from megasapo.convert.errors import ConvertError
+from megasapo.convert.sources import (
+    HFSource,
+    KeySource,
+    MegatronSource,
+    Source,
+    is_megatron,
+    model_of,
+    record_of,
+    resolved,
+)
+from megasapo.errors import UserError
+from megasapo.mcore.bridge.load import read_config
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the tool; the process's exit code: 2 for what the user can mend."""
+    args = _parser().parse_args(argv)
+    try:
+        found = inspect(Path(args.checkpoint), args.against and Path(args.against), args.model, brief=args.brief)
+    except UserError as e:
+        print(f"inspect_checkpoint: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(found, indent=1) if args.json else "\n".join(_tables(found, everything=args.all)))
+    return 0
+
+
+def inspect(directory: Path, against: Path | None = None, model: str | None = None, *, brief: bool = False) -> Row:
+    """What there is to say of a checkpoint; `against` another: how they differ. `brief`: no tensor is read."""
+    directory = resolved(directory)
+    source = _open(directory, model)
+    found: Row = {"checkpoint": facts(directory) | figures.sizes(source.specs)}
+    if against is not None:
+        against = resolved(against)
+        other = _open(against, model)
+        if isinstance(source, KeySource) != isinstance(other, KeySource):
+            unknown = directory if isinstance(source, KeySource) else against
+            raise ConvertError(f"{unknown}: nothing says which model this is: name its HF directory with --model")
+        found["against"] = facts(against) | figures.sizes(other.specs)
+        if not brief:
+            found["difference"] = figures.differences(source, other)
+    elif not brief:
+        found["tensors"] = list(figures.norms(source))
+        found["experts"] = figures.experts(found["tensors"])
+    return found
+
+
+def facts(directory: Path) -> Row:
+    """What a checkpoint's files say without its tensors."""
+    files = [path for path in directory.iterdir() if path.is_file()]
+    found: Row = {"path": str(directory), "kind": "megatron-core" if is_megatron(directory) else "HF"}
+    record = record_of(directory)
+    for name in ("step", "format", "world_size", "layout", "converted"):
+        if name in record:
+            found[name] = record[name]
+    settings = directory.parent.parent / "config.yaml"
+    if is_megatron(directory) and settings.is_file():
+        run = yaml.safe_load(settings.read_text())
+        found |= {"model": run["model"]["path"]} | ({} if "layout" in found else {"layout": run["parallel"]})
+    if (directory / "config.json").is_file():
+        config = read_config(directory)
+        found |= {name: config[name] for name in ("model_type", "dtype", "quantization_config") if name in config}
+    return found | {"files": len(files), "file_bytes": sum(path.stat().st_size for path in files)}
+
+
+def _open(directory: Path, model: str | None) -> Source:
+    if not is_megatron(directory):
+        return HFSource(directory)
+    try:
+        hf_dir = model_of(directory, model)
+    except ConvertError:
+        if model is not None:
+            raise
+        return KeySource(directory)
+    return MegatronSource(directory, hf_dir)
+
+
+def _tables(found: Row, *, everything: bool) -> list[str]:
+    lines = []
+    for name in ("checkpoint", "against"):
+        if name in found:
+            lines += [f"{key:12} {_said(value)}" for key, value in found[name].items() if key != "dtypes"]
+            lines += [f"{dtype:12} {_said(counts)}" for dtype, counts in found[name]["dtypes"].items()] + [""]
+    if "tensors" in found:
+        hidden = [] if everything else [r for r in found["tensors"] if figures.EXPERT.fullmatch(r["name"])]
+        shown = [row for row in found["tensors"] if row not in hidden]
+        lines += _table(shown, ("name", "shape", "dtype", "norm", "rms", "max_abs", "not_finite"))
+        if hidden:
+            broken = sum(row["not_finite"] for row in hidden)
+            lines.append(f"and {len(hidden)} of single experts (--all), {broken} of their values not finite")
+        if found["experts"]:
+            columns = ("layer", "weight", "experts", "min", "mean", "max", "spread", "smallest", "largest")
+            lines += ["", "norms over the experts of a layer", *_table(found["experts"], columns)]
+    if "difference" in found:
+        lines += _difference(found["difference"], everything)
+    return lines
+
+
+def _difference(found: Row, everything: bool) -> list[str]:
+    rows = sorted(found["tensors"], key=lambda row: -row["relative"])
+    shown = rows if everything else [row for row in rows if row["max_abs"] != 0][:20]
+    lines = [f"{found['equal']} tensors equal, {found['different']} different"]
+    if shown:
+        lines += _table(shown, ("name", "max_abs", "relative"))
+    if len(shown) < found["different"]:
+        lines.append(f"the {len(shown)} that differ most; --all shows the others")
+    for row in found["shapes_differ"]:
+        lines.append(f"{row['name']}: shapes {row['shapes'][0]} and {row['shapes'][1]}")
+    for which in ("only_first", "only_second"):
+        names = found[which]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            lines.append(f"{which.replace('_', ' in the ')}: {', '.join(names[:5])}{more}")
+    return lines
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    cells = [list(columns)] + [[_said(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(v)}" for key, v in value.items())
+    return str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inspect_checkpoint.py",
+        description="Step, layout, sizes and norms of a checkpoint, HF or megatron-core, or how two of them differ.",
+    )
+    parser.add_argument("checkpoint", help="an HF directory, a megatron-core checkpoint, or a run's directory (newest)")
+    parser.add_argument("against", nargs="?", help="another: tensors are compared under their HF names")
+    parser.add_argument("--model", help="HF directory of the model, where a checkpoint does not say which it is of")
+    parser.add_argument("--brief", action="store_true", help="without reading a tensor")
+    parser.add_argument("--all", action="store_true", help="every tensor, single experts' too")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    return parser

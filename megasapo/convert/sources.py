@@ -1,0 +1,212 @@
+"""Checkpoints as HF-named tensors, whatever they are: an HF directory, or a megatron-core checkpoint of any layout.
+
+Called by every command here. Tensors are read one at a time, when asked for; nothing is kept but the last weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from megasapo.convert.dequantised import DequantisedFiles, full_box
+from megasapo.convert.errors import ConvertError
+from megasapo.convert.job import sha256
+from megasapo.families import family
+from megasapo.families.weights import Piece
+from megasapo.mcore import checkpoint
+from megasapo.mcore.blueprint import Stored, blueprint
+from megasapo.mcore.bridge.export import TensorSpec, copy_out
+from megasapo.mcore.bridge.load import read_config
+from megasapo.mcore.bridge.placement import Placed, find_hf, nearest
+from megasapo.mcore.bridge.save import DTYPE_NAMES
+from megasapo.mcore.torch_dist import StoredTensors
+from megasapo.sections import ParallelConfig
+
+TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Source(Protocol):
+    """HF-named tensors."""
+
+    @property
+    def specs(self) -> list[TensorSpec]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor is not cast with the others."""
+        ...
+
+
+class HFSource:
+    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files."""
+
+    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16) -> None:
+        self.files = DequantisedFiles(directory, fp8_as)
+        names = sorted(self.files.names, key=self.files.file)
+        self.specs = [self._spec(name) for name in names]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.files.read(name, full_box(self.files.entry(name).shape))
+
+    def keeps_dtype(self, name: str) -> bool:
+        model_type = read_config(self.files.directory).get("model_type")
+        rule = find_hf(family(model_type, str(self.files.directory / "config.json")).weights, name)
+        return rule is not None and rule[0].keeps_dtype
+
+    def _spec(self, name: str) -> TensorSpec:
+        entry = self.files.entry(name)
+        if entry.dtype not in TORCH:
+            raise ConvertError(
+                f"{self.files.file(name)}: tensor {name!r} has dtype {entry.dtype}: known are {', '.join(TORCH)}"
+            )
+        return TensorSpec(name, entry.shape, TORCH[entry.dtype])
+
+
+class MegatronSource:
+    """The weights of a megatron-core checkpoint, under the HF names of the model in `hf_dir`; an optimizer is ignored.
+
+    Raises ConvertError, before anything is read, when tensors are missing, left over or of the wrong shape.
+    """
+
+    def __init__(self, directory: Path, hf_dir: Path) -> None:
+        self.stored = StoredTensors(directory)
+        self.blueprint = blueprint(hf_dir, ParallelConfig())
+        _refuse_misfits(self.stored, self.blueprint.stored, hf_dir)
+        self._pieces: dict[str, list[Stored]] = defaultdict(list)  # of each local weight, by its megatron-core name
+        for piece in self.blueprint.stored:
+            self._pieces[piece.placed.mcore_name].append(piece)
+        self._parts: dict[str, list[tuple[Placed, Piece]]] = defaultdict(list)
+        specs: dict[str, TensorSpec] = {}
+        for placed in sorted(self.weights, key=lambda placed: placed.order):
+            for source, (name, shape) in enumerate(zip(placed.names, placed.shapes, strict=True)):
+                self._parts[name] += [(placed, piece) for piece in placed.pieces if piece.source == source]
+                specs.setdefault(name, TensorSpec(name, shape, self.dtype(placed)))
+        self.specs = list(specs.values())
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    @property
+    def weights(self) -> list[Placed]:
+        """The model's own weights, which HF tensors are cut or joined to."""
+        return [placed for placed in self.blueprint.locals[0].placed if placed.is_primary]
+
+    def dtype(self, placed: Placed) -> torch.dtype:
+        return self.stored.dtype(self._pieces[placed.mcore_name][0].key)
+
+    def read(self, name: str) -> torch.Tensor:
+        first, piece = self._parts[name][0]
+        full = torch.empty(first.shapes[piece.source], dtype=self.dtype(first))
+        for placed, piece in self._parts[name]:
+            copy_out(self.weight(placed), piece.local, full, piece.hf)
+        return full
+
+    def weight(self, placed: Placed) -> torch.Tensor:
+        """One of `weights`; it must not be written to. Padding that the checkpoint lacks is zero."""
+        if self._last is None or self._last[0] != placed.mcore_name:
+            self._last = None  # before the next is made
+            padded = any(piece.may_be_padded for piece in self._pieces[placed.mcore_name])
+            make = torch.zeros if padded else torch.empty
+            weight = make(placed.tensor.shape, dtype=self.dtype(placed))
+            for piece in self._pieces[placed.mcore_name]:
+                self.stored.read(piece.key, piece.offset, piece.of(weight))
+            self._last = placed.mcore_name, weight
+        return self._last[1]
+
+    def keeps_dtype(self, name: str) -> bool:
+        return self._parts[name][0][0].keeps_dtype
+
+
+class KeySource:
+    """A megatron-core checkpoint of an unknown model, under its own keys; an optimizer is left out."""
+
+    def __init__(self, directory: Path) -> None:
+        self._stored = StoredTensors(directory)
+        keys = [key for key in self._stored.tensors if not checkpoint.NOT_WEIGHTS.search(key)]
+        self.specs = [TensorSpec(key, self._stored.shape(key), self._stored.dtype(key)) for key in keys]
+
+    def read(self, name: str) -> torch.Tensor:
+        whole = torch.zeros(self._stored.shape(name), dtype=self._stored.dtype(name))
+        self._stored.read(name, (0,) * whole.dim(), whole)
+        return whole
+
+    def keeps_dtype(self, name: str) -> bool:
+        return False
+
+
+def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], hf_dir: Path) -> None:
+    wanted = {piece.key: piece for piece in pieces}
+    where = f"{stored.directory}: the model of {hf_dir}"
+    for key, piece in wanted.items():
+        if key not in stored.tensors:
+            near = nearest(key, list(stored.tensors))
+            raise ConvertError(f"{where} needs tensor {key!r}, which the checkpoint does not have ({near})")
+        found, expected = stored.shape(key), piece.global_shape
+        vocab = piece.placed.shapes[0][0]  # without padding
+        fits = found[1:] == expected[1:] and found[0] >= vocab if piece.may_be_padded else found == expected
+        if not fits:
+            raise ConvertError(
+                f"{stored.file(key)}: tensor {key!r} has shape {list(found)}, {hf_dir} needs {list(expected)}: the "
+                "checkpoint is of another model; name its HF directory with --model"
+            )
+    strays = [key for key in stored.tensors if key not in wanted and not checkpoint.NOT_WEIGHTS.search(key)]
+    if strays:
+        near = nearest(strays[0], list(wanted))
+        raise ConvertError(
+            f"{stored.file(strays[0])}: tensor {strays[0]!r} belongs to no weight of the model of {hf_dir} ({near}); "
+            f"{len(strays)} in all"
+        )
+
+
+def is_megatron(directory: Path) -> bool:
+    """Whether a directory is a megatron-core checkpoint, rather than an HF one."""
+    return (directory / ".metadata").is_file()
+
+
+def resolved(directory: Path) -> Path:
+    """A checkpoint's own directory: of a run's directory the newest checkpoint. ConvertError when there is nothing."""
+    if not directory.is_dir():
+        raise ConvertError(f"{directory}: no such directory")
+    return checkpoint.latest(directory) or directory
+
+
+def model_of(directory: Path, given: str | None) -> Path:
+    """The HF directory (config.json, tokenizer) that a megatron-core checkpoint's weights belong to.
+
+    Named by the user, else the checkpoint itself where the converter wrote it, else model.path of its run.
+    """
+    if given is not None:
+        candidate, whence = Path(given), "--model"
+    elif (directory / "config.json").is_file():
+        return directory
+    else:
+        settings = directory.parent.parent / "config.yaml"
+        if not settings.is_file():
+            raise ConvertError(
+                f"{directory}: nothing says which model this is (no config.json, no {settings}): name the model's HF "
+                "directory with --model"
+            )
+        candidate, whence = Path(yaml.safe_load(settings.read_text())["model"]["path"]), f"model.path of {settings}"
+    if not (candidate / "config.json").is_file():
+        raise ConvertError(f"{candidate}: no config.json there ({whence}): name the model's HF directory with --model")
+    return candidate
+
+
+def refuse_damaged(directory: Path) -> None:
+    """ConvertError when a file of a checkpoint is not as its record says it was written; an HF directory has none."""
+    for name, digest in record_of(directory).get("files", {}).items():
+        path = directory / name
+        if not path.is_file():
+            raise ConvertError(f"{path}: no such file, though the checkpoint's megasapo.json lists it")
+        if sha256(path) != digest:
+            raise ConvertError(f"{path}: damaged since it was written (sha256): take another copy of the checkpoint")
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """What megasapo.json of a checkpoint says; empty without."""
+    path = directory / "megasapo.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}

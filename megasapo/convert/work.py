@@ -1,0 +1,264 @@
+"""What a conversion writes: the files it is made of, each from its source on its own, in any order and any process.
+
+`make_work` checks all that can be known before a byte is written. Called by command.py and its processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from megasapo import __version__
+from megasapo.convert.dequantised import DequantisedFiles
+from megasapo.convert.errors import WriteError
+from megasapo.convert.job import Folder, Output, sha256
+from megasapo.convert.sources import HFSource, MegatronSource, Source
+from megasapo.families import family
+from megasapo.families.weights import Shape
+from megasapo.fp8.blocks import WEIGHT_BLOCK
+from megasapo.layout import fewest_ranks
+from megasapo.mcore import checkpoint
+from megasapo.mcore.blueprint import Stored, blueprint
+from megasapo.mcore.bridge.export import TensorSpec
+from megasapo.mcore.bridge.hf_files import INDEX
+from megasapo.mcore.bridge.load import check_files, fill, read_config, say_ignored
+from megasapo.mcore.bridge.save import DTYPE_NAMES, SafetensorsWriter, assign_files, write_companions, write_json
+from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
+from megasapo.rollout.quantise import SCALE, is_quantised, quantise_bucket, quantised_config
+from megasapo.sections import ParallelConfig
+
+Direction = Literal["hf-to-megatron", "megatron-to-hf", "hf-to-hf"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is wanted. It goes to other processes, and into the identity of a conversion."""
+
+    direction: Direction
+    source: Path
+    model: Path  # the HF directory with config.json and tokenizer; of an HF source itself
+    shard_bytes: int
+    dtype: str | None = None  # None: as the source has it, FP8 as bfloat16
+    quantise: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    @property
+    def fp8_as(self) -> torch.dtype:
+        return self.cast or torch.bfloat16
+
+    def identity(self) -> dict[str, Any]:
+        said = {
+            name: str(getattr(self, name)) for name in ("direction", "shard_bytes", "dtype", "quantise", "parallel")
+        }
+        places = {name: str(getattr(self, name).resolve()) for name in ("source", "model")}
+        return {"version": __version__, **said, **places}
+
+
+class Work(Protocol):
+    outputs: list[Output]
+
+    def write(self, output: Output, folder: Folder) -> None:
+        """Write one file in full and record it. Raises WriteError when the disk is full."""
+        ...
+
+    def complete(self, folder: Folder) -> None:
+        """Once all files are there: what makes them a checkpoint."""
+        ...
+
+
+def make_work(request: Request) -> Work:
+    match request.direction:
+        case "hf-to-megatron":
+            return ToMegatron(request)
+        case "megatron-to-hf":
+            return ToHF(request, MegatronSource(request.source, request.model))
+        case "hf-to-hf":
+            return ToHF(request, HFSource(request.source, request.fp8_as))
+
+
+class ToMegatron:
+    """HF tensors -> pieces of a megatron-core checkpoint as the ranks of a layout would store them."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._files = DequantisedFiles(request.source, request.fp8_as)
+        plan = blueprint(request.model, request.parallel)
+        self._locals = plan.locals
+        for mine in plan.locals:
+            check_files(mine, self._files)
+        self._stored: dict[str, list[Stored]] = {}
+        self.outputs = []
+        for i, group in enumerate(self._groups(plan.stored)):
+            name = f"__{i}_0.distcp"
+            self._stored[name] = group
+            self.outputs.append(Output(name, sum(map(self._nbytes, group))))
+
+    def write(self, output: Output, folder: Folder) -> None:
+        stored = self._stored[output.name]
+        pieces = [self._piece(one) for one in stored]
+        making = iter(zip(stored, self._made(stored), strict=True))
+        path = folder.unfinished(output.name)
+        done = 0
+
+        def make(piece: Piece) -> torch.Tensor:
+            nonlocal done
+            one, tensor = next(making)
+            assert one.key == piece.key
+            done += 1
+            return tensor
+
+        try:
+            folder.finish(output.name, write_pieces(path, pieces, make))
+        except OSError as e:
+            at = pieces[max(0, done - 1)]
+            raise WriteError(f"{folder.files / output.name}: cannot write tensor {at.key!r}: {e.strerror}") from e
+
+    def complete(self, folder: Folder) -> None:
+        told: list[tuple[Piece, Place]] = []
+        for output in self.outputs:
+            record = folder.record(output.name)
+            assert record is not None, f"{output.name} is not finished"
+            pieces = [self._piece(one) for one in self._stored[output.name]]
+            places = [Place(output.name, *place) for place in record["contents"]]
+            told += zip(pieces, places, strict=True)
+        write_index(folder.files, told)
+        specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
+        files = {path.name: sha256(path) for path in sorted(folder.files.iterdir())}
+        config = read_config(self._request.model)
+        write_companions(self._request.model, config | family(config["model_type"]).exported, specs, folder.files)
+        say_ignored(self._locals[0], self._files)
+        degrees = self._request.parallel.model_dump()
+        record = {
+            "format": checkpoint.FORMAT,
+            "step": 0,
+            "world_size": fewest_ranks(self._request.parallel),
+            "layout": {"world_size": fewest_ranks(self._request.parallel), **degrees},
+            "converted": {"from": str(self._request.source), "version": __version__},
+            "trainer": {},
+            "files": files,
+        }
+        (folder.files / "megasapo.json").write_text(json.dumps(record, indent=1))
+
+    def _made(self, stored: list[Stored]) -> Iterator[torch.Tensor]:
+        """The pieces' numbers; those of one weight follow one another, and it is read once."""
+        weight, of = None, None
+        for one in stored:
+            if of is not one.placed:
+                weight = None  # before the next is made
+                weight = torch.empty(one.placed.tensor.shape, dtype=self._dtype(one))
+                fill(one.placed._replace(tensor=weight), self._files)
+                of = one.placed
+            assert weight is not None
+            yield one.of(weight)
+
+    def _groups(self, stored: list[Stored]) -> Iterator[list[Stored]]:
+        group: list[Stored] = []
+        filled = 0
+        for one in stored:
+            if group and filled + self._nbytes(one) > self._request.shard_bytes:
+                yield group
+                group, filled = [], 0
+            group.append(one)
+            filled += self._nbytes(one)
+        yield group
+
+    def _dtype(self, one: Stored) -> torch.dtype:
+        """Of the source, unless another was asked for."""
+        if self._request.cast is not None and not one.placed.keeps_dtype:
+            return self._request.cast
+        dtypes = [TORCH[self._files.entry(name).dtype] for name in one.placed.names]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    def _piece(self, one: Stored) -> Piece:
+        return Piece(one.key, one.offset, one.shape, one.global_shape, self._dtype(one))
+
+    def _nbytes(self, one: Stored) -> int:
+        return _nbytes(one.shape, self._dtype(one))
+
+
+class ToHF:
+    """HF-named tensors of any source -> safetensors with an index."""
+
+    def __init__(self, request: Request, source: Source) -> None:
+        self._request, self._source = request, source
+        config = read_config(request.model)
+        is_copy = request.direction == "hf-to-hf"  # of all there is, also what the learner has no use for
+        self._config = config if is_copy else config | family(config["model_type"]).exported
+        if request.quantise:
+            unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
+            self._quantised_config = quantised_config(unquantised, request.model)
+        self._specs = [spec._replace(dtype=self._dtype(spec)) for spec in source.specs]
+        written = [part for spec in self._specs for part in self._written(spec)]
+        self._files = assign_files(written, request.shard_bytes)
+        self.outputs = [Output(name, sum(s.nbytes for s in specs)) for name, specs in self._files.items()]
+
+    def write(self, output: Output, folder: Folder) -> None:
+        specs = self._files[output.name]
+        name = specs[0].name
+        try:
+            writer = SafetensorsWriter(folder.unfinished(output.name), specs)
+            for name, tensor in self._tensors({spec.name for spec in specs}):
+                writer.write(name, tensor)
+            writer.finish()
+            folder.finish(output.name, None)
+        except OSError as e:
+            raise WriteError(f"{folder.files / output.name}: cannot write tensor {name!r}: {e.strerror}") from e
+
+    def complete(self, folder: Folder) -> None:
+        if len(self._files) > 1:
+            total = sum(output.nbytes for output in self.outputs)
+            weight_map = {spec.name: file for file, specs in self._files.items() for spec in specs}
+            write_json(folder.files / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_companions(self._request.model, self._config, self._specs, folder.files)
+        if self._request.quantise:
+            said = read_config(folder.files)  # with the dtype of what is not quantised
+            quantised = {"quantization_config": self._quantised_config["quantization_config"]}
+            write_json(folder.files / "config.json", said | quantised)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor as it is cast, before it is quantised."""
+        return self._specs
+
+    def converted(self, spec: TensorSpec) -> list[tuple[str, torch.Tensor]]:
+        """A tensor of the source as it is written: cast, and quantised with its scales."""
+        tensor = self._source.read(spec.name).to(spec.dtype)
+        return quantise_bucket([(spec.name, tensor)]) if self._request.quantise else [(spec.name, tensor)]
+
+    def _tensors(self, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """In the order of the specs. A matrix and its scales may be in two files: it is quantised for both."""
+        for spec in self._specs:
+            if wanted & {part.name for part in self._written(spec)}:
+                yield from (part for part in self.converted(spec) if part[0] in wanted)
+
+    def _written(self, spec: TensorSpec) -> list[TensorSpec]:
+        if not self._request.quantise or not is_quantised(spec.name, len(spec.shape)):
+            return [spec]
+        blocks = tuple(-(-n // b) for n, b in zip(spec.shape, WEIGHT_BLOCK, strict=True))
+        return [
+            spec._replace(dtype=torch.float8_e4m3fn),
+            TensorSpec(spec.name + SCALE, blocks, torch.float32),
+        ]
+
+    def _dtype(self, spec: TensorSpec) -> torch.dtype:
+        if self._request.cast is None or self._source.keeps_dtype(spec.name):
+            return spec.dtype
+        return self._request.cast
+
+
+def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    return TensorSpec("", shape, dtype).nbytes

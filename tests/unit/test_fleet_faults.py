@@ -1,0 +1,167 @@
+"""Servers that are killed, hang, answer wrongly or not at all: the samples are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megasapo.rollout.fleet import Fleet
+from megasapo.sections import RolloutConfig
+from tests.unit.load import Servers, check, ideal_s, model, requests, serving
+
+NUMBER, LONGEST = 160, 120
+SPEED = "--tokens-per-s=400"
+
+
+def start(urls: list[str], directory: Path, **over: Any) -> Fleet:
+    settings = {"deterministic": False, "retry_for_s": 120.0, "start_timeout_s": 60.0, "max_in_flight": 48, **over}
+    fleet = Fleet.start(RolloutConfig(servers=tuple(urls), **settings), model(directory / "model"), directory)
+    fleet.version = 7
+    return fleet
+
+
+def sample(fleet: Fleet, disturb: Callable[[], None] | None = None, number: int = NUMBER) -> None:
+    """Ask for everything, call `disturb` once the first server has something to do, and check every answer."""
+    prompts, sampling = requests(number, 20, LONGEST, group=4)
+
+    async def run() -> None:
+        work = asyncio.create_task(fleet.generate(prompts, sampling))
+        if disturb is not None:
+            while not fleet.servers[0].outstanding_tokens:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(disturb)
+        check(await work, prompts, sampling)
+        await fleet.close()
+
+    asyncio.run(run())
+    assert [s.outstanding_tokens for s in fleet.servers] == [0] * len(fleet.servers)
+
+
+def counts(fleet: Fleet) -> dict[str, float]:
+    return {name.removeprefix("rollout/"): m.value() for name, m in fleet.take_metrics().items()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "every", "counted"),
+    [
+        ("error", 1, "unreachable"),
+        ("drop", 10, "unreachable"),
+        ("wrong", 2, "wrong_version"),
+        ("truncated", 2, "bad_answer"),
+        ("nan", 2, "bad_answer"),
+        ("slow", 1, None),
+    ],
+)
+def test_wrong_answers_are_asked_for_again(tmp_path: Path, fault: str, every: int, counted: str | None) -> None:
+    with serving(Servers(SPEED, f"--fault={fault}", f"--every={every}"), Servers(SPEED, ports=2)) as urls:
+        with start(urls, tmp_path) as fleet:
+            sample(fleet)
+            seen = counts(fleet)
+    expected = {"retries", counted, "server_restarts"} if counted else {"server_restarts"}
+    assert set(seen) == expected
+    assert seen["server_restarts"] == 0
+
+
+def test_ten_percent_of_all_connections_are_dropped(tmp_path: Path) -> None:
+    with serving(Servers(SPEED, "--fault=drop", "--every=10", ports=3)) as urls, start(urls, tmp_path) as fleet:
+        sample(fleet)
+        assert counts(fleet)["unreachable"] >= NUMBER // 10 - 3
+
+
+def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
+    first = Servers(SPEED)
+    with serving(first, Servers(SPEED, ports=2)) as urls, start(urls, tmp_path) as fleet:
+        sample(fleet, first.kill)
+        assert counts(fleet)["unreachable"] >= 1
+        assert fleet.servers[0].state in ("suspect", "dead")
+
+
+def test_a_server_that_hangs_is_found_out_long_before_its_requests_time_out(tmp_path: Path) -> None:
+    first = Servers(SPEED)
+    with serving(first, Servers(SPEED, ports=2)) as urls:
+        with start(urls, tmp_path, health_timeout_s=5.0, request_timeout_s=100_000.0) as fleet:
+            sample(fleet, lambda: os.kill(first.process.pid, signal.SIGSTOP))
+            assert fleet.servers[0].state == "dead"
+            assert counts(fleet)["unreachable"] >= 1
+
+
+def test_a_leader_that_only_connected_finds_out_too(tmp_path: Path) -> None:
+    first = Servers(SPEED)
+    with serving(first, Servers(SPEED)) as urls:
+        cfg = RolloutConfig(deterministic=False, health_timeout_s=5.0, request_timeout_s=100_000.0, max_in_flight=48)
+        with Fleet.connect(cfg, urls, model(tmp_path), leader_index=1) as fleet:
+            fleet.version = 7
+            sample(fleet, lambda: os.kill(first.process.pid, signal.SIGSTOP), number=80)
+
+
+def test_all_servers_go_and_come_back(tmp_path: Path) -> None:
+    first = Servers(SPEED, ports=2)
+    later: list[Servers] = []
+
+    def gone_and_back() -> None:
+        first.kill()
+        timer = threading.Timer(1.0, lambda: later.append(Servers(SPEED, again_at=first.ports)))
+        timer.start()
+
+    try:
+        with serving(first) as urls, start(urls, tmp_path) as fleet:
+            sample(fleet, gone_and_back)
+            assert counts(fleet)["unreachable"] >= 1
+    finally:
+        for servers in later:
+            servers.kill()
+
+
+def test_a_straggler_is_hedged_and_its_request_aborted(tmp_path: Path) -> None:
+    """Every request to the first server is never answered; each goes to another one too, and counts once."""
+    with serving(Servers(SPEED, "--fault=forever"), Servers(SPEED, ports=2)) as urls:
+        with start(urls, tmp_path, hedge_after_s=1.0, request_timeout_s=100_000.0) as fleet:
+            sample(fleet, number=80)
+            info = fleet.run(fleet.control(fleet.servers[0]).server_info())
+            seen = counts(fleet)
+    assert info["requests"] >= 1
+    assert sorted(info["aborted"]) == sorted(info["rids"])
+    assert seen["hedged"] >= info["requests"]
+    assert "retries" not in seen
+
+
+def test_a_group_goes_to_one_server_and_groups_are_spread(tmp_path: Path) -> None:
+    with serving(Servers(SPEED, ports=4)) as urls, start(urls, tmp_path, max_in_flight=160) as fleet:
+        sample(fleet)
+        firsts = [fleet.run(fleet.control(s).server_info())["firsts"] for s in fleet.servers]
+    assert sum(map(len, firsts)) == NUMBER // 4  # no group was seen by two servers
+    assert min(map(len, firsts)) >= 5
+
+
+def test_hundreds_in_flight(tmp_path: Path) -> None:
+    """8 servers x 64: every sample once, no more in flight than allowed, memory bounded."""
+    number, in_flight = 2048, 512
+    with serving(Servers(SPEED, ports=4), Servers(SPEED, ports=4)) as urls:
+        with start(urls, tmp_path, max_in_flight=in_flight) as fleet:
+            prompts, sampling = requests(number, 20, LONGEST, group=8)
+            most = 0
+
+            async def run() -> None:
+                nonlocal most
+                work = asyncio.create_task(fleet.generate(prompts, sampling))
+                while not work.done():
+                    most = max(most, sum(s.outstanding_tokens for s in fleet.servers))
+                    await asyncio.sleep(0.01)
+                check(work.result(), prompts, sampling)
+                await fleet.close()
+
+            before = psutil.Process().memory_info().rss
+            asyncio.run(run())
+            grown = psutil.Process().memory_info().rss - before
+            assert counts(fleet) == {"server_restarts": 0}
+    assert most <= in_flight * (100 + LONGEST)
+    assert grown < 150e6
+    assert ideal_s(sampling, in_flight, 400.0) > LONGEST / 400.0
