@@ -81,7 +81,7 @@ def test_episodes_of_two_turns_are_learned_from_with_the_servers_routing(tmp_pat
     assert [r["response/turns_mean"] for r in rows] == [2, 2]
     assert [r["routing/native_frac"] for r in rows] == [0, 0]
     assert all(r["mismatch/logprob_abs_diff"] < 1e-5 for r in rows)
-    lines = (tmp_path / "run" / "rollouts" / "step_00000001.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "rollouts" / "step_00000001.part-0-of-2.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
         given = [token for token, own in zip(row["output_ids"], row["sampled"], strict=True) if not own]
         assert given == [7, 8, 9]
