@@ -161,6 +161,12 @@ def _expert_problems(parallel: ParallelConfig, geometry: Geometry) -> Iterator[P
             )
         elif degree > 1 and size % degree:
             yield _does_not_divide(name, degree, field, size)
+    if parallel.etp > 1 and geometry.biases:
+        yield Problem(
+            "etp with experts that have biases",
+            f"parallel.etp={parallel.etp}: megatron-core cuts only experts without biases, and those of "
+            f"model_type={geometry.model_type!r} have them; use etp=1 and a larger ep",
+        )
 
 
 def _width_problems(parallel: ParallelConfig, geometry: Geometry) -> Iterator[Problem]:

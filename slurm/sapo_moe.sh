@@ -76,10 +76,21 @@ attempt=${SLURM_RESTART_COUNT:-0}
 diary=                                             # file beside stdout; known once the run is
 say() {
     local line
-    line="[$(date '+%F %T')] job $job attempt $attempt: $*"
+    line="[$(date '+%F %T')] $(uname -n) job $job attempt $attempt: $*"
     echo "$line"
     [ -z "$diary" ] || echo "$line" >> "$diary"
 }
+
+for knob in GPUS_PER_NODE MIN_SERVERS MAX_SERVER_RESTARTS ROLLOUT_PORT HEALTH_TIMEOUT STOP_GRACE MAX_CRASHES \
+    MAX_ATTEMPTS ${NPROC_PER_NODE:+NPROC_PER_NODE} ${SERVER_TP:+SERVER_TP} ${NODES:+NODES}; do
+    [[ ${!knob} =~ ^(0|[1-9][0-9]*)$ ]] || { say "$knob=${!knob}: give a whole number"; exit 2; }
+done
+[[ $LEARNER_NODES =~ ^(all|[1-9][0-9]*)$ ]] || { say "LEARNER_NODES=$LEARNER_NODES: give a number from 1, or all"; exit 2; }
+
+for python in "$PYTHON" "${SERVER_PYTHON:-$PYTHON}"; do
+    [ -n "$CONTAINER_IMAGE" ] || command -v "$python" > /dev/null ||
+        { say "$python (PYTHON or SERVER_PYTHON) is not on $(uname -n): install it on a file system that all nodes share"; exit 2; }
+done
 
 # ---- who does what
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
@@ -94,7 +105,7 @@ if [ "$LEARNER_NODES" = all ]; then
     LEARNER_NODES=${#hosts[@]}
     colocated=(--colocated)
     rollouts=("${hosts[@]}")
-elif ! [[ $LEARNER_NODES =~ ^[1-9][0-9]*$ ]] || [ "${#hosts[@]}" -le "$LEARNER_NODES" ]; then
+elif [ "${#hosts[@]}" -le "$LEARNER_NODES" ]; then
     say "LEARNER_NODES=$LEARNER_NODES of ${#hosts[@]} nodes leaves none for rollouts: use fewer, more --nodes, or all"
     exit 2
 else
@@ -147,6 +158,10 @@ eval "$decided"                                    # RUN_DIR NPROC SERVER_HOSTS 
 : "${NPROC:?}" "${SERVER_HOSTS[0]:?}" "${SERVER_PORTS[0]:?}" "${SERVER_COMMANDS[0]:?}" "${TRAIN[0]:?}"
 if [ ! -d "$RUN_DIR" ]; then
     say "FAILED: the container made $RUN_DIR, and it is not on $(hostname): add the directory above it to CONTAINER_MOUNTS"
+    exit 2
+fi
+if [ "${#SERVER_HOSTS[@]}" -lt "$MIN_SERVERS" ]; then
+    say "FAILED: MIN_SERVERS=$MIN_SERVERS, and the plan has ${#SERVER_HOSTS[@]}: lower it, or give more rollout nodes"
     exit 2
 fi
 mapfile -t flags < <(container)
@@ -263,6 +278,10 @@ done
 say "all ${#SERVER_HOSTS[@]} servers answer"
 
 # ---- the learner: one step; any rank that fails ends it, and Slurm is the only one to start it again
+# Its number must not be that of the attempt before: Slurm repeats to a node that was dead what it had to be told, and
+# "end step 5.1" would then end the new one. So every other attempt takes a step that does nothing before it.
+[ $((attempt % 2)) = 0 ] ||
+    timeout 60 srun --overlap --cpu-bind=none --nodes=1 --ntasks=1 --nodelist="${learners[0]}" true < /dev/null
 # shellcheck disable=SC2016
 "${step[@]}" --kill-on-bad-exit=1 --nodes="$LEARNER_NODES" --ntasks="$LEARNER_NODES" \
     --nodelist="$(IFS=,; echo "${learners[*]}")" --job-name=learner --output="$logs/learner-%N.log" \

@@ -63,12 +63,26 @@ GLM4_MOE_SHAPE = {
     "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 0,
 }
+GPT_OSS_SHAPE = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+    "sliding_window": 8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "truncate": False,
+    },
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' name for the family, and its fields beside SHAPE
     "moe": ("Qwen3Moe", MOE_SHAPE),
     "dense": ("Qwen3", {}),
     "qwen2_moe": ("Qwen2Moe", QWEN2_MOE_SHAPE),
     "mixtral": ("Mixtral", MIXTRAL_SHAPE),
     "glm4_moe": ("Glm4Moe", GLM4_MOE_SHAPE),
+    "gpt_oss": ("GptOss", GPT_OSS_SHAPE),
 }
 
 
@@ -98,8 +112,8 @@ def make_model(
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.normal_(std=0.1)
-            for parameter in model.parameters():
-                if parameter.dim() >= 2:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() >= 2 and not name.endswith("bias"):
                     parameter.mul_(5)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)  # a norm weight of exactly one hides mistakes

@@ -102,7 +102,7 @@ class MegatronSource:
         first, piece = self._parts[name][0]
         full = torch.empty(first.shapes[piece.source], dtype=self.dtype(first))
         for placed, piece in self._parts[name]:
-            copy_out(self.weight(placed), piece.local, full, piece.hf)
+            copy_out(self.weight(placed), piece, full)
         return full
 
     def weight(self, placed: Placed) -> torch.Tensor:

@@ -19,6 +19,11 @@ class Rotary(NamedTuple):
 
     theta: float
     dim: int
+    scaled: Callable[[Any], tuple[Any, float]] | None = None
+    """Where theta does not say it all: on a device, radians a position of each pair, and by how much cosines and sines
+    are multiplied."""
+    yarn: dict[str, Any] | None = None
+    """What megatron-core's own YaRN reads of its configuration, where that is how they are scaled."""
 
 
 def head_dim(hf: Any) -> int:

@@ -50,6 +50,9 @@ class Geometry:
     shared_gate: bool = False  # whether the shared expert's output is weighted by a gate
     qk_norm: bool = True
     qkv_bias: bool = False
+    biases: bool = False  # whether the output projection, routers and experts have them, too
+    sinks: bool = False  # whether attention has one for each head
+    windows: tuple[int, ...] = ()  # of each layer: how many keys a token sees at most, 0: all; () is 0 in every layer
 
     @property
     def layers(self) -> int:
@@ -75,6 +78,11 @@ class Geometry:
         return self.query_width + self.kv_width if self.qkv_bias else 0
 
     @property
+    def attention_vectors(self) -> int:
+        """One layer's biases of the output projection, and sinks."""
+        return self.hidden * self.biases + self.heads * self.sinks
+
+    @property
     def layer_vectors(self) -> int:
         """Norm weights of one layer."""
         return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
@@ -89,6 +97,15 @@ class Geometry:
         return 3 * self.hidden * self.moe_ffn
 
     @property
+    def expert_bias(self) -> int:
+        """Biases of one routed expert's products."""
+        return (2 * self.moe_ffn + self.hidden) * self.biases
+
+    @property
+    def router_bias(self) -> int:
+        return self.experts * self.biases
+
+    @property
     def router(self) -> int:
         """Weights of one layer's gates: the router's, and the shared expert's where it has one."""
         return self.hidden * (self.experts + self.shared_gate)
@@ -100,12 +117,14 @@ class Geometry:
     def parameters(self) -> Parameters:
         """Exact counts, without vocabulary padding; equal to what transformers builds from the same config."""
         moe = sum(self.moe_layers)
-        dense = self.layers * (self.attention_matrix + self.attention_bias + self.layer_vectors) + self.hidden
-        dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.shared_expert)
-        experts = moe * self.experts * self.expert
+        vectors = self.attention_bias + self.attention_vectors + self.layer_vectors
+        dense = self.layers * (self.attention_matrix + vectors) + self.hidden
+        dense += (self.layers - moe) * self.dense_mlp + moe * (self.router + self.router_bias + self.shared_expert)
+        expert = self.expert + self.expert_bias
+        experts = moe * self.experts * expert
         table = self.vocab * self.hidden
         head = 0 if self.tied else table
-        return Parameters(table, head, dense, experts, table + head + dense + moe * self.top_k * self.expert)
+        return Parameters(table, head, dense, experts, table + head + dense + moe * self.top_k * expert)
 
     def linear_flops(self, *, with_head: bool = True) -> int:
         """FLOPs of one token's forward pass in products with weights; embedding look-ups and norms cost none."""
@@ -120,8 +139,13 @@ class Geometry:
         return self.layers * 4 * self.query_width  # a product with the key, and one with the value
 
     def attention_flops(self, lengths: Iterable[int]) -> int:
-        """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included."""
-        return sum(n * (n + 1) // 2 for n in lengths) * self.pair_flops
+        """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included.
+
+        In layers with a window, to that many at most.
+        """
+        lengths, windows = list(lengths), self.windows or (0,) * self.layers
+        pairs = {window: sum(_causal_pairs(n, window) for n in lengths) for window in set(windows)}
+        return sum(pairs[window] for window in windows) * (self.pair_flops // self.layers)
 
     def forward_flops(self, lengths: Iterable[int], head_tokens: int | None = None) -> int:
         """FLOPs of one forward pass over sequences of these lengths: matrix products only.
@@ -140,7 +164,16 @@ class Geometry:
     @property
     def cost_ratio(self) -> float:
         """b / a of a sequence's cost a n + b n^2: what data.balance needs to level attention along with the rest."""
-        return self.pair_flops / 2 / (self.linear_flops() + self.pair_flops / 2)
+        layer = self.pair_flops / self.layers
+        seen = sum(self.windows)  # far from the start of a sequence, which is all that counts here
+        full = self.layers - sum(window > 0 for window in self.windows)
+        return full * layer / 2 / (self.linear_flops() + full * layer / 2 + seen * layer)
+
+
+def _causal_pairs(length: int, window: int) -> int:
+    if not window or length <= window:
+        return length * (length + 1) // 2
+    return length * window - window * (window - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)

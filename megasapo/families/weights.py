@@ -35,14 +35,21 @@ class Dims(NamedTuple):
     vocab_size: int  # without padding
     num_heads: int
     num_kv_heads: int
+    num_experts: int = 0
+    expert: int = 0  # which one the parameter belongs to
 
 
 class Piece(NamedTuple):
-    """A box of one HF tensor and the box of the local parameter, of the same shape, that holds it."""
+    """A box of one HF tensor and the box of the local parameter that holds it.
+
+    The boxes have the same shape, unless `turns` says otherwise: then HF stores the box transposed, all dimensions in
+    reverse, after `turns` equal parts of its first dimension have been made to take turns (1: it is left as it is).
+    """
 
     source: int  # which of the rule's HF tensors
     hf: Box
     local: Box
+    turns: int = 0
 
 
 class Mapped(NamedTuple):
@@ -69,7 +76,7 @@ class Rule:
 
     @property
     def is_expert(self) -> bool:
-        return "{expert}" in self.hf[0]
+        return "{expert}" in self.mcore[0]
 
     @property
     def is_layer(self) -> bool:
@@ -141,6 +148,18 @@ def qkv(local: Shape, shard: Shard, dims: Dims) -> Mapped:
             at += length
     shapes = tuple((dims.num_kv_heads * count * head, *local[1:]) for count in heads)
     return Mapped(shapes, tuple(pieces))
+
+
+def of_all_experts(layout: Layout, turns: int) -> Layout:
+    """One HF tensor of all experts, the first dimension; each holds what `layout` says, stored as Piece says."""
+
+    def of_one(local: Shape, shard: Shard, dims: Dims) -> Mapped:
+        mapped = layout(local, shard, dims)
+        shapes = tuple((dims.num_experts, *reversed(shape)) for shape in mapped.shapes)
+        own = (dims.expert, dims.expert + 1)
+        return Mapped(shapes, tuple(p._replace(hf=(own, *reversed(p.hf)), turns=turns) for p in mapped.pieces))
+
+    return of_one
 
 
 def _cut(local: Shape, shard: Shard, axis: int) -> Mapped:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from megasapo import launch
 from megasapo.metrics import Hist
 from megasapo.sections import LogConfig
 
@@ -112,12 +113,17 @@ def make_log(
 
 
 class ConsoleSink:
-    """A progress bar on a terminal; lines where the output is a file or a pipe, at most one every `line_every_s`."""
+    """A progress bar on a terminal; lines where the output is a file or a pipe, at most one every `line_every_s`.
+
+    Under Slurm the lines begin with node and attempt.
+    """
 
     def __init__(self, total_steps: int | None, start: int, stream: TextIO, line_every_s: float = 1.0) -> None:
         self._total, self._stream, self._line_every_s = total_steps, stream, line_every_s
         self._last_line_at = -math.inf
         self._shown: dict[str, str] = {}
+        place = launch.place()
+        self._who = f"{place.host} attempt {place.attempt} " if place.job else ""
         self._bar: Any = None
         if stream.isatty():
             self._bar = tqdm(total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
@@ -142,13 +148,13 @@ class ConsoleSink:
             return
         self._last_line_at = time.monotonic()
         values = "  ".join(f"{label} {value}" for label, value in now.items())
-        self._stream.write(f"{self._progress(step)}  {values}".rstrip() + "\n")
+        self._stream.write(f"{self._who}{self._progress(step)}  {values}".rstrip() + "\n")
         self._stream.flush()
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None:
         if self._bar is not None:
             self._bar.update(last_step - self._bar.n)
-        self._stream.write(f"\nrolled back to step {last_step}: {why}\n")
+        self._stream.write(f"\n{self._who}rolled back to step {last_step}: {why}\n")
         self._stream.flush()
 
     def close(self) -> None:

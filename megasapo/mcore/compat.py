@@ -148,8 +148,11 @@ def separate_expert_gradients(model: torch.nn.Module, topo: Topology) -> None:
 
     0.16.1 marks experts for their own data-parallel group only when ep > 1: with ep = 1 and etp other than tp that
     group differs from the other weights' too, and gradients would be summed over the wrong ranks. 0.19.2 marks them as
-    here.
+    here. 0.16.1 to 0.19.2 mark experts' biases for sequence parallelism, as if the tensor-parallel ranks had the same.
     """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name and getattr(parameter, "sequence_parallel", False):
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
     if topo.ep == 1 and topo.etp == topo.tp:
         return
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -39,6 +40,7 @@ from megasapo.mcore.topology import Topology
 from megasapo.sections import ModelConfig, PrecisionConfig
 from megasapo.types import MicroBatch
 
+ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Recompute = Literal["none", "selective", "full"]
@@ -81,6 +83,7 @@ def build_model(
     outside = Outside(
         vocab_size=hf_config.vocab_size,
         rotary=family(hf_config.model_type).rotary(hf_config),
+        window=config.window_size[0] + 1 if config.window_size else None,
         head_kernel=choose_kernel(cfg.head, topo.device),
         precision=numbers,
     )
@@ -105,7 +108,7 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
             post_process=topo.is_last_stage and number == topo.vpp - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-            position_embedding_type="rope" if use_te else "none",  # our own attention rotates by itself
+            position_embedding_type=_rotation(config, outside),
             rotary_base=outside.rotary.theta,
             rotary_percent=outside.rotary.dim / config.kv_channels,
             vp_stage=vp_stage,
@@ -119,12 +122,22 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
     return model.to(topo.device)
 
 
+def _rotation(config: TransformerConfig, outside: Outside) -> Literal["none", "rope", "yarn"]:
+    """What megatron-core is to do about positions: nothing where our own attention rotates."""
+    if not outside.precision.use_te:
+        return "none"
+    for name, value in (outside.rotary.yarn or {}).items():
+        setattr(config, f"yarn_{name}", value)  # 0.16.1 to 0.19.2 read these from the config, which has no such fields
+    return "yarn" if outside.rotary.yarn else "rope"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outside:
     """What the forward pass needs to know of a model beside its modules."""
 
     vocab_size: int  # of the HF model: columns beyond it are padding
     rotary: Rotary
+    window: int | None  # keys that a token sees in layers with a sliding window
     head_kernel: str
     precision: Precision
 
@@ -136,11 +149,17 @@ def transformer_config(
     own = family(hf_config.model_type, f"{cfg.path}/config.json").transformer_fields(hf_config)
     fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | own
     fields |= precision.transformer_fields()
+    fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     config = TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
     if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
         raise ConfigError(
             "model.override_transformer_config: gradient_accumulation_fusion=true needs Transformer Engine's layers "
             "or fused_weight_gradient_mlp_cuda of NVIDIA's Apex, and neither is there: leave it out"
+        )
+    if precision.use_te and topo.cp > 1 and config.softmax_type != "vanilla":
+        raise ConfigError(
+            f"parallel.cp={topo.cp}: Transformer Engine has no context parallelism for packed sequences with attention "
+            f"sinks, which model_type={hf_config.model_type!r} has: use parallel.cp=1, or model.dtype=float32"
         )
     return config
 
@@ -164,7 +183,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "calculate_per_token_loss": True,  # the loss carries its own weights: gradients are sums over ranks
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "activation_func": F.silu,
+        "activation_func": "silu",
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
@@ -290,6 +309,7 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
             mb.max_seqlen,
             mb.position_ids,
             rotary=outside.rotary,
+            window=outside.window,
             shard=topo.shard,
             cp_group=topo.cp_group if topo.cp > 1 else None,
         )

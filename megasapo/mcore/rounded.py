@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasapo.fp8.history import AmaxHistory
 from megasapo.fp8.recipes import ROLES, Recipe, Role
+from megasapo.mcore.glu import GLU, SWIGLU, Biases, glu
 from megasapo.mcore.main_grad import WeightGradient
 
 
@@ -67,11 +67,20 @@ def rounded_swiglu(
     fc1: Sequence[Tensor],
     fc2: Sequence[Tensor],
     roundings: tuple[Rounding, Rounding],
+    biases: Biases | None = None,
+    unit: GLU = SWIGLU,
 ) -> Tensor:
-    """experts.grouped_swiglu with rounded products; the activation in between is computed as there."""
-    a, b = rounded_linear(tokens, counts, fc1, roundings[0]).chunk(2, dim=1)
-    hidden = (F.silu(a) * b * gates[:, None]).to(tokens.dtype)
-    return rounded_linear(hidden, counts, fc2, roundings[1])
+    """experts.grouped_swiglu with rounded products; biases and the activation in between are computed as there."""
+    h = rounded_linear(tokens, counts, fc1, roundings[0])
+    if biases is not None:
+        h = h + _per_token(biases.fc1, counts)
+    hidden = (glu(h, unit) * gates[:, None]).to(tokens.dtype)
+    out = rounded_linear(hidden, counts, fc2, roundings[1])
+    return out if biases is None else (out + _per_token(biases.fc2, counts) * gates[:, None]).to(out.dtype)
+
+
+def _per_token(biases: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    return torch.stack(list(biases)).repeat_interleave(torch.tensor(counts, device=biases[0].device), dim=0)
 
 
 class _RoundedLinear(torch.autograd.Function):

@@ -70,14 +70,14 @@ def held_parameters(geometry: Geometry, degrees: Degrees, stage: int) -> Held:
     g, tp = geometry, degrees.tp
     layers = [moe for chunk in stage_chunks(g, degrees, stage) for moe in chunk]
     moe = sum(layers)
-    dense = len(layers) * ((g.attention_matrix + g.attention_bias) // tp + g.layer_vectors)
-    dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.shared_expert // tp)
+    dense = len(layers) * ((g.attention_matrix + g.attention_bias) // tp + g.attention_vectors + g.layer_vectors)
+    dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.router_bias + g.shared_expert // tp)
     table = padded_vocab_size(g.vocab, tp) // tp * g.hidden
     first, last = stage == 0, stage == degrees.pp - 1
     dense += table * first + g.hidden * last
     if last and not (first and g.tied):
         dense += table  # tied across stages: both hold it
-    return Held(dense, moe * (g.experts // degrees.ep) * g.expert // degrees.etp)
+    return Held(dense, moe * (g.experts // degrees.ep) * (g.expert + g.expert_bias) // degrees.etp)
 
 
 def parameter_bytes(held: Held, degrees: Degrees, dtype: str) -> tuple[int, int, int]:

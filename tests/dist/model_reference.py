@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
     "glm4_moe": {"kind": "glm4_moe"},
+    "gpt_oss": {"kind": "gpt_oss", "vocab_size": 515},
 }
 LENGTHS = (5, 17, 33, 2, 64, 9, 30, 12)
 TEMPERATURE = 0.7

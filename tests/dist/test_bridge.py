@@ -35,6 +35,7 @@ MODELS = {
     "dense": {"kind": "dense", "vocab_size": 513, "num_attention_heads": 8},
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
+    "gpt_oss_bf16": {"kind": "gpt_oss", "vocab_size": 515, "dtype": torch.bfloat16},
     "glm4_moe_bf16": {
         "kind": "glm4_moe",
         "first_k_dense_replace": 2,

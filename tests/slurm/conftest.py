@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ STANDS_AFTER = 3  # where a held run stands: one step after its last checkpoint,
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    if shutil.which("slurmctld") is None:
+    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("no Slurm on this machine: tests/slurm/sandbox.sh install, or make test-slurm")
     with running_cluster() as cluster:
         yield cluster
@@ -71,9 +72,8 @@ class Experiment:
         self._gate.write_text(str(STANDS_AFTER))
 
     def stands(self, job: Job) -> bool:
-        """Whether the attempt that runs now is through with the step."""
-        log = self.run / "logs" / f"{job.number}.{job.restarts()}" / "learner-n1.log"
-        return log.exists() and f"step {STANDS_AFTER}/{STEPS}" in log.read_text()
+        """Whether the attempt that runs now waits in the step after that one."""
+        return (self.root / f"run.stands.{job.number}.{job.restarts()}").exists()
 
     def go_on(self) -> None:
         self._gate.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,9 +11,13 @@ from typing import Any
 
 
 def digit(prompt: Any, response: str, run: str) -> float:
-    """1 for a response with a digit. While a file RUN.gate holds a number, no step after that one is graded."""
+    """1 for a response with a digit. While a file RUN.gate holds a number, no step after that one is graded.
+
+    Who waits there says so in a file RUN.stands.JOB.ATTEMPT.
+    """
     gate, metrics = Path(f"{run}.gate"), Path(run) / "metrics.jsonl"
     while gate.exists() and metrics.exists() and metrics.read_bytes().count(b"\n") >= int(gate.read_text()):
+        Path(f"{run}.stands.{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}").touch()
         time.sleep(0.1)
     return float(any(c.isdigit() for c in response))
 

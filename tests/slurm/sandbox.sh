@@ -17,7 +17,7 @@
 #
 # Needs root (or CAP_SYS_ADMIN + CAP_NET_ADMIN), no systemd, no network.
 #
-#   sandbox.sh install              apt-get install what is missing
+#   sandbox.sh install              apt-get install what is missing; fails, with the reason last, where none can be
 #   sandbox.sh up                   start (a no-op when already up)
 #   sandbox.sh down                 stop, remove the state directory
 #   sandbox.sh status               0 when every daemon is alive
@@ -39,7 +39,7 @@
 #   SLURM_SANDBOX_GPUS     gres/gpu a node   (8; stand-ins, 0 for none)
 #   SLURM_SANDBOX_MEM      MiB a node        (4096; not enforced)
 #   SLURM_SANDBOX_PRIVATE  directories that are node-local ("" ; e.g. "/scratch")
-#   SLURM_SANDBOX_TIMEOUT  SlurmdTimeout, s  (10: a dead node is down in 8-20 s)
+#   SLURM_SANDBOX_TIMEOUT  SlurmdTimeout, s  (20: a dead node is down in 10-40 s)
 #   SLURM_SANDBOX_CONF     extra lines for slurm.conf
 #
 # With gcc and libslurm-dev (install fetches both) srun and sbatch also
@@ -124,7 +124,7 @@ machine_init() {
     done
     ip link set lo up
 
-    wait_for 20 test -e "$DIR/pids/$name.wired" || die "$name: no link"
+    wait_for 90 test -e "$DIR/pids/$name.wired" || die "$name: no link"
     start_munged
     case $name in ctl) start_slurmctld ;; *) start_slurmd ;; esac
     trap : HUP INT TERM
@@ -139,7 +139,7 @@ start_munged() {
     munged --foreground --key-file="$DIR/etc/munge.key" \
         --socket="$DIR/local/munge/sock" --pid-file="$DIR/local/munge/pid" \
         --seed-file="$DIR/local/munge/seed" --log-file="$DIR/local/munge/log" &
-    wait_for 10 test -S "$DIR/local/munge/sock" || die "munged did not start"
+    wait_for 60 test -S "$DIR/local/munge/sock" || die "munged did not start"
 }
 start_slurmctld() { slurmctld -D -f "$SLURM_CONF" & }
 start_slurmd() { mkdir -p "$DIR/local/spool"; slurmd -D -f "$SLURM_CONF" & }
@@ -160,7 +160,7 @@ start_machine() {
     SLURM_SANDBOX_DIR=$DIR PRIVATE=$PRIVATE SLURM_CONF=$DIR/etc/slurm.conf \
         setsid unshare --net --uts --mount --ipc --pid --fork --kill-child \
         bash "$self" __init "$name" < /dev/null >> "$DIR/log/$name.out" 2>&1 9>&- &
-    wait_for 10 test -s "$DIR/pids/$name" || die "$name did not start: $(tail -3 "$DIR/log/$name.out")"
+    wait_for 60 test -s "$DIR/pids/$name" || die "$name did not start: $(tail -3 "$DIR/log/$name.out")"
     pid=$(init_pid "$name") || die "$name died: $(tail -3 "$DIR/log/$name.out")"
     if [ "$name" = ctl ]; then
         nsenter -t "$pid" -n sh -ec "
@@ -184,7 +184,7 @@ stop_machine() {              # the power button
     local pid
     pid=$(init_pid "$1") || return 0
     kill -KILL "$pid"
-    wait_for 20 eval "! init_pid $1 > /dev/null" || die "$1 (pid $pid) does not die"
+    wait_for 60 eval "! init_pid $1 > /dev/null" || die "$1 (pid $pid) does not die"
 }
 
 write_config() {
@@ -214,7 +214,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job must wait (120 s by default).
-AuthInfo=socket=$DIR/local/munge/sock,cred_expire=5
+AuthInfo=socket=$DIR/local/munge/sock,cred_expire=10
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/local/spool
 SlurmctldPidFile=$DIR/local/slurmctld.pid
@@ -231,15 +231,15 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ${gres:+GresTypes=gpu}
-# Short tempers, so that a test need not wait for minutes.
+# Short tempers, so that a test need not wait for minutes; not so short that a busy machine looks like a dead one.
 SlurmdTimeout=$TIMEOUT
 SlurmctldTimeout=10
-MessageTimeout=5
+MessageTimeout=10
 TCPTimeout=2
-BatchStartTimeout=10
+BatchStartTimeout=60
 KillWait=5
 CompleteWait=0
-UnkillableStepTimeout=20
+UnkillableStepTimeout=180
 MinJobAge=86400
 ReturnToService=2
 JobRequeue=1
@@ -366,6 +366,16 @@ missing() {
     done
 }
 
+check_rights() {
+    [ "$(id -u)" = 0 ] || die "needs root"
+    unshare --net --uts --mount --ipc --pid --fork true 2>/dev/null ||
+        die "this machine does not allow namespaces"
+}
+check_links() {
+    unshare --net sh -c 'ip link add br0 type bridge && ip link add veth0 type veth peer name veth1' 2>/dev/null ||
+        die "this kernel has no bridges or veth links"
+}
+
 all_idle() {
     local n
     n=$( (enter ctl sinfo -h -N -p batch -t idle -o %n) 2>/dev/null | sort -u | wc -l)
@@ -387,22 +397,24 @@ locked() {                    # one up or down at a time
 
 case ${1:-} in
 install)
-    [ -z "$(missing)" ] && [ -e /usr/include/slurm/spank.h ] && exit 0
+    check_rights
+    if [ -z "$(missing)" ] && [ -e /usr/include/slurm/spank.h ]; then check_links; exit 0; fi
+    command -v apt-get > /dev/null || die "no apt-get to install with: $(missing | xargs)"
     # A policy that lets no service start, unless there is one already.
     if [ ! -e /usr/sbin/policy-rc.d ]; then
         printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
         chmod 755 /usr/sbin/policy-rc.d
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     fi
-    apt-get update
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    apt-get -o DPkg::Lock::Timeout=300 update
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends \
         slurmctld slurmd slurm-client munge iproute2 util-linux gcc libc6-dev libslurm-dev
+    check_links
     ;;
 up)
     [ -z "$(missing)" ] || die "missing: $(missing | xargs); run: $self install"
-    [ "$(id -u)" = 0 ] || die "needs root"
-    unshare --net --uts --mount --ipc --pid --fork true 2>/dev/null ||
-        die "this machine does not allow namespaces"
+    check_rights
+    check_links
     locked
     if [ -r "$DIR/settings" ]; then
         # shellcheck source=/dev/null
@@ -412,11 +424,11 @@ up)
         bash "$self" __down
     fi
     NODES=${SLURM_SANDBOX_NODES:-3} CPUS=${SLURM_SANDBOX_CPUS:-8} GPUS=${SLURM_SANDBOX_GPUS:-8}
-    MEM=${SLURM_SANDBOX_MEM:-4096} TIMEOUT=${SLURM_SANDBOX_TIMEOUT:-10} PRIVATE=${SLURM_SANDBOX_PRIVATE:-}
+    MEM=${SLURM_SANDBOX_MEM:-4096} TIMEOUT=${SLURM_SANDBOX_TIMEOUT:-20} PRIVATE=${SLURM_SANDBOX_PRIVATE:-}
     write_config
     write_spank
     for m in $(machines); do start_machine "$m"; done
-    wait_for 40 settled || :
+    wait_for 120 settled || :
     all_idle || { bash "$self" logs >&2; bash "$self" __down; die "the nodes did not come up"; }
     say "up: $NODES nodes of $CPUS CPUs and $GPUS stand-in GPUs ($DIR)"
     ;;

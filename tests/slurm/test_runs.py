@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job
+from tests.e2e.runs import metrics
+from tests.slurm.cluster import ROOT, Cluster, Job
 from tests.slurm.conftest import STANDS_AFTER, STEPS, Experiment
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3000)]
 
 
 def assert_nothing_lost(experiment: Experiment, unbroken: Experiment) -> None:
@@ -32,7 +34,7 @@ def standing(cluster: Cluster, experiment: Experiment, *flags: str, **knobs: str
     experiment.hold()
     job = cluster.submit(experiment.root, experiment.config, flags=flags, **knobs)
     job.until(lambda: experiment.stands(job), f"step {STANDS_AFTER}")
-    assert experiment.checkpoint() == "step_00000002"
+    job.until(lambda: experiment.checkpoint() == "step_00000002", "the checkpoint")
     return job
 
 
@@ -47,6 +49,30 @@ def test_an_undisturbed_run(cluster: Cluster, unbroken: Experiment) -> None:
     again = cluster.submit(unbroken.root, unbroken.config)  # the rest of a chain of jobs
     again.succeed()
     assert "has finished: nothing to do" in again.last_line()
+
+
+def test_arithmetic_example(cluster: Cluster, tmp_path: Path) -> None:
+    """As `make train` goes, but shorter: its task, 100 of 900 steps of cold start, 20 of 60 steps of SAPO by sbatch."""
+    example, model = ROOT / "examples" / "arithmetic", tmp_path / "cold-start"
+    sft = [f"model.path={tmp_path / 'model'}", f"sft.data={tmp_path / 'sft.jsonl'}", f"sft.out={model}"]
+    for command in (
+        [str(example / "make_task.py"), "--out", str(tmp_path), "--num-sft", "6400"],
+        ["-m", "megasapo.cli", "sft", str(example / "sft.yaml"), f"run.dir={tmp_path}", *sft],
+    ):
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT, timeout=1200)
+    files = [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "eval")]
+    settings = [f"run.dir={tmp_path}", f"model.path={model}", *files, "train.steps=20"]
+    job = cluster.submit(tmp_path, str(example / "sapo.yaml"), *settings)
+    job.succeed()
+    run = tmp_path / "arithmetic"
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    early, late = (sum(row["reward/mean"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert 0 < early < late, "nothing was learned"
+    assert [row["step"] for row in rows if "eval/pass@1" in row] == [10, 20]
+    assert (run / "hf" / "model.safetensors").exists()
+    said = cluster.login(sys.executable, "-m", "megasapo.cli", "watch", str(run), "--once", PYTHONPATH=str(ROOT))
+    assert "FINISHED: `megasapo train` reached step 20" in said
 
 
 def test_time_limit(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
@@ -66,11 +92,11 @@ def test_time_limit(cluster: Cluster, experiment: Experiment, unbroken: Experime
 def test_power_cut(cluster: Cluster, experiment: Experiment, unbroken: Experiment, node: str) -> None:
     job = standing(cluster, experiment)
     cluster.sandbox("power-off", node)
-    job.until(lambda: job.restarts() == 1, "the requeue")
+    job.until(lambda: job.restarts() > 0, "the requeue")
     experiment.go_on()
     cluster.sandbox("power-on", node)
     job.succeed()
-    assert job.restarts() == 1
+    assert job.restarts() in (1, 2)  # 2: the learner noticed before Slurm did, which then gave the dead node out again
     assert_nothing_lost(experiment, unbroken)
 
 
@@ -174,5 +200,8 @@ def test_refused_before_anything_starts(cluster: Cluster, experiment: Experiment
     too_many = cluster.submit(experiment.root, experiment.config, LEARNER_NODES="3")
     assert too_many.end() == "FAILED"
     assert "LEARNER_NODES=3 of 3 nodes leaves none for rollouts" in too_many.last_line()
+    lonely = cluster.submit(experiment.root, experiment.config, MIN_SERVERS="2")
+    assert lonely.end() == "FAILED"
+    assert "MIN_SERVERS=2, and the plan has 1" in lonely.last_line()
     said = cluster.login("sbatch", "--test-only", "--nodes=3", "slurm/sapo_moe.sh", experiment.config)
     assert re.search(r"Job \d+ to start at .* on nodes n\[1-3\]", said)

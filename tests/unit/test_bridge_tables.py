@@ -13,7 +13,7 @@ import torch
 
 from megasapo.config import ConfigError
 from megasapo.families import family
-from megasapo.families.weights import BridgeError, Dims, Shard, columns, gate_up, qkv, rows, vocab
+from megasapo.families.weights import BridgeError, Dims, Piece, Shard, columns, gate_up, qkv, rows, vocab
 from megasapo.mcore.bridge.export import _combine, _offers, _part
 from megasapo.mcore.bridge.placement import find_hf, place
 from tests.unit.bridge_fakes import HF_MOE, fake_model, fill_from
@@ -57,9 +57,9 @@ def test_gate_up_puts_each_ranks_gate_before_its_up(size: int) -> None:
 
 
 def test_rows_and_columns() -> None:
-    assert rows((4, 6), Shard(1, 3), Dims(9, 1, 1)).pieces == ((0, ((4, 8), (0, 6)), ((0, 4), (0, 6))),)
+    assert rows((4, 6), Shard(1, 3), Dims(9, 1, 1)).pieces == (Piece(0, ((4, 8), (0, 6)), ((0, 4), (0, 6))),)
     assert rows((4,), Shard(1, 3), Dims(9, 1, 1)).shapes == ((12,),)
-    assert columns((4, 6), Shard(2, 3), Dims(9, 1, 1)).pieces == ((0, ((0, 4), (12, 18)), ((0, 4), (0, 6))),)
+    assert columns((4, 6), Shard(2, 3), Dims(9, 1, 1)).pieces == (Piece(0, ((0, 4), (12, 18)), ((0, 4), (0, 6))),)
     assert columns((4, 6), Shard(2, 3), Dims(9, 1, 1)).shapes == ((4, 18),)
 
 
@@ -90,10 +90,10 @@ def test_every_rank_together_makes_up_the_hf_model(spec: str, tp: int, pp: int, 
     assert len(tensors) == len(hf) == (1 if tied else 2) + 1 + 8 * 4 + 3 + (1 + 3 * 4) * 3
     for name, shape, dtype in tensors:
         full = torch.full(shape, float("nan"), dtype=dtype)
-        assert sources[name] == [(r, box) for r, held in enumerate(sends) for *_, box, _ in held.get(name, [])]
+        assert sources[name] == [(r, piece.hf) for r, held in enumerate(sends) for _, piece, _ in held.get(name, [])]
         for held in sends:
-            for tensor, local, box, _ in held.get(name, []):
-                full[tuple(slice(*bounds) for bounds in box)] = _part(tensor, local)
+            for tensor, piece, _ in held.get(name, []):
+                full[tuple(slice(*bounds) for bounds in piece.hf)] = _part(tensor, piece)
         assert torch.equal(full, hf[name]), name
 
 

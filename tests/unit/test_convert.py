@@ -30,6 +30,7 @@ MODELS = {
         "dtype": torch.bfloat16,
     },
     "dense": {"kind": "dense", "num_hidden_layers": 2, "vocab_size": 513},
+    "gpt_oss": {"kind": "gpt_oss", "num_hidden_layers": 2},
     "glm": {"kind": "glm4_moe", "num_nextn_predict_layers": 0, "dtype": torch.bfloat16},
     "wide": {"kind": "moe", "num_experts": 4, "num_hidden_layers": 2, "hidden_size": 320, "dtype": torch.bfloat16},
 }
@@ -76,6 +77,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("odd", ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")),
         ("dense", ("parallel.tp=2", "parallel.pp=2")),
         ("glm", ("parallel.tp=2", "parallel.ep=2")),
+        ("gpt_oss", ("parallel.tp=2", "parallel.ep=2", "parallel.pp=2")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "one rank",
 )

@@ -19,10 +19,12 @@ from megasapo.config import ConfigError
 from megasapo.families import FAMILIES, family
 from megasapo.families.weights import BridgeError
 from megasapo.geometry import geometry
+from megasapo.layout import check_layout
 from megasapo.mcore.bridge.load import load_hf
 from megasapo.mcore.bridge.placement import place
 from megasapo.plan.memory import held_parameters
 from megasapo.plan.work import Degrees
+from megasapo.sections import ParallelConfig
 from tests.tiny import KINDS, SHAPE
 from tests.unit.bridge_fakes import VOCAB, fake_model, fill_from
 
@@ -44,6 +46,8 @@ def hf_config(kind: str, **over: Any) -> Any:
             "glm4_moe",
             {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 3, "n_shared_experts": 1},
         ),
+        ("gpt_oss", {}),
+        ("gpt_oss", {"num_attention_heads": 8, "tie_word_embeddings": True, "layer_types": ["full_attention"] * 4}),
     ],
 )
 def test_parameters_and_flops_are_those_of_transformers(kind: str, over: dict[str, Any]) -> None:
@@ -56,7 +60,7 @@ def test_parameters_and_flops_are_those_of_transformers(kind: str, over: dict[st
     assert count.experts == sum(p.numel() for name, p in named.items() if ".experts." in name)
     assert held_parameters(sizes, Degrees(1, 1, 1, 1, 1, 1, 1), 0).total == count.total
     # two FLOPs for each weight of a matrix that a token passes: of experts, top-k of all
-    experts = sum(p.numel() for name, p in named.items() if ".experts." in name)
+    experts = sum(p.numel() for name, p in named.items() if ".experts." in name and not name.endswith("bias"))
     others = sum(p.numel() for name, p in named.items() if p.dim() > 1 and ".experts." not in name)
     tied = 0 if sizes.tied else sizes.vocab * sizes.hidden  # the embedding is looked up
     assert sizes.linear_flops() == 2 * (others - tied + experts * sizes.top_k // sizes.experts)
@@ -69,6 +73,30 @@ def test_a_tensor_parallel_rank_holds_its_part_of_biases_and_shared_expert() -> 
     assert 2 * half - whole == replicated
 
 
+def test_layers_with_a_window_attend_to_fewer_pairs() -> None:
+    sizes = geometry(json.loads(hf_config("gpt_oss").to_json_string(use_diff=False)))
+    pairs = sum(min(t, 8) for t in range(1, 21)) * 2 + 20 * 21 // 2 * 2 + (1 + 2 + 3) * 4  # two layers have a window
+    assert sizes.attention_flops([20, 3]) == pairs * 4 * 4 * 16  # products, 2 FLOPs, heads, head_dim
+    flops = [sizes.forward_flops([n]) for n in (10_000, 40_000)]
+    cost = [n + sizes.cost_ratio * n * n for n in (10_000, 40_000)]
+    assert cost[1] / cost[0] == pytest.approx(flops[1] / flops[0], rel=1e-4)
+
+
+def test_experts_with_biases_are_not_cut() -> None:
+    sizes = geometry(json.loads(hf_config("gpt_oss").to_json_string(use_diff=False)))
+    with pytest.raises(ConfigError, match=r"parallel\.etp=2: .*'gpt_oss' have them; use etp=1"):
+        check_layout(ParallelConfig(etp=2), 2, sizes)
+
+
+def test_mxfp4_checkpoints_are_refused_with_what_to_do() -> None:
+    fields = json.loads(hf_config("gpt_oss").to_json_string(use_diff=False))
+    fields["quantization_config"] = {"quant_method": "mxfp4"}
+    with pytest.raises(ConfigError, match=r"MXFP4.*Mxfp4Config\(dequantize=True\)"):
+        geometry(fields)
+    with pytest.raises(ConfigError, match=r"Mxfp4Config\(dequantize=True\)"):
+        family("gpt_oss").transformer_fields(transformers.GptOssConfig(**fields))
+
+
 @pytest.mark.parametrize(
     ("kind", "over", "message"),
     [
@@ -77,6 +105,8 @@ def test_a_tensor_parallel_rank_holds_its_part_of_biases_and_shared_expert() -> 
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=4 is not supported"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported for gpt_oss; only True is"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
         ("glm4_moe", {"topk_group": 1}, "num_experts_per_tok=4 with topk_group=1 is not supported"),
     ],
 )

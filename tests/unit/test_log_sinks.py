@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_console_line_without_a_terminal() -> None:
         "[#####---------------] step 10/40  reward 0.412  length 9.9  gate+ 0.999  gate- 0.990  tokens/s 1834"
     )
     assert second == "[#####---------------] step 11/40"
+
+
+def test_console_line_of_a_job_names_node_and_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    stream = io.StringIO()
+    ConsoleSink(total_steps=None, start=0, stream=stream).log(3, {"reward/mean": 0.5}, {}, {}, {})
+    assert stream.getvalue() == f"{socket.gethostname()} attempt 2 step 3  reward 0.500\n"
 
 
 def test_console_thins_out_quick_steps_but_shows_evaluations_and_the_end() -> None:

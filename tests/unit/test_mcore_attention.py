@@ -27,8 +27,21 @@ def packed(lengths: list[int], **over):
     return pack(boundaries(lengths), max(lengths), positions(lengths), **{"rotary": Rotary(THETA, DIM)} | over)
 
 
+def config(**over) -> SimpleNamespace:
+    fields = {"attention_dropout": 0.0, "window_size": None, "window_attn_skip_freq": None, "softmax_type": "vanilla"}
+    return SimpleNamespace(**fields | over)
+
+
 def attention(**over) -> PackedAttention:
-    return PackedAttention(SimpleNamespace(attention_dropout=0.0), **over)
+    return PackedAttention(config(), **over)
+
+
+def sliding(window: int, sinks: torch.Tensor | None = None, layer_number: int = 1) -> PackedAttention:
+    """Of a model whose odd layers have a window."""
+    made = PackedAttention(config(window_size=(window - 1, 0), window_attn_skip_freq=[1, 0]), layer_number)
+    if sinks is not None:
+        made.softmax_offset = torch.nn.Parameter(sinks)
+    return made
 
 
 def inputs(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -37,8 +50,19 @@ def inputs(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(num_tokens, h, DIM, generator=generator, dtype=torch.float64).to(dtype) for h in heads]
 
 
-def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
-    """softmax(q k / sqrt d) v of each token over its sequence's past, one head at a time, in fp64, q and k rotated."""
+def by_formula(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(q k / sqrt d) v of each token over its sequence's past, one head at a time, in fp64, q and k rotated.
+
+    With a window, over that many tokens at most; with sinks, of which one more logit a head takes a share.
+    """
     q, k, v = (x.double() for x in (q, k, v))
     q, k = (rotated(x, lengths) for x in (q, k))
     out = torch.zeros_like(q)
@@ -47,8 +71,10 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
         for t in range(start, start + n):
             for h in range(HEADS):
                 g = h * GROUPS // HEADS
-                weights = (k[start : t + 1, g] @ q[t, h] * scale).softmax(0)
-                out[t, h] = weights @ v[start : t + 1, g]
+                first = max(start, t + 1 - window) if window else start
+                weights = (k[first : t + 1, g] @ q[t, h] * scale).exp()
+                total = weights.sum() + (0 if sinks is None else sinks[h].exp())
+                out[t, h] = weights / total @ v[first : t + 1, g]
         start += n
     return out.flatten(1)
 
@@ -104,6 +130,43 @@ def test_gradients_are_the_formulas() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [1, 4, 9, 1000])
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+def test_sliding_windows_are_the_formula(lengths: list[int], window: int) -> None:
+    q, k, v = inputs(sum(lengths), torch.float64)
+    params = packed(lengths, window=window)
+    out = sliding(window)(q, k, v, packed_seq_params=params)
+    torch.testing.assert_close(out, by_formula(q, k, v, lengths, DIM**-0.5, window), rtol=0, atol=1e-12)
+    out = sliding(window, layer_number=2)(q, k, v, packed_seq_params=params)
+    torch.testing.assert_close(out, by_formula(q, k, v, lengths, DIM**-0.5), rtol=0, atol=1e-12)
+
+
+def test_a_window_costs_no_more_than_twice_its_keys() -> None:
+    layout = plan(boundaries([1000, 37]), window=16)
+    assert sum(len(bucket.queries) * len(bucket.keys) // bucket.num for bucket in layout.buckets) < 1100 * 31
+
+
+@pytest.mark.parametrize("layer_number", [1, 2])
+def test_gradients_with_sinks_are_the_formulas(layer_number: int) -> None:
+    lengths, window = [5, 1, 12, 3], 4
+    sinks = torch.tensor([0.7, -2.0, 3.0, 0.0], dtype=torch.float64)
+    module = sliding(window, sinks, layer_number)
+    leaves = [x.requires_grad_() for x in inputs(sum(lengths), torch.float64)]
+    seed = torch.randn(sum(lengths), HEADS * DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = module(*leaves, packed_seq_params=packed(lengths, window=window))
+    got = torch.autograd.grad((out * seed).sum(), [*leaves, module.softmax_offset])
+    sinks.requires_grad_()
+    expected = by_formula(*leaves, lengths, DIM**-0.5, window if layer_number == 1 else None, sinks)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for a, b in zip(got, torch.autograd.grad((expected * seed).sum(), [*leaves, sinks]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_scaled_frequencies_are_used() -> None:
+    params = packed([3], rotary=Rotary(THETA, 4, scaled=lambda device: (torch.tensor([0.5, 0.25], device=device), 2.0)))
+    torch.testing.assert_close(params.cos[2, 0], 2 * torch.tensor([1.0, 0.5, 1.0, 0.5]).cos())
+
+
 def test_plan_wastes_less_than_half_and_loses_no_token() -> None:
     lengths = [1, 100, 3, 7, 8, 9, 50, 51, 2]
     layout = plan(boundaries(lengths))
@@ -113,18 +176,19 @@ def test_plan_wastes_less_than_half_and_loses_no_token() -> None:
     torch.testing.assert_close(rows[layout.inverse], torch.arange(sum(lengths)))
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("cp", [2, 3, 4])
-def test_context_parallel_queries_see_their_past_on_all_ranks(cp: int) -> None:
+def test_context_parallel_queries_see_their_past_on_all_ranks(cp: int, window: int | None) -> None:
     lengths = [2 * cp * n for n in (1, 7, 2, 3)]
     total = sum(lengths)
     q, k, v = inputs(total, torch.float64)
-    want = by_formula(q, k, v, lengths, DIM**-0.5)
+    want = by_formula(q, k, v, lengths, DIM**-0.5, window)
     bounds = boundaries(lengths).numpy()
     held = [torch.from_numpy(Shard(cp, rank).context_slots(bounds)) for rank in range(cp)]
     gathered = torch.cat(held)
     k_rotated = rotated(k, lengths)
     for rank in range(cp):
-        layout = plan(boundaries(lengths), Shard(cp, rank))
+        layout = plan(boundaries(lengths), Shard(cp, rank), window)
         own_q, all_k, all_v = rotated(q, lengths)[held[rank]], k_rotated[gathered], v[gathered]
         parts = []
         for bucket in layout.buckets:
@@ -159,7 +223,7 @@ def test_context_parallel_ranks_see_equally_many_keys() -> None:
 
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_dropout"):
-        PackedAttention(SimpleNamespace(attention_dropout=0.1))
+        PackedAttention(config(attention_dropout=0.1))
 
 
 def test_masks_and_unpacked_batches_are_refused() -> None:

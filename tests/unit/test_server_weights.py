@@ -50,6 +50,7 @@ def file_checksum(directory):
         ("qwen2_moe", {}),
         ("mixtral", {}),
         ("glm4_moe", {}),
+        ("gpt_oss", {}),
     ],
 )
 def test_weights_have_the_files_names_and_bits(tmp_path, kind, over):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,24 @@ def test_scripts_are_clean(checker: list[str]) -> None:
     for script in SCRIPTS:
         done = subprocess.run([*checker, str(script)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"MAX_CRASHES": "two"}, "MAX_CRASHES=two: give a whole number"),
+        ({"SERVER_TP": "08"}, "SERVER_TP=08: give a whole number"),
+        ({"LEARNER_NODES": "0"}, "LEARNER_NODES=0: give a number from 1, or all"),
+        ({"LEARNER_NODES": "3"}, "LEARNER_NODES=3 of 2 nodes leaves none for rollouts"),
+        ({"SERVER_PYTHON": "/no/python"}, "/no/python (PYTHON or SERVER_PYTHON) is not on "),
+    ],
+)
+def test_a_knob_that_cannot_be_is_refused(knobs: dict[str, str], message: str) -> None:
+    script = ROOT / "slurm" / "sapo_moe.sh"
+    environment = os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable} | knobs
+    done = subprocess.run([script, "x.yaml"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert message in done.stdout
 
 
 def test_every_knob_is_documented_with_its_default() -> None:

@@ -28,7 +28,7 @@ LAYERS = [
         "overrides",
         "",
     },
-    {"algo", "launch", "fp8", "extensions"},
+    {"algo", "launch", "fp8", "sinks", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "stability", "diagnosis", "convert"},

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
-from megasapo.families.weights import Box, BridgeError, Shape
-from megasapo.mcore.bridge.placement import Locals, place
+from megasapo.families.weights import Box, BridgeError, Piece, Shape
+from megasapo.mcore.bridge.placement import Locals, as_stored, place
 from megasapo.mcore.topology import Topology
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -110,9 +110,9 @@ class Export:
     @torch.no_grad()
     def _send(self, names: Iterable[str]) -> NamedTensors:
         ops = [
-            dist.P2POp(dist.isend, _part(tensor, local).to(dtype).contiguous(), 0)
+            dist.P2POp(dist.isend, _part(tensor, piece).to(dtype).contiguous(), 0)
             for name in names
-            for tensor, local, _, dtype in self._sends.get(name, [])
+            for tensor, piece, dtype in self._sends.get(name, [])
         ]
         _run(ops)
         return []
@@ -125,8 +125,8 @@ class Export:
         for name in names:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-            for tensor, local, box, _ in self._sends.get(name, []):
-                copy_out(tensor, local, full, box)
+            for tensor, piece, _ in self._sends.get(name, []):
+                copy_out(tensor, piece, full)
             for rank, box in self._sources[name]:
                 if rank != 0:
                     target = _at(full, box)
@@ -141,8 +141,8 @@ class Export:
         return bucket
 
 
-# local tensor, box in it, box in the full tensor, dtype to send
-_Sends = dict[str, list[tuple[torch.Tensor, Box, Box, torch.dtype]]]
+# local tensor, which piece of it, dtype to send
+_Sends = dict[str, list[tuple[torch.Tensor, Piece, torch.dtype]]]
 
 
 def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sends]:
@@ -156,7 +156,7 @@ def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sen
         sent_as = placed.tensor.dtype if dtype is None or placed.keeps_dtype else dtype
         for piece in placed.pieces:
             boxes[piece.source].append(piece.hf)
-            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece.local, piece.hf, sent_as))
+            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece, sent_as))
         for source, held in boxes.items():
             spec = TensorSpec(placed.names[source], placed.shapes[source], sent_as)
             offers.append(_Offer((*placed.order, source), spec, tuple(held)))
@@ -187,18 +187,19 @@ def _run(ops: list[dist.P2POp]) -> None:
             work.wait()
 
 
-def copy_out(tensor: torch.Tensor, local: Box, full: torch.Tensor, box: Box) -> None:
-    """A box of a local tensor into the box of the HF tensor that it is."""
-    _at(full, box).copy_(_part(tensor, local))
+def copy_out(tensor: torch.Tensor, piece: Piece, full: torch.Tensor) -> None:
+    """A piece of a local tensor into the box of the HF tensor that it is."""
+    part = _part(tensor, piece)
+    _at(full, piece.hf).view(part.shape).copy_(part)
 
 
 def _at(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in box)]
 
 
-def _part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a parameter, as numbers where Transformer Engine keeps it in FP8."""
-    return _at(dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor, box)
+def _part(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A piece of a parameter in HF's order, as numbers where Transformer Engine keeps it in FP8."""
+    return as_stored(_at(dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor, piece.local), piece)
 
 
 def _volume(box: Box) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 
 from megasapo.families.weights import BridgeError, pattern
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
-from megasapo.mcore.bridge.placement import Locals, Placed, find_hf, nearest, place
+from megasapo.mcore.bridge.placement import Locals, Placed, as_stored, find_hf, nearest, place
 from megasapo.mcore.compat import set_quantised
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def fill(placed: Placed, files: HFFiles) -> None:
     if filled < whole.numel():
         whole.zero_()
     for piece in placed.pieces:
-        local = whole[tuple(slice(start, stop) for start, stop in piece.local)]
-        local.copy_(files.read(placed.names[piece.source], piece.hf))
+        local = as_stored(whole[tuple(slice(start, stop) for start, stop in piece.local)], piece)
+        local.copy_(files.read(placed.names[piece.source], piece.hf).view(local.shape))
     if quantised:
         set_quantised(placed.tensor, whole.to(placed.tensor.device))
 
@@ -109,12 +109,9 @@ def _missing(mine: Locals, files: HFFiles) -> list[Problem]:
     def describe(name: str, parameter: str) -> str:
         return f"{files.directory}: no tensor {name!r} for the parameter {parameter!r} ({nearest(name, files.names)})"
 
-    return [
-        partial(describe, name, placed.mcore_name)
-        for placed in mine.placed
-        for name in placed.names
-        if name not in there
-    ]
+    # once each: all experts may need it
+    missing = {name: placed.mcore_name for placed in mine.placed for name in placed.names if name not in there}
+    return [partial(describe, name, parameter) for name, parameter in missing.items()]
 
 
 def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
@@ -151,19 +148,20 @@ def _is_elsewhere(mine: Locals, name: str) -> bool:
 
 def _misshapen(mine: Locals, files: HFFiles) -> list[Problem]:
     problems: list[Problem] = []
-    for placed in mine.placed:
-        for name, shape in zip(placed.names, placed.shapes, strict=True):
-            found = files.entry(name)
-            where = f"{files.file(name)}: tensor {name!r} has"
-            if found.shape != shape:
-                text = (
-                    f"{where} shape {list(found.shape)}, but {placed.mcore_name!r} needs {list(shape)}: "
-                    "the weights and config.json do not belong together"
-                )
-                problems.append(partial(str, text))
-            elif found.dtype not in FLOATS:
-                text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded{_hint(found.dtype)}"
-                problems.append(partial(str, text))
+    wanted = {name: (placed, i) for placed in mine.placed for i, name in enumerate(placed.names)}
+    for name, (placed, i) in wanted.items():
+        shape = placed.shapes[i]
+        found = files.entry(name)
+        where = f"{files.file(name)}: tensor {name!r} has"
+        if found.shape != shape:
+            text = (
+                f"{where} shape {list(found.shape)}, but {placed.mcore_name!r} needs {list(shape)}: "
+                "the weights and config.json do not belong together"
+            )
+            problems.append(partial(str, text))
+        elif found.dtype not in FLOATS:
+            text = f"{where} dtype {found.dtype}: only {', '.join(FLOATS)} can be loaded{_hint(found.dtype)}"
+            problems.append(partial(str, text))
     return problems
 
 

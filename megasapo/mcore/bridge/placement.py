@@ -93,7 +93,7 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
     ranks = _ranks(models[0])
     num_experts = config.num_moe_experts or 0
     per_rank = num_experts // ranks.ep.size
-    dims = Dims(hf["vocab_size"], config.num_attention_heads, config.num_query_groups)
+    dims = Dims(hf["vocab_size"], config.num_attention_heads, config.num_query_groups, num_experts)
     layers = frozenset(layer.layer_number - 1 for model in models for layer in model.decoder.layers)
     first_expert = ranks.ep.rank * per_rank
     placed = [
@@ -176,9 +176,11 @@ def _place(
     is_copy = is_tied and names == (table.tied[0],)
     if is_copy:
         names = (table.tied[1],)
-    mapped: Mapped = rule.layout(tuple(tensor.shape), ranks.expert if rule.is_expert else ranks.dense, dims)
-    is_primary = not is_copy and _is_primary(rule, mapped, ranks)
-    order = (_section(table, position), index.get("layer", -1), index.get("expert", -1), position)
+    dims = dims._replace(expert=index.get("expert", 0))
+    mapped = rule.layout(tuple(tensor.shape), ranks.expert if rule.is_expert else ranks.dense, dims)
+    is_primary = not is_copy and _is_primary(rule, mapped, ranks, dims, tuple(tensor.shape))
+    expert = index.get("expert", -1) if any("{expert}" in template for template in rule.hf) else -1
+    order = (_section(table, position), index.get("layer", -1), expert, position)
     return Placed(name, tensor, names, *mapped, order, is_primary, rule.keeps_dtype)
 
 
@@ -189,8 +191,16 @@ def _section(table: WeightTable, position: int) -> int:
     return 2 if any(rule.is_layer for rule in table.rules[:position]) else 0
 
 
-def _is_primary(rule: Rule, mapped: Mapped, ranks: Ranks) -> bool:
-    is_first_replica = ranks.is_first_expert_replica if rule.is_expert else ranks.is_first_dense_replica
+def _is_primary(rule: Rule, mapped: Mapped, ranks: Ranks, dims: Dims, local: Shape) -> bool:
+    if not (ranks.is_first_expert_replica if rule.is_expert else ranks.is_first_dense_replica):
+        return False
     shard = ranks.expert if rule.is_expert else ranks.dense
-    is_whole = all(piece.hf == tuple((0, n) for n in mapped.shapes[piece.source]) for piece in mapped.pieces)
-    return is_first_replica and (shard.rank == 0 or not is_whole)
+    return shard.rank == 0 or mapped.pieces != rule.layout(local, Shard(0, shard.size), dims).pieces
+
+
+def as_stored(part: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A view of a piece's part of the local tensor whose elements come in the order in which the HF tensor has them."""
+    if not piece.turns:
+        return part
+    turning = part.unflatten(0, (piece.turns, -1))
+    return turning.permute(*reversed(range(turning.dim())))

@@ -22,6 +22,7 @@ from megasapo.errors import UserError
 from megasapo.rollout.local import fused
 from megasapo.rollout.local.cache import GRAIN, Cache
 from megasapo.rollout.local.fused import Fused
+from megasapo.sinks import attend_with_sinks
 
 _names = itertools.count()  # attention and experts are registered by name, once for each model
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -40,6 +41,7 @@ class Plan:
     decode_length: int  # longest
     prefill_lengths: list[int]  # tokens of each prefilled prompt
     routed: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (layer, [T, K] expert ids)
+    window_masks: dict[int, torch.Tensor] = field(default_factory=dict)  # decode_mask of layers with such a window
 
 
 class Forward:
@@ -135,33 +137,44 @@ class Forward:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        for name in ("softcap", "position_bias"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{type(module).__name__}: attention with {name} is not implemented")
         if self._probe is not None:
             self._probe.append((key.shape[1], key.shape[3], value.shape[3]))
             return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=2), None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self._attend(int(module.layer_idx), q, k, v, scaling).unsqueeze(0), None  # type: ignore[arg-type]
+        layer: Any = module.layer_idx
+        out = self._attend(layer, q, k, v, scaling, kwargs.get("sliding_window"), kwargs.get("s_aux"))
+        return out.unsqueeze(0), None
 
     def _attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, heads, d] of the plan's tokens, each over its own sequence; keys and values go to the cache."""
+        """[T, heads, d] of the plan's tokens, each over its own sequence; keys and values go to the cache.
+
+        `window`: each token sees so many keys, its own included. `sinks` [heads]: see megasapo.sinks.
+        """
         plan = self._plan
         assert plan is not None
         keys, values = self.cache.write(layer, plan.slots, k, v)
         num_decode, parts = plan.num_decode, []
         if num_decode:
             past_k, past_v = (x[:num_decode, :, : plan.decode_length] for x in (keys, values))
-            parts.append(_attend_one(q[:num_decode], past_k, past_v, plan, scaling))
+            mask = _decode_mask(plan, window)
+            parts.append(_attend_one(q[:num_decode], past_k, past_v, mask, scaling, sinks))
         start = num_decode
         for length in plan.prefill_lengths:
             end = start + length
             q_part, k_part, v_part = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            gqa = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scaling, enable_gqa=gqa)
-            parts.append(out[0].transpose(0, 1))
+            parts.append(_attend_all(q_part, k_part, v_part, window, scaling, sinks)[0].transpose(0, 1))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -181,24 +194,67 @@ class Forward:
         return torch.bmm(inner, module.down_proj.transpose(1, 2)).sum(0)
 
 
+def _attend_all(
+    query: torch.Tensor,  # [1, heads, n, d], the tokens of a prompt
+    key: torch.Tensor,  # [1, kv heads, n, d]
+    value: torch.Tensor,
+    window: int | None,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention within a prompt: [1, heads, n, d]."""
+    length, mask = query.shape[2], None
+    if window is not None and window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if sinks is not None:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attend_with_sinks(query, key, value, sinks[:, None], scale=scale, mask=mask)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _decode_mask(plan: Plan, window: int | None) -> torch.Tensor:
+    """The plan's, which also hides what lies before a layer's window."""
+    assert plan.decode_mask is not None
+    if window is None or window >= plan.decode_length:
+        return plan.decode_mask
+    if window not in plan.window_masks:
+        rows = plan.positions[: plan.num_decode].repeat_interleave(len(plan.decode_mask) // plan.num_decode)
+        before = torch.arange(plan.decode_length, device=rows.device) <= rows[:, None, None] - window
+        plan.window_masks[window] = plan.decode_mask.masked_fill(before, float("-inf"))
+    return plan.window_masks[window]
+
+
 def _attend_one(
     query: torch.Tensor,  # [D, heads, d], one token of each row
     keys: torch.Tensor,  # [D, kv heads, length, d]
     values: torch.Tensor,
-    plan: Plan,
+    decode_mask: torch.Tensor,  # [D * kv heads, 1, length]
     scaling: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one query a row over its cache: [D, heads, d]."""
     rows, kv_heads, length, _ = keys.shape
     grouped = query.reshape(rows, kv_heads, -1, query.shape[2])
-    assert plan.decode_mask is not None
+    if sinks is not None:
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
+        mask = decode_mask.to(query.dtype).view(rows, kv_heads, 1, length)
+        out = attend_with_sinks(grouped, keys, values, sinks.view(kv_heads, -1), scale=scale, mask=mask)
+        return out.reshape(rows, query.shape[1], -1)
     if query.dtype is not torch.float32 or query.device.type != "cpu" or scaling is None:
-        mask = plan.decode_mask.to(query.dtype).view(rows, kv_heads, 1, length)
+        mask = decode_mask.to(query.dtype).view(rows, kv_heads, 1, length)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
         return out.reshape(rows, query.shape[1], -1)
     # On CPU the fused kernel is slow for single queries at 64 rows; in fp32 plain products do as well.
     flat = [x.flatten(0, 1) for x in (grouped, keys, values)]
-    scores = torch.baddbmm(plan.decode_mask, flat[0], flat[1].transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(decode_mask, flat[0], flat[1].transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), flat[2]).view(rows, query.shape[1], -1)
 
 

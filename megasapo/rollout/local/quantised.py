@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from megasapo.errors import UserError
+from megasapo.families.gpt_oss import RELEASED
 from megasapo.fp8.blocks import ROW_BLOCK, WEIGHT_BLOCK, dequantise_blocks, quantise_blocks
 from megasapo.fp8.formats import E4M3
 from megasapo.rollout.local.weights import Weights
@@ -83,7 +84,8 @@ def _check(path: str, quantization: Any) -> None:
     wanted = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(WEIGHT_BLOCK)}
     wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
     if wrong:
+        advice = RELEASED if found.get("quant_method") == "mxfp4" else "make a copy with tools/quantise_checkpoint.py"
         raise UserError(
             f"--model {path}: quantization_config has {wrong}; the embedded server knows "
-            f"{ {key: wanted[key] for key in wrong} } only: make a copy with tools/quantise_checkpoint.py"
+            f"{ {key: wanted[key] for key in wrong} } only: {advice}"
         )
