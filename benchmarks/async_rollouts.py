@@ -7,7 +7,7 @@ turns so that a busy machine slows both. Requests mix freely in both (rollout.de
 asked for: what a rollout server on other hardware looks like from here, whose time costs the learner no core. Without
 it, learner and server share this machine's cores.
 
-    python -m benchmarks.async_rollouts [--steps 30] [--seeds 3] [--slow-server 1.0] [--nproc 1]
+    python -m benchmarks.async_rollouts [--steps 20] [--seeds 3] [--slow-server 1.0] [--nproc 1]
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ def run(kind: str, seed: int, directory: Path, args: argparse.Namespace) -> list
         *(f"train.steps={args.steps}", f"train.save_every={args.steps}", "train.eval_every=0", "parallel.ep=1"),
         *("log.sinks=[jsonl]", "log.keep_rollouts=false"),
     ]
-    command = [sys.executable, "-m", "megasapo.cli", "train", str(EXAMPLE / "sapo.yaml")]
     with (directory / f"{name}.log").open("w") as log:
         if args.slow_server:
             port = free_port()
@@ -93,8 +92,9 @@ def run(kind: str, seed: int, directory: Path, args: argparse.Namespace) -> list
             slow = Slow(f"http://127.0.0.1:{port}", args.slow_server)
             settings.append(f"rollout.servers=[{slow.url}]")
             _wait_for(f"http://127.0.0.1:{port}", server)
+        command = [sys.executable, "-m", "megasapo.cli", "train", str(EXAMPLE / "sapo.yaml"), *settings]
         try:
-            code = subprocess.run([*command, *settings, "--nproc", str(args.nproc)], stdout=log, stderr=log, cwd=ROOT).returncode
+            code = subprocess.run([*command, "--nproc", str(args.nproc)], stdout=log, stderr=log, cwd=ROOT).returncode
         finally:
             if args.slow_server:
                 slow.close()
@@ -149,7 +149,7 @@ HEADER = (
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", type=Path, default=EXAMPLE / "out", help="the example's directory, with cold-start/")
-    p.add_argument("--steps", type=int, default=30)
+    p.add_argument("--steps", type=int, default=20)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--nproc", type=int, default=1)
     p.add_argument("--slow-server", type=float, default=0.0, metavar="S")
