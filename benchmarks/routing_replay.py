@@ -45,7 +45,8 @@ HEADER = ("router", "replay", "tokens", "seconds", "min", "max", "CPU s", "by no
 class Learner:
     """One policy and the step that it takes."""
 
-    def __init__(self, mode: str, work: Work, topo: Topology) -> None:
+    def __init__(self, mode: str, work: Work, topo: Topology, **train: Any) -> None:
+        """`train`: other settings of TrainConfig."""
         prompt, response = work.longest
         cfg = from_dict({
             "model": {"path": work.model, "dtype": work.dtype},
@@ -53,11 +54,11 @@ class Learner:
             "rollout": {"max_new_tokens": response, "group_size": GROUP},
             "algo": {"mini_batches": MINI_BATCHES, "routing_replay": mode},
             "optim": {"lr": 1e-6},
-            "train": {"micro_batch_tokens": work.micro_batch_tokens},
+            "train": {"micro_batch_tokens": work.micro_batch_tokens, **train},
         })  # fmt: skip
         self._mode, self._topo, self._micro_batch_tokens = mode, topo, work.micro_batch_tokens
         self._rule = partial(token_weights, normalisation="sequence", constant_length=response)
-        self._policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
+        self.policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
 
     def batch(self, rows: list[TrainSequence]) -> Batch:
         return build_batch(
@@ -67,15 +68,15 @@ class Learner:
             group_size=1,
             packing=PackingRule(self._micro_batch_tokens),
             weight_rule=self._rule,
-            routing=self._policy.routing_layout if self._mode == "R3" else None,
+            routing=self.policy.routing_layout if self._mode == "R3" else None,
         )
 
     def step(self, rows: list[TrainSequence]) -> None:
-        self._policy.update(self._policy.with_old_logprobs(self.batch(rows)))
+        self.policy.update(self.policy.with_old_logprobs(self.batch(rows)))
 
     def routing(self, rows: list[TrainSequence]) -> dict[int, np.ndarray]:
         """[n - 1, L, K] of each sequence, as the routers choose now."""
-        batch = self._policy.with_old_logprobs(self.batch(rows), first=True)
+        batch = self.policy.with_old_logprobs(self.batch(rows), first=True)
         micro = [mb for mini in batch.mini for mb in mini.micro]
         return join(pieces(mb, mb.routing) for mb in micro if mb.routing is not None)
 

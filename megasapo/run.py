@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from megasapo import config, launch, layout
+from megasapo import config, launch, layout, lock
 from megasapo.config import Config, ConfigError
 
 STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
@@ -66,7 +66,11 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
     if is_rank:
         launch.die_with_parent()
         return None
-    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None) if nproc > 1 else None
+    if nproc == 1:
+        return None
+    if run_dir is not None:
+        lock.refuse_held(run_dir)  # again by rank 0, for all that it writes
+    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None)
 
 
 def ask_to_stop(run_dir: Path) -> None:
@@ -84,7 +88,10 @@ def refuse_other_command(command: str, cfg: Config) -> None:
     if pointer.exists():
         marks.append(pointer.parent / pointer.read_text().strip() / "megasapo.json")
     for mark in marks:
-        record = json.loads(mark.read_text()) if mark.exists() else {}
+        try:
+            record = json.loads(mark.read_text()) if mark.exists() else {}
+        except ValueError:  # damaged: mcore.checkpoint sets it aside
+            continue
         owner = record.get("trainer", record).get("command", command)
         if owner != command:
             raise ConfigError(f"{cfg.run_dir} belongs to `megasapo {owner}`: choose another run.name for {command}")

@@ -289,6 +289,13 @@ class TrainConfig(Section):
     save_every: PositiveInt = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: PositiveInt = 2
+    """The last so many are kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that this divides are kept as well, for good; 0: none."""
+    async_save: bool = True
+    """Write them beside the training, from a copy in host memory; false: the step waits (docs/checkpoints.md)."""
+    verify_checkpoints: bool = True
+    """Compare a checkpoint's files with their SHA-256 before continuing from it; false: trust them."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on data.eval; 0: off."""
     profile: ProfileSpec | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megasapo import launch, run
+from megasapo import launch, lock, run
 from megasapo.config import Config, ConfigError
 from megasapo.types import TrainSequence
 
@@ -59,6 +59,7 @@ def train(cfg: Config) -> None:
 
     assert cfg.sft.data is not None  # main refuses it
     with ExitStack() as cleanup:
+        cleanup.enter_context(lock.hold(cfg.run_dir, launch.place()))
         heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
         with heartbeat.phase("join"):
             topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
@@ -69,15 +70,18 @@ def train(cfg: Config) -> None:
         steps = -(-len(examples) // cfg.sft.batch_size) * cfg.sft.epochs
         algo = replace(resolve(cfg.algo, cfg.rollout), kl_coef=0.0)  # no reference model is needed here
         policy = Policy(cfg, topo, algo, temperature=1.0, total_steps=steps)
+        cleanup.callback(policy.close)
         if topo.rank == 0:
             print(*policy.summary(), sep="\n", flush=True)
-        last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
+        last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
         step = policy.load(last)["step"] if last else 0
         log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)
         cleanup.callback(log.close)
         meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)
         cleanup.callback(meter.close)
         step = _loop(cfg, topo, policy, examples, directory, stop, log, meter, heartbeat, step, steps)
+        with heartbeat.phase("save"):
+            policy.finish_saving()
         if step == steps:
             out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
             policy.save_hf(out)
@@ -124,10 +128,10 @@ def _loop(
         step += 1
         numbers = metrics.scalars(stats) | phases.take()
         log(step, numbers | meter.rates(numbers, sum(len(row.tokens) for row in rows)))
-        ending = topo.any(stop() or directory.stop_requested())
+        ending = topo.any(stop() or directory.stop_requested() or policy.saving_failed)
         if ending or step % cfg.train.save_every == 0 or step == steps:
             with heartbeat.phase("save"):
-                policy.save(directory.path, step, {"command": "sft", "step": step})
+                policy.save(directory.path, {"command": "sft", "step": step})
         if ending:
             break
     return step

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasapo import launch, run
+from megasapo import launch, lock, run
 from megasapo.config import Config, ConfigError
 from megasapo.types import Batch, Group, TrainSequence
 
@@ -119,10 +119,10 @@ def loop(p: Parts, step: int) -> int:
         figures = metrics.observed(stats) | metrics.defined(also)
         events = p.guard.observe(step, figures)
         write_step(p, step, stats, groups, diagnosed, held_out, phases, events)
-        if p.guard.act(step, events, groups, figures):
+        if act(p, step, events, groups, figures):
             step = roll_back(p, events)
             continue
-        ending = p.topo.any(p.stop() or p.directory.stop_requested())
+        ending = p.topo.any(p.stop() or p.directory.stop_requested() or p.policy.saving_failed)
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
                 save(p, step)
@@ -135,16 +135,35 @@ def loop(p: Parts, step: int) -> int:
     return step
 
 
-def save(p: Parts, step: int) -> None:
-    """A checkpoint of `step`. Collective."""
+def save(p: Parts, step: int, aside: str = "") -> Path:
+    """Begin a checkpoint of `step`, which `latest` will name unless it is put `aside`. Collective."""
     p.diagnosis.flush()
     p.source.save(p.directory.path, step)  # before the checkpoint is complete
-    p.policy.save(p.directory.path, step, trainer_state(p, step))
+    return p.policy.save(p.directory.path, trainer_state(p, step), aside)
 
 
 def trainer_state(p: Parts, step: int) -> dict[str, Any]:
     """What a checkpoint keeps beside the learner's own state, equal on every rank."""
     return {"command": "train", "step": step, "source": p.source.state(), "stability": p.guard.state()}
+
+
+def act(p: Parts, step: int, events: list[Event], groups: list[Group], figures: dict[str, float]) -> bool:
+    """Whether to go back to the last checkpoint. Collective.
+
+    Raises Unstable when the run has to end, after a checkpoint of this step, which `latest` does not name.
+    """
+    from megasapo.errors import UserError
+    from megasapo.stability import Unstable
+
+    try:
+        return p.guard.act(step, events, groups, figures)
+    except Unstable as e:
+        try:
+            kept = f"The state of this step is kept in {save(p, step, 'unstable')}"
+            p.policy.finish_saving()
+        except UserError as failure:
+            kept = f"The state of this step could not be kept: {failure}"
+        raise Unstable(f"{e}. {kept}") from e
 
 
 def roll_back(p: Parts, events: list[Event]) -> int:
@@ -155,7 +174,8 @@ def roll_back(p: Parts, events: list[Event]) -> int:
     """
     from megasapo.mcore import checkpoint
 
-    last = p.topo.first(checkpoint.latest(p.directory.path) if p.topo.rank == 0 else None)
+    p.policy.finish_saving()
+    last = checkpoint.find(p.directory.path, p.topo, verify=p.cfg.train.verify_checkpoints)
     assert last is not None, "`train` saves step 0 where a rule may roll back"
     state = p.policy.load(last)
     step = int(state["step"])
@@ -235,17 +255,20 @@ def train(cfg: Config) -> None:
     from megasapo.mcore.topology import Topology
 
     with ExitStack() as cleanup:
+        cleanup.enter_context(lock.hold(cfg.run_dir, launch.place()))
         heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
         with heartbeat.phase("join"):
             topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
         cleanup.callback(topo.destroy)
         stop = launch.stop_flag()
         directory = run.RunDir(cfg, is_main=topo.rank == 0)
-        last = topo.first(checkpoint.latest(directory.path) if topo.rank == 0 else None)
         with heartbeat.phase("load"):
+            last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
             parts = _make_parts(cfg, topo, directory, stop, last, heartbeat, cleanup)
             step = resume(parts, last)
         step = loop(parts, step)
+        with heartbeat.phase("save"):
+            parts.policy.finish_saving()
         finished = step >= cfg.train.steps
         if finished:
             with heartbeat.phase("export"):
@@ -302,6 +325,7 @@ def _make_parts(
         temperature=cfg.rollout.temperature,
         total_steps=cfg.train.steps * cfg.algo.mini_batches,
     )
+    cleanup.callback(policy.close)
     if topo.rank == 0:
         print(*policy.summary(), sep="\n", flush=True)
     packing = PackingRule.of(cfg)

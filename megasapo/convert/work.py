@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from megasapo import __version__
+from megasapo import __version__, checkpoints
 from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import WriteError
 from megasapo.convert.job import Folder, Output, sha256
@@ -22,7 +21,6 @@ from megasapo.families import family
 from megasapo.families.weights import Shape
 from megasapo.fp8.blocks import WEIGHT_BLOCK
 from megasapo.layout import fewest_ranks
-from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.export import TensorSpec
 from megasapo.mcore.bridge.hf_files import INDEX
@@ -140,7 +138,7 @@ class ToMegatron:
         say_ignored(self._locals[0], self._files)
         degrees = self._request.parallel.model_dump()
         record = {
-            "format": checkpoint.FORMAT,
+            "format": checkpoints.FORMAT,
             "step": 0,
             "world_size": fewest_ranks(self._request.parallel),
             "layout": {"world_size": fewest_ranks(self._request.parallel), **degrees},
@@ -148,7 +146,7 @@ class ToMegatron:
             "trainer": {},
             "files": files,
         }
-        (folder.files / "megasapo.json").write_text(json.dumps(record, indent=1))
+        checkpoints.write_record(folder.files, record)
 
     def _made(self, stored: list[Stored]) -> Iterator[torch.Tensor]:
         """The pieces' numbers; those of one weight follow one another, and it is read once."""

@@ -30,6 +30,9 @@ def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group], *, shard: 
         with unfinished.open("w", encoding="utf-8") as f:
             f.writelines(json.dumps(row, default=str) + "\n" for row in _rows(groups))
         unfinished.replace(path)
+        for other in path.parent.glob(f"step_{step:08d}*.jsonl"):  # of an undone step of another layout
+            if not other.name.endswith(f"-of-{num_shards}.jsonl") and other != path:
+                other.unlink(missing_ok=True)
     finally:
         unfinished.unlink(missing_ok=True)
     return path

@@ -1,130 +1,138 @@
-"""Training checkpoints: megatron-core's dist_checkpointing under RUN/checkpoints/, complete or absent.
+"""What a training checkpoint holds and how it is read again, by megatron-core's dist_checkpointing.
 
-Called by train.py and sft.py through Policy. A checkpoint is written into `step_XXXXXXXX.tmp`, renamed when every rank
-has finished, and only then does `latest` (replaced atomically) name it: kill -9 at any moment leaves the previous one.
+Called by train.py and sft.py through Policy. `saver.py` writes, `megasapo.checkpoints` keeps the directory. Tensors
+have names that depend on no layout; each rank's random state is its own and comes back only in the same layout.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import pickle
 import random
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megasapo.errors import ConfigError, UserError
-from megasapo.mcore import bridge
+from megasapo import checkpoints
+from megasapo.checkpoints import FORMAT, CheckpointError, is_checkpoint, latest, step_of
+from megasapo.errors import ConfigError
+from megasapo.mcore import bridge, compat
 from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ModelConfig
 
-FORMAT = 2
+__all__ = ["FORMAT", "CheckpointError", "is_checkpoint", "latest", "step_of"]
 NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^random\b")  # of a checkpoint's keys
+OWN_STATE = re.compile(r"^random\b")
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be read or does not fit this run; the message names it and says what to do."""
+def find(run_dir: Path, topo: Topology, *, verify: bool) -> Path | None:
+    """Collective. The checkpoint to continue from: the one that `latest` names, or None without.
 
-
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Raises CheckpointError when `latest` names a missing one."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    path = pointer.parent / pointer.read_text().strip()
-    if not is_checkpoint(path):
-        raise CheckpointError(
-            f"{pointer} names {path.name}, which is missing or incomplete: write the name of a complete one into it, "
-            "or remove it to start over"
-        )
+    A damaged one is set aside, with a warning, for the newest before it; CheckpointError when there is none.
+    """
+    if topo.rank == 0:
+        checkpoints.clear(run_dir / "checkpoints")
+    path = _on_first(topo, lambda: checkpoints.latest(run_dir))
+    while path is not None and verify:
+        problem = _problem(path, topo)
+        if problem is None:
+            break
+        path = _on_first(topo, partial(checkpoints.set_aside, path, problem))
     return path
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step_"))
+def verify(path: Path, topo: Topology) -> None:
+    """Collective. CheckpointError unless every file of a checkpoint is as it was written."""
+    problem = _problem(path, topo)
+    if problem is not None:
+        raise CheckpointError(f"{problem}: bring a good copy back, or take another checkpoint")
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a complete training checkpoint."""
-    return (path / "megasapo.json").is_file()
+def _problem(path: Path, topo: Topology) -> str | None:
+    """Collective: what is wrong with a checkpoint's files, each of which one rank hashes."""
+    try:
+        files: dict[str, str] = checkpoints.read_record(path)["files"]
+    except checkpoints.Damaged as e:
+        return str(e)
+    mine = sorted(files)[topo.rank :: topo.world_size]
+    found = topo.gather(checkpoints.differences(path, {name: files[name] for name in mine}))
+    problems = [problem for part in found for problem in part]
+    return f"{path} is damaged: {'; '.join(problems)}" if problems else None
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: list[torch.nn.Module],
-    optimizer: Optimizer,
-    topo: Topology,
-    trainer_state: dict[str, Any],
-    *,
-    keep: int,
-) -> Path:
-    """Collective. Write checkpoint `step`, point `latest` at it, remove all but the last `keep` up to it.
+def _on_first(topo: Topology, work: Callable[[], Any]) -> Any:
+    """Collective: what rank 0's `work` returns or raises, on every rank."""
+    result, error = None, None
+    if topo.rank == 0:
+        try:
+            result = work()
+        except CheckpointError as e:
+            error = e
+    result, error = topo.first((result, error))
+    if error is not None:
+        raise error
+    return result
 
-    `trainer_state` is plain JSON, equal on every rank (step, data position, schedule).
+
+def contents(
+    model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology, trainer_state: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Collective. The sharded state and the record of a checkpoint, for Saver.save.
+
+    `trainer_state` is plain JSON, equal on every rank (step, data position).
     """
-    folder = run_dir / "checkpoints"
-    name = f"step_{step:08d}"
-    temporary, final = folder / f"{name}.tmp", folder / name
-    if topo.rank == 0:
-        for left_over in folder.glob("*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-    topo.barrier()
-    dist_checkpointing.save(_state_dict(model, optimizer, topo, is_loading=False), str(temporary))
-    topo.barrier()
-    if topo.rank == 0:
-        record = {"format": FORMAT, "step": step, "world_size": topo.world_size, "trainer": trainer_state}
-        _write_durably(temporary / "megasapo.json", json.dumps(record, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _write_durably(folder / "latest", name)
-        # later steps, if any, are a branch that somebody went back from: not ours to remove
-        complete = [p for p in folder.glob("step_????????") if (p / "megasapo.json").is_file() and step_of(p) <= step]
-        for old in sorted(complete)[:-keep]:
-            shutil.rmtree(old)
-    topo.barrier()
-    return final
+    record = {
+        "format": FORMAT,
+        "step": trainer_state["step"],
+        "world_size": topo.world_size,
+        "layout": topo.degrees,
+        "learner": optimizer.settings(),
+        "trainer": trainer_state,
+    }
+    return _state_dict(model, optimizer, topo, is_loading=False), record
 
 
 def set_trainer_state(path: Path, trainer_state: dict[str, Any]) -> None:
     """Replace the trainer state of a complete checkpoint, at once or not at all. Called by one rank."""
-    record = json.loads((path / "megasapo.json").read_text())
-    _write_durably(path / "megasapo.json", json.dumps(record | {"trainer": trainer_state}, indent=1))
+    checkpoints.write_record(path, checkpoints.read_record(path) | {"trainer": trainer_state})
 
 
-def load(path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology) -> dict[str, Any]:
-    """Collective. Restore model, optimizer and random state in place; returns the trainer state."""
-    record = _read_record(path)
-    if record["world_size"] != topo.world_size:
-        raise CheckpointError(
-            f"{path} was written by {record['world_size']} ranks and this run has {topo.world_size}: resume with "
-            f"--nproc {record['world_size']}"
-        )
+def load(
+    path: Path, model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology, *, seed: int
+) -> dict[str, Any]:
+    """Collective. Restore model and optimizer in place, in any layout, and random state; returns the trainer state.
+
+    Where the layout is not the one that wrote it, random states begin anew from `seed` and the step.
+    """
+    record = checkpoints.read_record(path)
+    same = record["layout"] == topo.degrees
     template = _state_dict(model, optimizer, topo, is_loading=True)
-    # megatron-core calls missing what the template does not ask for, unexpected what the checkpoint does not have
-    state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
-    _refuse_strays(path, lacking, surplus)
+    if not same:
+        del template["random"]
+    state, surplus, lacking = _read(path, template)
+    _refuse_strays(path, lacking, (key for key in surplus if same or not OWN_STATE.search(key)))
     _load_chunks(path, model, state)
-    optimizer.load_state_dict(state["optimizer"])
-    optimizer.load_schedule_state(state["schedule"])
-    _set_random_state(state["random"])
-    try:
-        restore_histories(model, state["random"].get("amax", ()))
-    except ValueError as e:
-        raise CheckpointError(f"{path}: {e}: resume with the model, layout and precision of the run") from e
+    optimizer.load_state_dict(state["optimizer"], record["learner"])
+    if same:
+        _set_random_state(state["random"])
+        try:
+            restore_histories(model, state["random"].get("amax", ()))
+        except ValueError as e:
+            raise CheckpointError(f"{path}: {e}: resume with the model, layout and precision of the run") from e
+    else:
+        _reseed(seed + record["step"])
+        if topo.rank == 0:
+            print(_changed_layout(path, record["layout"], topo.degrees), flush=True)
     return record["trainer"]
 
 
@@ -132,6 +140,7 @@ def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -
     """Collective. The weights that a model begins with: those of model.load, else of model.path."""
     start = Path(cfg.load or cfg.path)
     if is_checkpoint(start):
+        verify(start, topo)
         load_weights(start, model)
     elif cfg.load:
         raise ConfigError(
@@ -144,11 +153,34 @@ def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -
 
 def load_weights(path: Path, model: list[torch.nn.Module]) -> None:
     """Collective. The model's weights alone, into any layout and dtype, whatever wrote them."""
-    _read_record(path)
+    checkpoints.read_record(path)
     template: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
-    state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    state, surplus, lacking = _read(path, template)
     _refuse_strays(path, lacking, (key for key in surplus if not NOT_WEIGHTS.search(key)))
     _load_chunks(path, model, state)
+
+
+def _read(path: Path, template: dict[str, Any]) -> tuple[dict[str, Any], set[str], set[str]]:
+    """The state, the keys that the template does not ask for, and those that the checkpoint does not have."""
+    try:
+        # megatron-core calls missing what the template does not ask for, unexpected what the checkpoint does not have
+        state, surplus, lacking = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+        compat.check_extra_states(state)
+    except CheckpointException as e:  # which is no Exception
+        raise CheckpointError(
+            f"{path} cannot be read: {'; '.join(str(cause) for cause, _ in e.failures.values())}"
+        ) from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from e
+    return state, surplus, lacking
+
+
+def _changed_layout(path: Path, before: dict[str, int], now: dict[str, int]) -> str:
+    changed = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
+    return (
+        f"{path} is of another layout ({changed}): weights, optimizer and data go on exactly; random states, and "
+        "largest values that FP8 remembers, begin anew"
+    )
 
 
 def _load_chunks(path: Path, model: list[torch.nn.Module], state: dict[str, Any]) -> None:
@@ -171,20 +203,9 @@ def _refuse_strays(path: Path, lacking: Iterable[str], surplus: Iterable[str]) -
         raise CheckpointError(f"{path} does not fit this model: it {'; it '.join(problems)}")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((path / "megasapo.json").read_text())
-    if record["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {record['format']}, this version reads {FORMAT}: finish the run with the version that "
-            "began it, or start another run.name from its exported HF directory (model.path=RUN/hf)"
-        )
-    return record
-
-
 def _state_dict(model: list[torch.nn.Module], optimizer: Optimizer, topo: Topology, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading)
-    state["schedule"] = optimizer.schedule_state()
     own = _random_state() | {"amax": histories(model)}  # each rank's
     state["random"] = ShardedObject("random", own, (topo.world_size,), (topo.rank,))
     return state
@@ -198,9 +219,10 @@ def _named(model: list[torch.nn.Module]) -> list[tuple[str, Any]]:
 def _random_state() -> dict[str, Any]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    state = {
+    name, keys, *rest = np.random.get_state()
+    state = {  # tensors and plain values alone: they are read without unpickling anything else
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "megatron": get_cuda_rng_tracker().get_states(),
     }
@@ -213,7 +235,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     # A GPU's generator has another kind of state than a CPU's, and a tracker given the wrong one fails at its next use:
     # a run that changes from one to the other keeps the seeds that it began with.
@@ -223,10 +246,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path)
+def _reseed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -5,10 +5,13 @@ Called by the other modules of megasapo.mcore; holds no logic of its own.
 
 from __future__ import annotations
 
+import io
 import logging
+import pickle
 import queue
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,7 @@ def apply() -> None:
     _save_without_a_manager_process()
     _order_pipeline_messages()
     _silence_known_warnings()
+    _refuse_foreign_pickles()
 
 
 def _order_pipeline_messages() -> None:
@@ -97,7 +101,7 @@ def _save_without_a_manager_process() -> None:
     """Collect the results of a checkpoint's writers in this process, where a synchronous save runs.
 
     0.16.1 to 0.19.2 start a multiprocessing manager for them at the first save, in every rank: seconds of start-up, and
-    a process that outlives a rank killed by -9. Only asynchronous saves, which we do not use, need it.
+    a process that outlives a rank killed by -9. Only their own asynchronous saves need it; ours are saver.py's.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -141,6 +145,96 @@ def _keep_adam_step() -> None:
 
     set_states.keeps_adam_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+# Of what megatron-core's checkpoints are made: torch's description of tensors and files, planned by either of both.
+_DESCRIPTIONS = {
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # since Python 3.13
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"set", "frozenset", "list", "dict", "tuple"},
+}
+# Of what Transformer Engine (2.11) makes the scales of a layer, which it unpickles without looking
+_SCALES = {
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "transformer_engine.common.recipe": {"*"},  # plain records, of which every version has others
+    "collections": {"OrderedDict"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes nothing but objects of the named classes; what else a file asks for is refused before it is made."""
+
+    def __init__(self, file: IO[bytes], allowed: Mapping[str, set[str]]) -> None:
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        # 0.19.2 puts a function of its own in the place of torch's
+        if (module, name) in (
+            ("torch.storage", "_load_from_bytes"),
+            ("megatron.core.safe_globals", "safe_load_from_bytes"),
+        ):
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype) or self._allowed.get(module, set()) & {name, "*"}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs: do not trust its origin")
+
+
+def _refuse_foreign_pickles() -> None:
+    """Have torch's reader of checkpoints unpickle nothing that could run code of whoever wrote them.
+
+    torch 2.9 to 2.13 unpickle `.metadata`, and every object that is no tensor, whatever it asks for. megatron-core's
+    `common.pt` goes through torch.load, which has refused by itself since 2.6.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Any = _Unpickler(file, _DESCRIPTIONS).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    original = DefaultLoadPlanner.load_bytes
+    if getattr(original, "looks_first", False):
+        return
+
+    def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises before anything is made of the same bytes
+        value.seek(0)
+        original(self, read_item, value)
+
+    load_bytes.looks_first = True  # type: ignore[attr-defined]
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+
+
+def check_extra_states(state: Mapping[str, Any]) -> None:
+    """Raises pickle.UnpicklingError where the scales of Transformer Engine's layers are more than scales.
+
+    2.11 keeps them pickled inside a tensor and unpickles that when the layer takes it over.
+    """
+    for name, value in state.items():
+        if isinstance(value, dict):
+            check_extra_states(value)
+        elif name.endswith("_extra_state") and value is not None:
+            data = value.getvalue() if isinstance(value, io.BytesIO) else value.cpu().numpy().tobytes()
+            if data:
+                _Unpickler(io.BytesIO(data), _SCALES).load()
 
 
 def separate_expert_gradients(model: torch.nn.Module, topo: Topology) -> None:

@@ -116,21 +116,29 @@ class Optimizer:
     @property
     def implementation(self) -> str:
         """The class that megatron-core made, or classes."""
-        parts = getattr(self._inner, "chained_optimizers", [self._inner])
-        return implementation([part.optimizer for part in parts])
+        return implementation([part.optimizer for part in self._parts])
 
     @property
     def lr(self) -> float:
         return float(self._inner.param_groups[0]["lr"]) if self._inner.param_groups else float("nan")
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        # of the formats that survive a change of layout this is the one neither 0.16 nor 0.19 deprecates
+        """Masters and moments of every parameter under names that depend on no layout, to save or to load into."""
         metadata = {
+            # of the formats that survive a change of layout this is the one neither 0.16 nor 0.19 deprecates
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,  # how many optimizers share the parameters depends on the layout
         }
         self._allocate_state(is_loading)
-        return self._inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        if (
+            not is_loading
+        ):  # without the full garbage collections of sharded_state_dict, which take longer than all else
+            saved = [part.sharded_param_state_fully_reshardable(model_state, False, metadata) for part in self._parts]
+            return {str(i): state for i, state in enumerate(saved)}
+        state = self._inner.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
+        wanted = [state] if len(self._parts) == 1 else [state[i] for i in range(len(self._parts))]
+        return {str(i): part["param_state"] for i, part in enumerate(wanted)}
 
     def _allocate_state(self, is_loading: bool) -> None:
         """Give an optimizer that has not stepped yet the zeros that it would begin with, to save or to load into.
@@ -138,7 +146,7 @@ class Optimizer:
         Needed with 0.16.1 to 0.19.2, whose distributed optimizer asks every state for its step before it is loaded or
         saved. What fused Adams are loaded into is made by megatron-core.
         """
-        for part in getattr(self._inner, "chained_optimizers", [self._inner]):
+        for part in self._parts:
             if not isinstance(part.optimizer, torch.optim.AdamW):
                 if not is_loading:
                     part.init_state_fn(part.optimizer, part.config)
@@ -153,28 +161,43 @@ class Optimizer:
                         state["exp_avg"] = torch.zeros_like(parameter)
                         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's state, which may be of another Adam: torch's, Transformer Engine's, Apex's."""
-        parts = getattr(self._inner, "chained_optimizers", [self._inner])
-        own = [[dict(group) for group in part.optimizer.param_groups] for part in parts]
-        self._inner.load_state_dict(state)
-        for part, groups in zip(parts, own, strict=True):
+    def load_state_dict(self, tensors: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Take over what `sharded_state_dict` and `settings` gave, maybe of another Adam: torch's, TE's, Apex's."""
+        adam = {**settings["adam"], "betas": tuple(settings["adam"]["betas"])}
+        states = [part.state_dict() for part in self._parts]
+        for i, state in enumerate(states):
+            for group in state["optimizer"]["param_groups"]:
+                group.update(adam)
+            state |= {"param_state": tensors[str(i)], "param_state_sharding_type": "fully_reshardable"}
+        own = [[dict(group) for group in part.optimizer.param_groups] for part in self._parts]
+        self._inner.load_state_dict(states if len(states) > 1 else states[0])
+        for part, groups in zip(self._parts, own, strict=True):
             for group, before in zip(part.optimizer.param_groups, groups, strict=True):
                 mine = before.keys() & part.optimizer.defaults.keys() - set(HYPERPARAMETERS)
                 group.update({name: before[name] for name in mine})
                 if "step" in group:  # torch's Adams count in fp32, the kernels of fused ones take nothing but an int
                     group["step"] = int(group["step"])
+        self._load_schedule(settings)
 
-    def schedule_state(self) -> dict[str, Any]:
-        return {"schedule": self._schedule.state_dict(), "skipped": self.skipped}
+    def settings(self) -> dict[str, Any]:
+        """JSON values, equal on every rank: what a checkpoint keeps beside tensors."""
+        self._allocate_state(is_loading=False)
+        group = next(g for part in self._parts for g in part.state_dict()["optimizer"]["param_groups"])
+        adam = {"betas": list(group["betas"]), "eps": group["eps"], "step": int(group["step"])}
+        return {"adam": adam, "schedule": self._schedule.state_dict(), "skipped": self.skipped}
 
-    def load_schedule_state(self, state: dict[str, Any]) -> None:
+    def _load_schedule(self, state: dict[str, Any]) -> None:
         # load_state_dict steps from where the object stands; it must start from 0
         self._schedule.num_steps = 0
         for group in self._inner.param_groups:  # the configuration wins over what the run began with
             group["max_lr"], group["min_lr"] = self._cfg.lr, min(self._cfg.min_lr, self._cfg.lr)
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
+
+    @property
+    def _parts(self) -> list[Any]:
+        """megatron-core's distributed optimizers, which share the parameters: one, or another for experts."""
+        return getattr(self._inner, "chained_optimizers", [self._inner])
 
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:

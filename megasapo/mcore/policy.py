@@ -26,6 +26,7 @@ from megasapo.mcore.optim import Optimizer, wrap_ddp
 from megasapo.mcore.precision import unquantised
 from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.routing_exchange import RoutingLayout
+from megasapo.mcore.saver import Saver
 from megasapo.mcore.topology import Topology
 from megasapo.metrics import Max, Mean, Metrics, Sum
 from megasapo.types import Batch, MicroBatch, MiniBatch
@@ -55,6 +56,7 @@ class Policy:
         self._ddp = wrap_ddp(self._chunks)
         self._optimizer = Optimizer(cfg.optim, self._ddp, total_steps)
         needs_replay = cfg.algo.routing_replay != "none" or cfg.routing.diagnose_every > 0
+        self._saver = Saver(cfg.train, topo)
         self._replay = RoutingReplay(self._ddp) if needs_replay else None
         self.routing_layout = RoutingLayout.of(topo, self._replay) if self._replay is not None else None
         self.quantises = cfg.precision.quantises
@@ -196,12 +198,33 @@ class Policy:
         bucket = int(self._cfg.rollout.publish_bucket_mb * 2**20)
         bridge.save_hf(self._chunks, self._cfg.model.path, out, self._topo, bucket_bytes=bucket)
 
-    def save(self, run_dir: Path, number: int, trainer_state: dict[str, Any]) -> Path:
-        keep = self._cfg.train.keep_checkpoints
-        return checkpoint.save(run_dir, number, self._chunks, self._optimizer, self._topo, trainer_state, keep=keep)
+    def save(self, run_dir: Path, trainer_state: dict[str, Any], aside: str = "") -> Path:
+        """Collective. Begin the checkpoint of trainer_state["step"]; it is there after `finish_saving`.
+
+        RUN/checkpoints/latest will name it, unless a word that is added to its name puts it `aside`. Raises
+        CheckpointError if the one before failed.
+        """
+        self._saver.finish()
+        state, record = checkpoint.contents(self._chunks, self._optimizer, self._topo, trainer_state)
+        return self._saver.save(run_dir, trainer_state["step"], state, record, aside=aside)
+
+    @property
+    def saving_failed(self) -> bool:
+        """Whether the last `save` failed, as far as this rank knows by now."""
+        return self._saver.failed
+
+    def finish_saving(self) -> None:
+        """Collective. Wait for the checkpoint in flight, if any. Raises CheckpointError if it failed."""
+        self._saver.finish()
+
+    def close(self) -> None:
+        """As `finish_saving`, at the end of a run that may have failed already: an error is only logged."""
+        self._saver.close()
 
     def load(self, path: Path) -> dict[str, Any]:
-        return checkpoint.load(path, self._chunks, self._optimizer, self._topo)
+        """Collective. Continue from a checkpoint of any layout; its trainer state."""
+        self._saver.finish()
+        return checkpoint.load(path, self._chunks, self._optimizer, self._topo, seed=self._cfg.run.seed)
 
     def copy_weights(self, device: torch.device | None = None) -> Weights:
         """This rank's weights as they are now, on `device` (empty: where they are)."""

@@ -53,6 +53,7 @@ class Scorer:
     def load(self, weights: Path) -> None:
         """The weights of an HF directory or of a training checkpoint, which may come from another layout."""
         if checkpoint.is_checkpoint(weights):
+            checkpoint.verify(weights, self._topo)
             checkpoint.load_weights(weights, self._chunks)
         else:
             bridge.load_hf(self._chunks, weights, self._topo)

@@ -81,6 +81,14 @@ class Topology:
         return replace(_read_parallel_state(parallel, device), rows=rows)
 
     @property
+    def degrees(self) -> dict[str, int]:
+        """The layout: what decides which part of the model, and of the data, a rank has."""
+        return {
+            **{"world_size": self.world_size, "tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp},
+            **{"ep": self.ep, "etp": self.etp},
+        }
+
+    @property
     def shard(self) -> Shard:
         """Which tokens of a micro-batch are this rank's."""
         return Shard(self.cp, self.cp_rank, self.tp, self.tp_rank, self.rows)

@@ -41,9 +41,9 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
         os.fsync(f.fileno())
     unfinished.replace(path)
     kept = {p.name[:13] for p in checkpoints.glob("step_????????*")}
-    oldest = min(kept, default=path.name[:13])
-    for old in folder.glob(f"step_????????{part}.jsonl"):
-        if old.name[:13] < min(oldest, path.name[:13]):
+    before = sorted(p for p in folder.glob(f"step_????????{part}.jsonl") if p.name < path.name)
+    for old in before[:-1]:  # the last one's checkpoint may still be on its way
+        if old.name[:13] not in kept:
             old.unlink()
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -57,6 +57,13 @@ def run_ranks(
         everything = "\n".join(f"--- rank {rank} ({codes[rank]}):\n{t[-TAIL // 2 :]}" for rank, t in enumerate(texts))
         raise AssertionError(f"{world_size} ranks were not done after {timeout_s} s\n{everything}")
     return texts
+
+
+def start_alone(module: str, *args: str, output: Path) -> ForkServerProcess:
+    """Run `python -m MODULE ARGS` as a process of one rank; who starts it kills it. What it prints goes to `output`."""
+    process = _server().Process(target=_rank, args=(module, args, {}, output))
+    process.start()
+    return process
 
 
 @cache

@@ -121,7 +121,7 @@ def scenario(model: Path, where: Path, recipe: str, copies: int, layout: str) ->
         "rounded_layers": topo.gather(layers),
         "steps": [step(0), step(1)],
     }
-    path = learner.policy.save(where / "run", 2, {"step": 2})
+    path = learner.policy.save(where / "run", {"step": 2})
     result["scales"] = topo.gather([e.history.scale.tolist() for e in own if e.history is not None])
     result["continued"] = [step(2), step(3), topo.gather(weights())]
     learner.policy.load(path)

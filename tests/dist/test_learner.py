@@ -183,7 +183,8 @@ def scenario(model: Path, where: Path, tp: int, pp: int, ep: int, rows: int) -> 
         abandoned.mkdir(parents=True)
         (abandoned / "megasapo.json").write_text("{}")
     for number in (0, 1, 2):
-        policy.save(where / "run", number, {"step": number})
+        policy.save(where / "run", {"step": number})
+    policy.finish_saving()
     result["checkpoints"] = sorted(p.name for p in (where / "run" / "checkpoints").iterdir())
     continued = [step(2), step(3)]
     state = policy.load(checkpoint.latest(where / "run"))

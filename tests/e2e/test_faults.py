@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.e2e.conftest import STEPS
 from tests.e2e.runs import Run, kill_hard, metrics, running, steps_done, without_timing, write_config
@@ -44,6 +47,7 @@ def assert_as_unbroken(run_dir: Path, unbroken: Path) -> None:
 def test_an_uninterrupted_run_leaves_everything_in_its_place(unbroken: Path) -> None:
     assert (unbroken / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}"
     assert (unbroken / "config.yaml").exists()
+    assert (unbroken / "lock").read_text() == ""  # given back
     assert list((unbroken / "tensorboard").glob("events.*"))
     assert len(list((unbroken / "rollouts").glob("step_*.jsonl"))) == 2 * STEPS  # one file a leader and step
     assert len(list((unbroken / "checkpoints").glob("step_*"))) == 2  # train.keep_checkpoints
@@ -72,6 +76,23 @@ def test_kill_everything(tmp_path: Path, settings: Settings, unbroken: Path) -> 
     config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes("")))
     finish(tmp_path, config)
     assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_a_run_goes_on_in_another_layout(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
+    """The data where they were, by whatever number of ranks; metrics as before but for rounding."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run" / "done").unlink()
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000004")
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    with running("train", config, "parallel.ep=1", log=tmp_path / "log") as run:
+        assert "is of another layout (world_size 2 -> 1, ep 2 -> 1)" in run.succeed()
+    assert [path.name for path in (tmp_path / "run" / "rollouts").glob("step_00000005*")] == ["step_00000005.jsonl"]
+    rows, expected = without_timing(metrics(tmp_path / "run")), without_timing(metrics(unbroken))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[:4] == expected[:4]
+    for row, want in zip(rows[4:], expected[4:], strict=True):
+        for name in ("reward/mean", "loss/policy", "grad/norm", "response/length_mean", "optim/lr"):
+            assert row[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
 
 
 def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, settings: Settings, unbroken: Path) -> None:

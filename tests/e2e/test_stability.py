@@ -110,6 +110,9 @@ def test_skip_leaves_the_weights_alone_stop_ends_the_run_and_warn_only_warns(
     assert "step 4: reward/mean = -1000 is below -100" in run.output()
     assert "Traceback" not in run.output()
     assert (out / "checkpoints" / "latest").read_text() == "step_00000003"
+    kept = out / "checkpoints" / "step_00000004.unstable"
+    assert f"The state of this step is kept in {kept}" in run.output()
+    assert json.loads((kept / "megasapo.json").read_text())["step"] == 4
     assert uids(out / "dumps" / "step_00000004" / "rollouts") == [12, 13, 14, 15]
     assert not (out / "done").exists()
     rows = metrics(out)

@@ -36,7 +36,8 @@ def main(model: Path, directory: Path, action: str, name: str) -> None:
     if action == "save":
         for _ in range(STEPS):
             step()
-        policy.save(directory / "run", STEPS, {"step": STEPS})
+        policy.save(directory / "run", {"step": STEPS})
+        policy.finish_saving()
     else:
         latest = checkpoint.latest(directory / "run")
         assert latest is not None

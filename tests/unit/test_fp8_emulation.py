@@ -289,7 +289,7 @@ def test_delayed_scales_are_those_of_what_the_products_saw(model: Path, topo: To
 def test_a_history_of_another_model_is_refused(model: Path, topo: Topology, tmp_path: Path) -> None:
     learner = Learner(model, topo, emulated("fp8_delayed"))
     learner.step(sequences(0))
-    path = learner.policy.save(tmp_path, 1, {"step": 1})
+    path = learner.policy.save(tmp_path, {"step": 1})
     (own,) = emulations(learner.policy._ddp)
     own.history = AmaxHistory([E4M3], 4, "max", topo.device)
     with pytest.raises(CheckpointError, match="tensors do not fit a model that rounds 1: resume with"):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config, launch
+from megasapo import config, launch, lock
 from megasapo.config import Config, ConfigError
-from megasapo.run import RunDir, ask_to_stop, refuse_other_command
+from megasapo.launch import Place
+from megasapo.run import RunDir, ask_to_stop, on_ranks, refuse_other_command
 
 
 def settings(root: Path, *overrides: str) -> Config:
@@ -33,6 +34,20 @@ def test_an_unfinished_run_of_another_command_is_refused_too(tmp_path: Path) -> 
     (checkpoint.parent / "latest").write_text("step_00000002")
     with pytest.raises(ConfigError, match="belongs to `megasapo sft`"):
         refuse_other_command("train", cfg)
+
+
+def test_a_damaged_checkpoint_does_not_keep_a_run_from_looking_for_the_one_before(tmp_path: Path) -> None:
+    cfg = settings(tmp_path)
+    checkpoint = cfg.run_dir / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "megasapo.json").write_text('{"trai')
+    (checkpoint.parent / "latest").write_text("step_00000002")
+    refuse_other_command("train", cfg)
+
+
+def test_ranks_are_not_started_where_another_job_works(tmp_path: Path) -> None:
+    with lock.hold(tmp_path, Place("here", 0, 1, "", 0)), pytest.raises(lock.InUse, match="is in use by process"):
+        on_ranks("train", [], 2, tmp_path)
 
 
 def test_changed_settings_are_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,16 @@ def test_a_waiting_group_is_read_as_it_was_written(tmp_path: Path) -> None:
         waiting.read(tmp_path, 4, {6: prompt})
 
 
+def test_waiting_groups_stay_as_long_as_their_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        waiting.write(tmp_path, step, [], shard=(0, 1))
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        if step == 6:
+            (tmp_path / "checkpoints" / "step_00000004").rmdir()
+    found = sorted(p.name for p in (tmp_path / "in_flight").iterdir())
+    assert found == [f"step_{step:08d}.jsonl" for step in (2, 6, 8)]
+
+
 def test_an_oversampled_step_takes_what_is_finished_first(world: None, thread: LoopThread) -> None:
     source, stream, fleet = make(thread, max_staleness=1, oversample=1.25)
     fleet.hang = lambda first: first in (0, 3)

@@ -124,11 +124,12 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 def _through_checkpoint(path: Path, source: list[Any], target: list[Any]) -> None:
     from megatron.core import dist_checkpointing
 
+    from megasapo import checkpoints
     from megasapo.mcore import checkpoint
 
     path.mkdir()
     dist_checkpointing.save({"model": source[0].sharded_state_dict()}, str(path))
-    (path / "megasapo.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
+    checkpoints.write_record(path, {"format": checkpoints.FORMAT})
     checkpoint.load_weights(path, target)
 
 

@@ -1,0 +1,126 @@
+"""One run directory, one job: rank 0 holds RUN/lock from before anything is written there until it has ended.
+
+Called by train.py, sft.py and, before ranks are started, by run.py. The lock is flock's: the kernel drops it with the
+process, however that ends. File systems of clusters may not pass it on to other machines: there the signs of life of
+the job that the file names decide (log/heartbeat.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+
+from megasapo.errors import UserError
+from megasapo.launch import Place
+from megasapo.log.heartbeat import LONGEST_S
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without a lock daemon
+PATIENCE_S = 3 * LONGEST_S  # a process that lives has written a sign of life by then
+
+
+class InUse(UserError, RuntimeError):
+    """Another job works in the run directory."""
+
+
+@contextmanager
+def hold(run_dir: Path, place: Place, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Inside, the run directory is this job's; rank 0 holds it for all. Raises InUse when it is another's."""
+    if place.rank != 0:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("a+") as file:
+        works = _lock(file, run_dir)
+        before = _owner(file)
+        if before is not None:
+            _refuse_living(before, run_dir, place, works, patience_s)
+        mine = {"host": place.host, "pid": os.getpid(), "since": _began(os.getpid()), "job": place.job}
+        file.truncate(0)
+        json.dump(mine | {"attempt": place.attempt}, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def refuse_held(run_dir: Path) -> None:
+    """Raises InUse if another process of a machine that shares locks with this one holds the directory."""
+    path = run_dir / "lock"
+    if path.exists():
+        with path.open("a+") as file:
+            _lock(file, run_dir)
+
+
+def _lock(file: TextIO, run_dir: Path) -> bool:
+    """Take the lock until `file` is closed; False where the file system has none. Raises InUse."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InUse(_message(run_dir, _owner(file))) from e
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _refuse_living(owner: dict[str, Any], run_dir: Path, place: Place, works: bool, patience_s: float) -> None:
+    """Raises InUse if the job that wrote `owner` is alive, though the lock could be taken or there is none."""
+    if owner["host"] == place.host:
+        if not works and _began(owner["pid"]) == owner["since"]:
+            raise InUse(_message(run_dir, owner))
+        return
+    sign = run_dir / "logs" / "ranks" / "rank_0.json"
+    first = _read(sign)
+    if first is None or first["state"] != "running":
+        return
+    print(
+        f"{run_dir} was last used on {owner['host']}: looking for signs of life there for {patience_s:.0f} s",
+        flush=True,
+    )
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        time.sleep(min(1.0, patience_s / 10))
+        now = _read(sign)
+        if now is not None and now["written"] != first["written"]:
+            raise InUse(_message(run_dir, owner))
+
+
+def _message(run_dir: Path, owner: dict[str, Any] | None) -> str:
+    job = f", Slurm job {owner['job']}" if owner and owner["job"] else ""
+    who = f"process {owner['pid']} on {owner['host']}{job}" if owner else "another process"
+    return (
+        f"{run_dir} is in use by {who}: two jobs would destroy each other's files. Wait for it, stop it (touch "
+        f"{run_dir / 'stop'}), or choose another run.name; if it is surely gone, remove {run_dir / 'lock'}"
+    )
+
+
+def _owner(file: TextIO) -> dict[str, Any] | None:
+    file.seek(0)
+    text = file.read()
+    try:
+        return dict(json.loads(text)) if text else None
+    except ValueError:  # of a job that was killed while it wrote it
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _began(pid: int) -> float | None:
+    """When a process of this machine began, which tells it from a later one of the same number."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
