@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from examples.calculator.tool import answer
 from megasapo.algo.settings import resolve
 from megasapo.config import Config, ConfigError, from_dict
+from megasapo.config import load as load_config
 from megasapo.rewards.model import RewardModel, Scored
 from megasapo.rewards.pool import RewardError
 from megasapo.rollout import episode
@@ -251,6 +254,30 @@ def test_episodes_that_end_early_do_not_hold_the_others_up() -> None:
 def test_an_episode_that_cannot_be_is_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         episode.load(target)
+
+
+def test_the_calculator_example_asks_answers_and_goes_on() -> None:
+    root = Path(__file__).resolve().parents[2]
+    target = load_config(root / "examples" / "calculator" / "sapo.yaml").rollout.episode
+    assert target is not None
+    assert answer("[77*78]") == "6006>"
+    assert answer("[77+78]") == "?>"
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(ids: tuple[int, ...]) -> str:
+        return bytes(ids).decode()
+
+    engine = Engine(tuple(b"[12*13]"), tuple(b"156"))
+    cfg = settings(episode=target)
+    completer = Completer(engine, cfg.rollout, decode, encode, version=lambda: 0)
+    [outcome] = asyncio.run(completer([PROMPT], [SamplingParams(max_new_tokens=32)]))
+    assert outcome.error is None
+    assert decode(outcome.completion.output_ids) == "[12*13]156>156"
+    assert outcome.completion.sampled is not None
+    assert outcome.completion.sampled.tolist() == [True] * 7 + [False] * 4 + [True] * 3
+    assert engine.sampling[0].stop_token_ids == tuple(b"]")
 
 
 # --- requests that are aborted and go on ---
