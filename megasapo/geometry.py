@@ -13,9 +13,9 @@ from typing import Any
 
 from megasapo.config import ConfigError
 from megasapo.families import family
-from megasapo.families.sizes import BACKWARD, Fields, Geometry, Parameters
+from megasapo.families.sizes import BACKWARD, Fields, Geometry, Latent, Parameters
 
-__all__ = ["BACKWARD", "Geometry", "Parameters", "geometry", "read_geometry"]
+__all__ = ["BACKWARD", "Geometry", "Latent", "Parameters", "geometry", "read_geometry"]
 
 
 def read_geometry(model_path: str | Path) -> Geometry:

@@ -175,6 +175,8 @@ def _width_problems(parallel: ParallelConfig, geometry: Geometry) -> Iterator[Pr
         sizes.append(("intermediate_size", geometry.ffn))
     if geometry.shared_ffn:
         sizes.append(("shared_expert_intermediate_size", geometry.shared_ffn))
+    if latent := geometry.latent:  # megatron-core cuts what it makes, before every rank gets it whole
+        sizes += [("q_lora_rank", latent.q_rank), ("kv_lora_rank + qk_rope_head_dim", latent.kv_rank + latent.rotated)]
     for field, size in sizes:
         if size % parallel.tp:
             yield _does_not_divide("tp", parallel.tp, field, size)

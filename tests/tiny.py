@@ -63,6 +63,32 @@ GLM4_MOE_SHAPE = {
     "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 0,
 }
+DEEPSEEK_V3_SHAPE = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,  # transformers means the rotated part
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_nextn_predict_layers": 0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 64.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+}
 GPT_OSS_SHAPE = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
@@ -82,6 +108,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' name for the f
     "qwen2_moe": ("Qwen2Moe", QWEN2_MOE_SHAPE),
     "mixtral": ("Mixtral", MIXTRAL_SHAPE),
     "glm4_moe": ("Glm4Moe", GLM4_MOE_SHAPE),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK_V3_SHAPE),
     "gpt_oss": ("GptOss", GPT_OSS_SHAPE),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from megasapo.config import ConfigError
-from megasapo.families import glm4_moe, gpt_oss, mixtral, qwen2_moe, qwen3, qwen3_moe
+from megasapo.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, qwen2_moe, qwen3, qwen3_moe
 from megasapo.families.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": qwen2_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
 }
 

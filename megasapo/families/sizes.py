@@ -31,8 +31,19 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """Sizes of latent attention: queries, and keys with values, are made from vectors of low rank."""
+
+    q_rank: int  # 0: queries are projected straight
+    kv_rank: int
+    plain: int  # of a query's and a key's head: values that are not rotated
+    rotated: int  # and those that are; the key's are the same for all heads
+    value: int  # of a value's head
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of a decoder with gated feed-forward layers and grouped-query attention, all of it causal."""
+    """Sizes of a decoder with gated feed-forward layers and grouped-query or latent attention, all of it causal."""
 
     model_type: str
     hidden: int
@@ -50,6 +61,7 @@ class Geometry:
     shared_gate: bool = False  # whether the shared expert's output is weighted by a gate
     qk_norm: bool = True
     qkv_bias: bool = False
+    latent: Latent | None = None
     biases: bool = False  # whether the output projection, routers and experts have them, too
     sinks: bool = False  # whether attention has one for each head
     windows: tuple[int, ...] = ()  # of each layer: how many keys a token sees at most, 0: all; () is 0 in every layer
@@ -63,14 +75,39 @@ class Geometry:
         return self.heads * self.head_dim
 
     @property
+    def output_width(self) -> int:
+        """Of what attention gives."""
+        return self.heads * (self.latent.value if self.latent else self.head_dim)
+
+    @property
     def kv_width(self) -> int:
         """Of keys and values together."""
+        if self.latent:
+            return self.query_width + self.output_width
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def attention_input(self) -> int:
+        """Width of what tensor-parallel ranks gather of each token for attention's projections that they cut."""
+        if self.latent is None:
+            return self.hidden
+        return (self.latent.q_rank or self.hidden) + self.latent.kv_rank + self.latent.rotated
+
+    @property
+    def attention_whole(self) -> int:
+        """Weights of one layer's attention that every tensor-parallel rank holds: projections to latents."""
+        if self.latent is None:
+            return 0
+        return self.hidden * (self.latent.q_rank + self.latent.kv_rank + self.latent.rotated)
 
     @property
     def attention_matrix(self) -> int:
         """Weights of one layer's query, key, value and output projections."""
-        return self.hidden * (2 * self.query_width + self.kv_width)
+        if self.latent is None:
+            return self.hidden * (2 * self.query_width + self.kv_width)
+        queries = (self.latent.q_rank or self.hidden) * self.query_width
+        keys = self.latent.kv_rank * self.heads * (self.latent.plain + self.latent.value)
+        return self.attention_whole + queries + keys + self.hidden * self.output_width
 
     @property
     def attention_bias(self) -> int:
@@ -85,6 +122,8 @@ class Geometry:
     @property
     def layer_vectors(self) -> int:
         """Norm weights of one layer."""
+        if self.latent:
+            return 2 * self.hidden + self.latent.q_rank + self.latent.kv_rank
         return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
@@ -136,7 +175,7 @@ class Geometry:
     @property
     def pair_flops(self) -> int:
         """FLOPs of the forward pass for one query and one key that it attends to, over all layers."""
-        return self.layers * 4 * self.query_width  # a product with the key, and one with the value
+        return self.layers * 2 * (self.query_width + self.output_width)  # a product with the key, one with the value
 
     def attention_flops(self, lengths: Iterable[int]) -> int:
         """FLOPs of the forward pass in causal attention: token t of a sequence attends to t keys, its own included.

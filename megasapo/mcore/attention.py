@@ -188,8 +188,9 @@ def _rows_after_gathering(bounds: np.ndarray, shard: Shard) -> np.ndarray:
 class PackedAttention(torch.nn.Module):
     """Core attention of megatron-core's SelfAttention on torch's SDPA; causal, grouped queries, thd.
 
-    Queries and keys come without rotary embedding: it is applied here. With softmax_type=learnable each head has a
-    sink, and the layers of window_attn_skip_freq see a sliding window; both as in megatron-core's own attention.
+    Queries and keys come without rotary embedding, which is applied here; latent attention's come with it. With
+    softmax_type=learnable each head has a sink, and the layers of window_attn_skip_freq see a sliding window; both as
+    in megatron-core's own attention.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class PackedAttention(torch.nn.Module):
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout} is not supported; use 0")
         self.scale = softmax_scale
+        self.rotates = not getattr(config, "multi_latent_attention", False)
         self.is_sliding = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
@@ -251,8 +253,9 @@ class PackedAttention(torch.nn.Module):
             raise ValueError(
                 "the model runs on packed sequences: pass packed_seq_params made by megasapo.mcore.attention"
             )
-        cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
-        query, key = (_rotated(x, cos, sin) for x in (query, key))
+        if self.rotates:
+            cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
+            query, key = (_rotated(x, cos, sin) for x in (query, key))
         if p.cp_group is not None:
             head_dim = key.shape[-1]
             key, value = _GatherTokens.apply(torch.cat((key, value), -1), p.cp_group).split(
@@ -277,9 +280,13 @@ class PackedAttention(torch.nn.Module):
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        return F.scaled_dot_product_attention(
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # latent attention's; torch's fused kernels want heads of one size
+            value = F.pad(value, (0, query.shape[-1] - width))
+        out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
+        return out[..., :width]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 def apply() -> None:
     """Fill the holes that megatron-core leaves without Transformer Engine; a second call does nothing."""
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     # 0.16.1 names te_general_gemm in the router without defining it when TE is missing (NameError on moe_router_dtype);
     # 0.19.2 defines it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # 0.16.1 takes mocks in latent attention for Transformer Engine; 0.19.2 looks whether it is there.
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
     # The default of cuda_graph_scope (0.16.1) or cuda_graph_modules (0.19.2) warns about itself.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # 0.19.2 announces its HybridModel every time a GPTModel is made; 0.16.1 has none to move to.

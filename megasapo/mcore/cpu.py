@@ -119,7 +119,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
-            kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)  # there is nothing to pin memory for
         return factory(*args, **kwargs)
 
     return wrapped

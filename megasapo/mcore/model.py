@@ -20,7 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError
@@ -34,6 +34,7 @@ from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.fusions import Fusions, apex_kernel, output_layer_without_kernel
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
+from megasapo.mcore.latent import use_latent_attention
 from megasapo.mcore.norm import RMSNorm
 from megasapo.mcore.precision import Precision, refuse_widths
 from megasapo.mcore.topology import Topology
@@ -96,6 +97,7 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
     )
+    use_latent_attention(spec)
     if not use_te:
         _use_own_modules(spec)
     with output_layer_without_kernel(use_te=use_te):
@@ -150,7 +152,8 @@ def transformer_config(
     fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | own
     fields |= precision.transformer_fields()
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
-    config = TransformerConfig(**_overridden(fields, cfg.override_transformer_config))
+    kind = MLATransformerConfig if own.get("multi_latent_attention") else TransformerConfig
+    config = kind(**_overridden(kind, fields, cfg.override_transformer_config))
     if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
         raise ConfigError(
             "model.override_transformer_config: gradient_accumulation_fusion=true needs Transformer Engine's layers "
@@ -193,13 +196,13 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
     }
 
 
-def _overridden(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+def _overridden(kind: type[TransformerConfig], fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"model.override_transformer_config: TransformerConfig has no field {name!r}{hint}")
+            raise ConfigError(f"model.override_transformer_config: {kind.__name__} has no field {name!r}{hint}")
         quantising = QUANTISING.search(name) and name not in TUNING
         owner = OWN_FIELDS.get(name, "precision.recipe" if quantising else None)
         if owner:
@@ -247,8 +250,8 @@ def _use_own_modules(block: TransformerBlockSubmodules) -> None:
             layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, name) not in (None, IdentityOp):
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, None) not in (None, IdentityOp):
                 setattr(attention, name, RMSNorm)
 
 

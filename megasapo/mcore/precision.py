@@ -138,10 +138,20 @@ def refuse_widths(cfg: PrecisionConfig, config: Any) -> None:
     widths = {
         "hidden_size": config.hidden_size,
         f"num_attention_heads * head_dim / tp({tp})": heads * config.kv_channels // tp,
-        f"(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp({tp})": (
-            (heads + 2 * groups) * config.kv_channels // tp
-        ),
     }
+    if config.multi_latent_attention:
+        ranks = {"q_lora_rank": config.q_lora_rank or 0, "kv_lora_rank": config.kv_lora_rank}
+        widths |= ranks | {
+            "kv_lora_rank + qk_rope_head_dim": config.kv_lora_rank + config.qk_pos_emb_head_dim,
+            f"num_attention_heads * v_head_dim / tp({tp})": heads * config.v_head_dim // tp,
+            f"num_attention_heads * (qk_nope_head_dim + v_head_dim) / tp({tp})": (
+                heads * (config.qk_head_dim + config.v_head_dim) // tp
+            ),
+        }
+    else:
+        widths[f"(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp({tp})"] = (
+            (heads + 2 * groups) * config.kv_channels // tp
+        )
     if _has_dense_layers(config):
         widths[f"intermediate_size / tp({tp})"] = config.ffn_hidden_size // tp
     if config.num_moe_experts:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megasapo.config import Config
-from megasapo.geometry import Geometry
+from megasapo.geometry import Geometry, Latent
 from megasapo.layout import padded_vocab_size
 from megasapo.plan.hardware import ASSUMED
 from megasapo.plan.work import Degrees, Work
@@ -70,7 +70,8 @@ def held_parameters(geometry: Geometry, degrees: Degrees, stage: int) -> Held:
     g, tp = geometry, degrees.tp
     layers = [moe for chunk in stage_chunks(g, degrees, stage) for moe in chunk]
     moe = sum(layers)
-    dense = len(layers) * ((g.attention_matrix + g.attention_bias) // tp + g.attention_vectors + g.layer_vectors)
+    cut, whole = g.attention_matrix - g.attention_whole + g.attention_bias, g.attention_whole + g.layer_vectors
+    dense = len(layers) * (cut // tp + g.attention_vectors + whole)
     dense += (len(layers) - moe) * g.dense_mlp // tp + moe * (g.router + g.router_bias + g.shared_expert // tp)
     table = padded_vocab_size(g.vocab, tp) // tp * g.hidden
     first, last = stage == 0, stage == degrees.pp - 1
@@ -104,6 +105,8 @@ class Kernels:
 
     def attention(self, g: Geometry, cp: int, element: int, *, again: bool) -> float:
         """From projected queries, keys and values to the output projection's input; `again`: the core is recomputed."""
+        if g.latent:
+            return self.latent_attention(g, g.latent, cp, element, again=again)
         q, kv = g.query_width, g.kv_width
         rotated = q + kv / 2
         kept: float = q + kv + q + q  # what was projected, queries made contiguous, attention's output
@@ -113,6 +116,17 @@ class Kernels:
         # without a fused kernel keys and values are repeated for every query head, over all tokens that the rank sees
         kept += rotated if again else q + 2 * q * (cp + 0.5 if cp > 1 else 1) + q
         return kept * element + (0 if again else 4 * g.heads)
+
+    def latent_attention(self, g: Geometry, latent: Latent, cp: int, element: int, *, again: bool) -> float:
+        """The same from latents on, their norms included; keys and values are those of all heads."""
+        q, kv, out = g.query_width, g.kv_width, g.output_width
+        norms = sum(self.norm(rank, element) for rank in (latent.q_rank, latent.kv_rank) if rank)
+        kept: float = latent.rotated + out
+        if self.fused:
+            kept += q + kv + (kv * cp if cp > 1 else 0)
+        else:  # cosines and sines of both; values have heads as wide as keys' to be attended
+            kept += 4 * latent.rotated + (q + kv if again else 2 * q + 2 * q * (cp + 0.5 if cp > 1 else 1))
+        return norms + kept * element + (0 if again else 4 * g.heads)
 
     def mlp(self, width: int, element: int) -> float:
         """A gated feed-forward part without its input."""

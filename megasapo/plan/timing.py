@@ -137,7 +137,7 @@ def _layer_seconds(s: Setting, moe: bool, *, backward: bool) -> Pass:
     g, times = s.geometry, 2 if backward else 1
     own = s.work.mean_micro_tokens / (s.degrees.tp * s.degrees.cp)
     weights = g.attention_matrix + (g.router + g.shared_expert if moe else g.dense_mlp)
-    held = weights / s.degrees.tp
+    held = (weights - g.attention_whole) / s.degrees.tp + g.attention_whole
     found = {"dense": max(2 * weights * own * times / (s.flops * ASSUMED.gemm), _weights_seconds(s, held, backward))}
     if moe:
         flops = 2 * g.top_k * g.expert * own * times * (ASSUMED.load_imbalance if s.degrees.ep > 1 else 1.0)
@@ -145,7 +145,7 @@ def _layer_seconds(s: Setting, moe: bool, *, backward: bool) -> Pass:
         found["experts"] = max(flops / (s.flops * ASSUMED.grouped_gemm), _weights_seconds(s, held, backward))
     pairs = own * (s.work.sequence_tokens + 1) / 2
     efficiency = ASSUMED.attention_backward / ASSUMED.attention_backward_work if backward else ASSUMED.attention_forward
-    found["attention"] = pairs * 4 * g.query_width / (s.flops * efficiency)
+    found["attention"] = pairs * g.pair_flops / g.layers / (s.flops * efficiency)
     saved = layer_saved_bytes(
         g, s.degrees, s.work.mean_micro_tokens, moe=moe, dtype=s.cfg.model.dtype, recompute="none"
     )

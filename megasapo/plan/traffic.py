@@ -110,10 +110,12 @@ def layer_traffic(
 ) -> dict[str, Traffic]:
     """One layer's forward or backward pass over a micro-batch of `tokens`, by kind."""
     g, d = geometry, degrees
-    states = tokens / d.cp * g.hidden * width
+    states, attended = (groups.tp.gather(tokens / d.cp * size * width, gpu) for size in (g.hidden, g.attention_input))
     # forward: gather before and scatter after; backward: the same in reverse, and the input gathered once more
-    blocks = 1 if moe and not g.shared_ffn else 2
-    found = {"tp": groups.tp.gather(states, gpu) * (blocks * (3 if backward else 2))}
+    before = 2 if backward else 1
+    found = {"tp": attended * before + states}
+    if not moe or g.shared_ffn:
+        found["tp"] += states * (before + 1)
     found["cp"] = groups.cp.gather(tokens * g.kv_width / d.tp * width, gpu)
     if moe:
         routed = tokens / (d.tp * d.cp) * g.top_k * g.hidden * width * ASSUMED.load_imbalance

@@ -104,11 +104,14 @@ def check_blocks(model_path: str | Path, flags: Sequence[str]) -> None:
     g = read_geometry(model_path)
     tp = size_of(flags, "--tp", "--tp-size", "--tensor-parallel-size")
     ep = size_of(flags, "--ep", "--ep-size", "--expert-parallel-size")
-    sizes = {
-        "hidden_size": g.hidden,
-        "num_attention_heads * head_dim / tp": g.query_width / tp,
-        "num_key_value_heads * head_dim / tp": max(1, g.kv_heads / tp) * g.head_dim,
-    }
+    sizes = {"hidden_size": g.hidden, "num_attention_heads * head_dim / tp": g.query_width / tp}
+    if g.latent:
+        sizes["num_attention_heads * (qk_nope_head_dim + v_head_dim) / tp"] = (
+            g.heads * (g.latent.plain + g.latent.value) / tp
+        )
+        sizes["num_attention_heads * v_head_dim / tp"] = g.output_width / tp
+    else:
+        sizes["num_key_value_heads * head_dim / tp"] = max(1, g.kv_heads / tp) * g.head_dim
     if not all(g.moe_layers):
         sizes["intermediate_size / tp"] = g.ffn / tp
     if any(g.moe_layers):

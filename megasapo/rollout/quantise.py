@@ -17,8 +17,10 @@ from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.weight_files import Bucket, Writer, read_config, tensors
 
 SCALE = "_scale_inv"
-LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-KEPT = frozenset({"gate", "shared_expert_gate", "embed_tokens", "lm_head"})  # gates, and both ends of the model
+LATENT = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})  # DeepSeek's attention
+LINEAR = LATENT | {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# gates, both ends of the model, and what layers for multi-token prediction have beside those of others
+KEPT = frozenset({"gate", "shared_expert_gate", "embed_tokens", "lm_head", "eh_proj", "head"})
 BUCKET_BYTES = 1 << 30
 
 

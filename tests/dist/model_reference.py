@@ -27,6 +27,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"kind": "qwen2_moe", "vocab_size": 515},
     "mixtral": {"kind": "mixtral"},
     "glm4_moe": {"kind": "glm4_moe"},
+    "deepseek_v3": {"kind": "deepseek_v3", "vocab_size": 515},
+    "deepseek_v3_plain": {  # queries without a latent, no groups of experts, no YaRN, another eps than latents' norms
+        "kind": "deepseek_v3",
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rms_norm_eps": 1e-5,
+    },
     "gpt_oss": {"kind": "gpt_oss", "vocab_size": 515},
 }
 LENGTHS = (5, 17, 33, 2, 64, 9, 30, 12)

@@ -43,6 +43,8 @@ MODELS = {
         "num_nextn_predict_layers": 1,
         "dtype": torch.bfloat16,
     },
+    "deepseek_v3_bf16": {"kind": "deepseek_v3", "vocab_size": 513, "dtype": torch.bfloat16},
+    "deepseek_v3_plain": {"kind": "deepseek_v3", "q_lora_rank": None, "tie_word_embeddings": True},
     "dense_tied_bf16": {"kind": "dense", "tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
 BUCKET_BYTES = 50_000  # below the embedding's size, above most other tensors'

@@ -1,6 +1,6 @@
 """The planner's memory against what a Policy on real ranks holds: weights, gradients, optimizer state, activations.
 
-pytest starts this file again as two ranks (`python -m tests.dist.test_plan_memory MODEL OUT PORTS`), which run all
+pytest starts this file again as two ranks (`python -m tests.dist.test_plan_memory MODELS OUT PORTS`), which run all
 layouts one after the other and write down what they found.
 """
 
@@ -35,6 +35,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "tp2-etp2-full": {"tp": 2, "etp": 2, "recompute": "full"},
     "pp2-vpp2-bf16-full": {"pp": 2, "vpp": 2, "dtype": "bfloat16", "recompute": "full"},
+    "latent-tp2": {"tp": 2},
+    "latent-cp2": {"cp": 2},
+    "latent-pp2-selective": {"pp": 2, "recompute": "selective"},
 }
 PADDING = 0.005  # of megatron-core's buffers, whose parameters begin at multiples of 64 elements
 TOLERANCE = 0.15  # of activations: biases of indices, masks and statistics are left out or rounded
@@ -56,25 +59,32 @@ def settings(model: str, layout: dict[str, Any]) -> config.Config:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, one of them dense, and a vocabulary that tp pads."""
-    return make_model(tmp_path_factory.mktemp("plan") / "model", kind="moe", mlp_only_layers=[1], vocab_size=515)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers, one of them dense, and a vocabulary that tp pads; grouped-query attention and latent attention."""
+    directory = tmp_path_factory.mktemp("plan")
+    make_model(directory / "moe", kind="moe", mlp_only_layers=[1], vocab_size=515)
+    make_model(directory / "latent", kind="deepseek_v3", vocab_size=515)
+    return directory
+
+
+def model_of(models: Path, layout: str) -> Path:
+    return models / ("latent" if layout.startswith("latent") else "moe")
 
 
 @cache
-def measured(model: Path) -> Path | AssertionError:
-    out = model.parent / "found"
+def measured(models: Path) -> Path | AssertionError:
+    out = models / "found"
     ports = ",".join(map(str, free_ports(len(LAYOUTS))))  # a process group for each layout
     try:
-        run_ranks(2, "tests.dist.test_plan_memory", str(model), str(out), ports, logs=out)
+        run_ranks(2, "tests.dist.test_plan_memory", str(models), str(out), ports, logs=out)
     except AssertionError as e:
         return e
     return out
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_memory_is_what_the_planner_says(name: str, model: Path) -> None:
-    where = measured(model)
+def test_memory_is_what_the_planner_says(name: str, models: Path) -> None:
+    where, model = measured(models), model_of(models, name)
     if isinstance(where, AssertionError):
         raise where
     ranks = json.loads((where / f"{name}.json").read_text())
@@ -155,10 +165,10 @@ class _Kept:
 def _rank_main() -> None:
     from megasapo.mcore.topology import Topology
 
-    model, out, ports = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(",")
+    models, out, ports = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
     for port, (name, layout) in zip(ports, LAYOUTS.items(), strict=True):
         os.environ["MASTER_PORT"] = port
-        cfg = settings(model, layout)
+        cfg = settings(str(model_of(models, name)), layout)
         topo = Topology.init(cfg.parallel)
         found = topo.gather(_measure(cfg, topo))
         if topo.rank == 0:

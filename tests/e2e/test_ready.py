@@ -20,13 +20,15 @@ SHRUNK = {
     "qwen3_30b_a3b/bf16_2x8.yaml": {"tp": 2, "ep": 2},
     "qwen3_30b_a3b/fp8_8x8.yaml": {"cp": 2, "ep": 2},
     "qwen3_235b_a22b/bf16_24x8.yaml": {"pp": 2},
+    "deepseek_v3/bf16_96x8.yaml": {"tp": 2, "ep": 2},
 }
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
-    make_model(root / "model", kind="moe", dtype=torch.bfloat16)
+    make_model(root / "qwen3", kind="moe", dtype=torch.bfloat16)
+    make_model(root / "deepseek", kind="deepseek_v3", dtype=torch.bfloat16)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8)]
     (root / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return root
@@ -39,7 +41,7 @@ def test_a_step_of_it(name: str, tiny: Path, tmp_path: Path) -> None:
     for degree, size in SHRUNK[name].items():
         assert settings["parallel"][degree] >= size
     settings["run"]["dir"] = str(tmp_path)
-    settings["model"]["path"] = str(tiny / "model")
+    settings["model"]["path"] = str(tiny / name.split("_")[0])
     settings["data"] |= {"train": str(tiny / "data.jsonl"), "eval": str(tiny / "data.jsonl"), "max_prompt_tokens": 48}
     settings["rollout"] |= {"engine": "embedded", "server_args": [], "prompts_per_step": 4, "group_size": 4}
     settings["rollout"] |= {"max_new_tokens": 12, "publish_bucket_mb": 1.0}

@@ -28,6 +28,8 @@ from megasapo.sections import ParallelConfig
 from tests.tiny import KINDS, SHAPE
 from tests.unit.bridge_fakes import VOCAB, fake_model, fill_from
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 256}
+
 
 def hf_config(kind: str, **over: Any) -> Any:
     name, shape = KINDS[kind]
@@ -46,6 +48,8 @@ def hf_config(kind: str, **over: Any) -> Any:
             "glm4_moe",
             {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 3, "n_shared_experts": 1},
         ),
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 0, "tie_word_embeddings": True}),
         ("gpt_oss", {}),
         ("gpt_oss", {"num_attention_heads": 8, "tie_word_embeddings": True, "layer_types": ["full_attention"] * 4}),
     ],
@@ -108,6 +112,11 @@ def test_mxfp4_checkpoints_are_refused_with_what_to_do() -> None:
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported for gpt_oss; only True is"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
         ("glm4_moe", {"topk_group": 1}, "num_experts_per_tok=4 with topk_group=1 is not supported"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False is not supported"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("deepseek_v3", {"rope_parameters": YARN | {"rope_type": "linear"}}, "only rope_type 'default', and 'yarn'"),
+        ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "without attention_factor"),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "with mscale where it has mscale_all_dim"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(kind: str, over: dict[str, Any], message: str) -> None:
@@ -120,6 +129,31 @@ def test_scaled_positions_are_refused() -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(ConfigError, match="rope_type='linear' is not supported"):
         family("mixtral").rotary(hf_config("mixtral", rope_parameters=rope))
+
+
+def test_a_tensor_parallel_rank_holds_projections_to_latents_whole() -> None:
+    sizes = geometry(json.loads(hf_config("deepseek_v3").to_json_string(use_diff=False)))
+    whole, half = (held_parameters(sizes, Degrees(tp, tp, 1, 1, 1, 1, 1), 0).dense for tp in (1, 2))
+    layer = 2 * 64 + 24 + 16 + 64 * (24 + 16 + 8)  # norms, those of latents, and the projections to latents
+    assert 2 * half - whole == 4 * layer + 64 + 3 * 64 * 8  # the last norm, and routers
+
+
+def test_pairs_of_latent_attention_by_hand() -> None:
+    sizes = geometry(json.loads(hf_config("deepseek_v3").to_json_string(use_diff=False)))
+    assert sizes.pair_flops == 4 * 2 * 4 * (20 + 10)  # layers, a multiplication and an addition, heads, q and k; v
+
+
+def test_keys_and_values_of_fewer_heads_are_not_latent_attentions() -> None:
+    fields = json.loads(hf_config("deepseek_v3").to_json_string(use_diff=False)) | {"num_key_value_heads": 2}
+    with pytest.raises(ConfigError, match="num_key_value_heads=2 is not num_attention_heads=4"):
+        geometry(fields)
+
+
+def test_a_quantised_directory_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    config = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BridgeError, match=rf"hf-to-hf --src {tmp_path} --dst COPY --dtype bfloat16"):
+        load_hf([], tmp_path, topo=None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("first_k_dense_replace", 5), ("num_experts_per_tok", 9)])

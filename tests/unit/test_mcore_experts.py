@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,21 @@ def test_written_numbers() -> None:
         [torch.tensor([[1.0], [-10.0]])],
     )
     torch.testing.assert_close(out, torch.tensor([[1.4621172, -14.621172]]))
+
+
+@pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS.keys())
+@pytest.mark.usefixtures("one_rank")
+def test_products_whose_rounding_changes_nothing_give_the_same(unit: dict[str, Any]) -> None:
+    def exact(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+    exact.emulation = SimpleNamespace(on=True, recipe=SimpleNamespace(by_tensor=True))  # type: ignore[attr-defined]
+    _, plain = pair(**unit)
+    _, emulated = pair(**unit)
+    emulated.roundings = exact, exact  # type: ignore[assignment]
+    expected, found = (gradients(module, [3, 1, 4, 2], torch.float32) for module in (plain, emulated))
+    for name in expected:
+        assert_close(found[name], expected[name], torch.float32, name)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -185,7 +185,7 @@ def test_fused_arithmetic_that_is_wrong_does_not_start(moe_dir, monkeypatch):
             pass
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3"])
 def test_other_families_generate_as_transformers_does(kind, tmp_path):
     directory = make_model(tmp_path, kind=kind)
     check_greedy(directory, plain=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megasapo.checksum import weights_checksum
-from megasapo.rollout.local.weights import Weights, _view
+from megasapo.rollout.local.weights import Weights, _view, served_entries
 from megasapo.rollout.weight_group import WeightGroup, host_store
 from tests.serving import serving
 from tests.tiny import make_model
@@ -50,6 +50,7 @@ def file_checksum(directory):
         ("qwen2_moe", {}),
         ("mixtral", {}),
         ("glm4_moe", {}),
+        ("deepseek_v3", {}),
         ("gpt_oss", {}),
     ],
 )
@@ -310,3 +311,10 @@ def test_a_group_that_nobody_leads_is_an_error_and_the_server_lives(server, monk
     assert answer.status_code == 400
     assert answer.json()["success"] is False
     assert len(server.generate(**ASK)["output_ids"]) == 6
+
+
+def test_layers_after_the_models_last_are_not_its_weights(tmp_path):
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(2, 2) for i in range(12)}
+    save_file(tensors | {"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    found = served_entries(tmp_path, num_layers=10)
+    assert set(found) == {"lm_head.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(10))}

@@ -36,7 +36,13 @@ def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> No
     its file is broken. `topo` is not used: the model knows its groups; it stands here as in `export_hf`.
     """
     del topo
-    load_files(chunks, HFFiles(hf_dir), read_config(hf_dir))
+    config = read_config(hf_dir)
+    if config.get("quantization_config") is not None:
+        raise BridgeError(
+            f"{hf_dir}: its config.json has a quantization_config, and the learner loads bfloat16 or float32 only: use "
+            f"a copy made by `python tools/convert_checkpoint.py hf-to-hf --src {hf_dir} --dst COPY --dtype bfloat16`"
+        )
+    load_files(chunks, HFFiles(hf_dir), config)
 
 
 def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> None:

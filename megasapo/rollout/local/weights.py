@@ -20,7 +20,7 @@ from megasapo.checksum import Checksum
 from megasapo.fp8.blocks import WEIGHT_BLOCK, dequantise_blocks
 from megasapo.fp8.formats import E4M3
 from megasapo.rollout.quantise import SCALE
-from megasapo.rollout.weight_files import WeightError, entries, tensors
+from megasapo.rollout.weight_files import Entry, WeightError, entries, tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Weights:
     def __init__(self, model: PreTrainedModel, fp8_names: Iterable[str] = ()) -> None:
         """`fp8_names`: of the weights that come as e4m3 with scales."""
         self._views = file_views(model)
+        self._num_layers: int = model.config.get_text_config().num_hidden_layers
         tied = model.get_expanded_tied_weights_keys(all_submodels=True)
         self._aliases = {name: source for name, source in tied.items() if name in self._views}
         self._half: dict[str, str] = {}  # quantised weights of which one part is new -> the part that is not
@@ -98,7 +99,7 @@ class Weights:
     def load(self, directory: str) -> None:
         """Replace all weights by those of an HF directory. Raises WeightError, before writing, unless all fit."""
         path = Path(directory)
-        found = entries(path)
+        found = served_entries(path, self._num_layers)
         for name, entry in found.items():
             self.check(name, entry.shape, entry.dtype)
         missing = [name for name in self.names if name not in found]
@@ -107,7 +108,7 @@ class Weights:
         for name, tensor in tensors(path, {name for name in found if name.endswith(SCALE)}):
             _check_scales(name, tensor)
         self.begin()
-        for name, tensor in tensors(path):
+        for name, tensor in tensors(path, set(found)):
             self._put(name, tensor)
 
     def checksum(self) -> str:
@@ -143,6 +144,13 @@ def _check_scales(name: str, scales: torch.Tensor) -> None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def served_entries(path: Path, num_layers: int) -> dict[str, Entry]:
+    """Of an HF directory's weights, those of the model: not of layers after its last, for multi-token prediction."""
+    found = entries(path)
+    layers = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in found}
+    return {name: found[name] for name, layer in layers.items() if layer is None or int(layer[1]) < num_layers}
 
 
 def file_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
