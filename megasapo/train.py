@@ -55,6 +55,10 @@ def check(cfg: Config) -> None:
     if cfg.train.eval_every and cfg.data.eval is None:
         raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
     run.refuse_other_command("train", cfg)
+    if cfg.rollout.episode:
+        from megasapo.rollout.episode import load
+
+        load(cfg.rollout.episode)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def loop(p: Parts, step: int) -> int:
 def save(p: Parts, step: int, aside: str = "") -> Path:
     """Begin a checkpoint of `step`, which `latest` will name unless it is put `aside`. Collective."""
     p.diagnosis.flush()
+    p.source.save(p.directory.path, step)  # before the checkpoint is complete
     return p.policy.save(p.directory.path, trainer_state(p, step), aside)
 
 
@@ -277,7 +282,7 @@ def resume(p: Parts, last: Path | None) -> int:
     """Restore everything from checkpoint `last`, if there is one; the step to go on from. Collective."""
     state: dict[str, Any] = p.policy.load(last) if last is not None else {"step": 0}
     if last is not None:
-        p.source.restore(state["source"])
+        p.source.restore(state["source"], p.directory.path, int(state["step"]))
     p.guard.begin(state["step"], state.get("stability"))
     if last is None and p.guard.may_roll_back:
         save(p, 0)  # the first steps may be the unstable ones
@@ -382,6 +387,8 @@ def _make_source(
     """The source of groups, and the function that measures the held-out problems through the same servers."""
     from megasapo.evaluate import evaluate, load_eval_prompts, summary
     from megasapo.rewards.model import RewardModel
+    from megasapo.rollout.episode import Completer
+    from megasapo.rollout.sampler import Sampler
     from megasapo.rollout.source import LoopThread, RolloutSource
 
     thread = LoopThread()
@@ -393,11 +400,17 @@ def _make_source(
         cleanup.callback(lambda: thread.run(fleet.close()))
 
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, republish=publisher)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    complete, sampler = None, None
+    if fleet is not None:
+        complete = Completer(fleet, cfg.rollout, decode, encode, version=lambda: fleet.version or 0)
+        sampler = Sampler(cfg, complete, scorer, decode)
+    source = RolloutSource(cfg, fleet, stream, scorer, sampler, topo, thread, republish=publisher)
+    cleanup.callback(source.close)
     held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
 
     async def measure() -> list[Problem]:
-        found = [] if fleet is None else await evaluate(fleet, held_out, scorer, decode, cfg)
+        found = [] if complete is None else await evaluate(complete, held_out, scorer, decode, cfg)
         return [replace(problem, texts=()) for problem in found]  # other ranks count them, nobody reads them
 
     def evaluate_now(version: int) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Broadcast:
             self.close()
             self._make_group()
             self._members = members
-        self._each(lambda c: c.pause("retract"))
+        self._each(lambda c: c.pause(self._fleet.cfg.on_publish))
         self._sessions = self._each(lambda c: c.begin_update())
 
     def send(self, bucket: Bucket) -> None:
@@ -68,7 +68,7 @@ class Broadcast:
     def finish(self) -> list[Server]:
         with_session = [s for s, open_ in zip(self._servers, self._sessions, strict=True) if open_]
         self._each(lambda c: c.end_update(), with_session)
-        self._each(lambda c: c.flush())
+        self._each(lambda c: c.flush(self._fleet.cfg.on_publish))
         self._each(lambda c: c.stamp(self._version))
         self._each(lambda c: c.resume())
         return self._servers
