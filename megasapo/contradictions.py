@@ -120,6 +120,11 @@ def _check_rollout(cfg: Config) -> None:
     _check_servers(cfg)
     if r.drop_zero_variance and r.group_size == 1:
         raise ValueError("rollout.drop_zero_variance needs groups of at least 2: a group of one has no variance")
+    if r.oversample > 1 and r.repeatable:
+        raise ValueError(
+            f"rollout.oversample={r.oversample:g} takes the groups that finish first, and rollout.deterministic=true "
+            "with max_staleness=0 asks for all of them in one request: set deterministic=false or oversample=1"
+        )
     if r.top_k != -1 and r.top_k < 1:
         raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
     if r.top_p < 1 or r.top_k != -1:

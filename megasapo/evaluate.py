@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from megasapo import config
 from megasapo.algo.passk import pass_at_k
 from megasapo.config import Config, ConfigError
 from megasapo.rewards.model import RewardModel
-from megasapo.types import Engine, Prompt, SamplingParams
+from megasapo.rollout.episode import Completer, Decode
+from megasapo.types import Prompt, SamplingParams
 
-Decode = Callable[[tuple[int, ...]], str]
 EVAL_STREAM = 0x5EED  # keeps the seeds of evaluation apart from those of training
 RIGHT = 0.5
 
@@ -39,12 +39,13 @@ class Problem:
 
 
 async def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], scorer: RewardModel, decode: Decode, cfg: Config
+    complete: Completer, prompts: Sequence[Prompt], scorer: RewardModel, decode: Decode, cfg: Config
 ) -> list[Problem]:
-    """Sample eval.samples responses to each prompt and grade them."""
+    """Sample eval.samples responses to each prompt and grade them; a sample whose episode failed is wrong."""
     count = cfg.eval.samples
-    inputs = [p.input_ids for p in prompts for _ in range(count)]
-    completions = await engine.generate(inputs, [_sampling(cfg, p, i) for p in prompts for i in range(count)])
+    inputs = [p for p in prompts for _ in range(count)]
+    outcomes = await complete(inputs, [_sampling(cfg, p, i) for p in prompts for i in range(count)])
+    completions = [o.completion for o in outcomes]
     texts = [decode(c.output_ids) for c in completions]
     first = cfg.reward.rewards[0].name
 
@@ -52,7 +53,8 @@ async def evaluate(
         rows = slice(at * count, (at + 1) * count)
         scores = await scorer.score_group(prompt, texts[rows])
         length = float(np.mean([len(c.output_ids) for c in completions[rows]]))
-        return Problem(prompt.index, tuple(s.parts[first] >= RIGHT for s in scores), length, tuple(texts[rows]))
+        right = (s.parts[first] >= RIGHT and o.error is None for s, o in zip(scores, outcomes[rows], strict=True))
+        return Problem(prompt.index, tuple(right), length, tuple(texts[rows]))
 
     return list(await asyncio.gather(*(grade(i, prompt) for i, prompt in enumerate(prompts))))
 
@@ -144,10 +146,13 @@ def _measure(cfg: Config) -> tuple[dict[str, float], list[dict[str, Any]]]:
 
     tokenizer = load_tokenizer(cfg.model.path)
     prompts = load_eval_prompts(cfg, tokenizer)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
 
     async def sample(fleet: Fleet) -> list[Problem]:
+        complete = Completer(fleet, cfg.rollout, decode, encode, version=lambda: 0)
         async with RewardModel(cfg.reward) as scorer:
-            found = await evaluate(fleet, prompts, scorer, partial(tokenizer.decode, skip_special_tokens=True), cfg)
+            found = await evaluate(complete, prompts, scorer, decode, cfg)
         await fleet.close()
         return found
 

@@ -151,6 +151,13 @@ class RolloutConfig(Section):
     """Beside the tokenizer's end-of-sequence token."""
     max_staleness: NonNegativeInt = 0
     """0: on-policy. k: groups may have been sampled with weights up to k versions old; generation overlaps learning."""
+    oversample: Annotated[float, Field(ge=1, le=16, strict=False, allow_inf_nan=False)] = 1.0
+    """Groups under way for each that a step needs; above 1 the step takes those that are finished first, which are the
+    shorter ones (docs/asynchrony.md). The rest is carried over to the next step, at max_staleness 0 given up."""
+    on_publish: Literal["retract", "in_place", "abort"] = "retract"
+    """Requests in flight when weights change: retract: they wait, and the new weights read prompt and tokens anew;
+    in_place: they go on with what the old weights remember of them, and so do cached prefixes that they hold; abort:
+    they come back as far as they got and are asked for again from there, at any server."""
     max_in_flight: PositiveInt = 256
     """Requests in flight from one data-parallel leader."""
     request_timeout_s: PositiveFloat = 600.0
@@ -164,6 +171,13 @@ class RolloutConfig(Section):
     aborted. It prefers short responses, unless sampling is seeded: use it against slow servers; empty: never."""
     router: str | None = None
     """URL of an sglang-router in front of `servers`: requests go to it, weights and pauses to the servers."""
+    episode: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """Async function `module:function(engine, sample)` that makes a sample in several turns (docs/asynchrony.md);
+    empty: one request a sample."""
+    max_turns: PositiveInt = 8
+    """Most calls of the engine in an episode; max_new_tokens holds for all it adds to the prompt together."""
+    tool_timeout_s: PositiveFloat = 60.0
+    """An episode that takes longer than this between two turns has failed (reward.on_error)."""
     drop_zero_variance: bool = False
     """Drop groups whose rewards are all equal and draw new ones (DAPO); counted either way."""
     deterministic: bool = True

@@ -5,8 +5,8 @@ Start reading at `loop`. The setup is in `train`; every collective call is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,10 @@ def check(cfg: Config) -> None:
     if cfg.train.eval_every and cfg.data.eval is None:
         raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
     run.refuse_other_command("train", cfg)
+    if cfg.rollout.episode:
+        from megasapo.rollout.episode import load
+
+        load(cfg.rollout.episode)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Parts:
 
 def loop(p: Parts, step: int) -> int:
     """From `step` to train.steps, or until asked to stop; returns the step reached. Collective."""
-    from megasapo import metrics
+    from megasapo import ceiling, metrics
     from megasapo.rollout.stats import group_stats, routing_stats
 
     phases = run.Phases(p.heartbeat.phase, p.profiler.phase)
@@ -91,7 +95,7 @@ def loop(p: Parts, step: int) -> int:
     while step < p.cfg.train.steps:
         p.heartbeat.at(step + 1, p.cfg.train.steps)
         p.profiler.at(step + 1)
-        with phases("rollout"), saving_first(p, step):
+        with phases("rollout"), ceiling.saving_first(p.source, partial(save_and_wait, p, step)):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
             sequences = make_sequences(groups, p)
@@ -103,11 +107,11 @@ def loop(p: Parts, step: int) -> int:
         sampled = metrics.merge([group_stats(groups, step, dropped), routing_stats(sequences)])
         step += 1
         with phases("publish"):
-            unpublished = try_publish(p, step)
+            unpublished = ceiling.try_publish(p.publish, step)
         with phases("diagnose"):
             diagnosed = p.diagnosis(step, groups, sequences)
             p.diagnosis.keep(step)
-        with phases("evaluate"), saving_first(p, step):
+        with phases("evaluate"), ceiling.saving_first(p.source, partial(save_and_wait, p, step)):
             held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) and not unpublished else {}
         own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics(), p.meter.take(batch)]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
@@ -137,32 +141,14 @@ def loop(p: Parts, step: int) -> int:
 def save(p: Parts, step: int, aside: str = "") -> Path:
     """Begin a checkpoint of `step`, which `latest` will name unless it is put `aside`. Collective."""
     p.diagnosis.flush()
+    p.source.save(p.directory.path, step)  # before the checkpoint is complete
     return p.policy.save(p.directory.path, trainer_state(p, step), aside)
 
 
-def try_publish(p: Parts, step: int) -> Exception | None:
-    """Why no server could be given the weights, the same on every rank: the step is to be written and saved first."""
-    from megasapo.rollout.protocol import RolloutError
-
-    try:
-        p.publish(step)
-    except RolloutError as e:
-        return e
-    return None
-
-
-@contextmanager
-def saving_first(p: Parts, step: int) -> Iterator[None]:
-    """No server for too long, or graders that fail, end the run on every rank: not without a checkpoint. Collective."""
-    from megasapo.rollout.protocol import RolloutError
-
-    try:
-        yield
-    except Exception as e:
-        if isinstance(e, RolloutError) or p.source.failed:  # which all ranks know, unlike other errors
-            save(p, step)
-            p.policy.finish_saving()
-        raise
+def save_and_wait(p: Parts, step: int) -> None:
+    """A complete checkpoint of `step`, for a run that cannot go on. Collective."""
+    save(p, step)
+    p.policy.finish_saving()
 
 
 def trainer_state(p: Parts, step: int) -> dict[str, Any]:
@@ -305,7 +291,7 @@ def resume(p: Parts, last: Path | None) -> int:
     """Restore everything from checkpoint `last`, if there is one; the step to go on from. Collective."""
     state: dict[str, Any] = p.policy.load(last) if last is not None else {"step": 0}
     if last is not None:
-        p.source.restore(state["source"])
+        p.source.restore(state["source"], p.directory.path, int(state["step"]))
     p.guard.begin(state["step"], state.get("stability"))
     if last is None and p.guard.may_roll_back:
         save(p, 0)  # the first steps may be the unstable ones
@@ -410,6 +396,8 @@ def _make_source(
     """The source of groups, and the function that measures the held-out problems through the same servers."""
     from megasapo.evaluate import evaluate, load_eval_prompts, summary
     from megasapo.rewards.model import RewardModel
+    from megasapo.rollout.episode import Completer
+    from megasapo.rollout.sampler import Sampler
     from megasapo.rollout.source import LoopThread, RolloutSource
 
     thread = LoopThread()
@@ -421,11 +409,17 @@ def _make_source(
         cleanup.callback(lambda: thread.run(fleet.close()))
 
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    source = RolloutSource(cfg, fleet, stream, scorer, decode, topo, thread, republish=publisher)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    complete, sampler = None, None
+    if fleet is not None:
+        complete = Completer(fleet, cfg.rollout, decode, encode, version=lambda: fleet.version or 0)
+        sampler = Sampler(cfg, complete, scorer, decode)
+    source = RolloutSource(cfg, fleet, stream, scorer, sampler, topo, thread, republish=publisher)
+    cleanup.callback(source.close)
     held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
 
     async def measure() -> list[Problem]:
-        found = [] if fleet is None else await evaluate(fleet, held_out, scorer, decode, cfg)
+        found = [] if complete is None else await evaluate(complete, held_out, scorer, decode, cfg)
         return [replace(problem, texts=()) for problem in found]  # other ranks count them, nobody reads them
 
     def evaluate_now(version: int) -> dict[str, float]:

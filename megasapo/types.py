@@ -56,6 +56,9 @@ class Completion:
     version_max: int
     # [rows, layers, K] int32 as the server sent it, unchecked (routing.validate): None when not asked for
     routed_experts: np.ndarray | None = None
+    version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) of output tokens, in order
+    # [R] bool: which output tokens the engine sampled (the others an episode gave); None: all
+    sampled: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,9 @@ def _sample(
         logp = np.full(len(tokens) - 1, np.nan, dtype=np.float32)
         if not prompt or len(given) != len(response):
             raise ValueError(f"{len(prompt)} prompt_ids, {len(response)} output_ids and {len(given)} logprobs")
-        logp[len(prompt) - 1 :] = [np.nan if x is None else x for x in given]
+        sampled = record.get("sampled", [1] * len(given))  # what an episode added has no logprob
+        known = (x if own and x is not None else np.nan for x, own in zip(given, sampled, strict=True))
+        logp[len(prompt) - 1 :] = list(known)
         versions = int(record["version_min"]), int(record["version_max"])
     except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{where}: not a sample as a run dumps it: {type(e).__name__}: {e}") from e

@@ -51,6 +51,7 @@ def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 def _row(group: Group, index: int, sample: Sample) -> dict[str, Any]:
     completion = sample.completion
+    sampled = {} if completion.sampled is None else {"sampled": completion.sampled.astype(int).tolist()}
     return {
         "uid": group.uid,
         "sample": index,
@@ -63,10 +64,11 @@ def _row(group: Group, index: int, sample: Sample) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "version_min": completion.version_min,
         "version_max": completion.version_max,
+        "version_spans": completion.version_spans,
         "prompt_ids": list(group.prompt.input_ids),
         "output_ids": list(completion.output_ids),
         "logprobs": [float(x) if math.isfinite(x) else None for x in completion.logprobs],
-    }
+    } | sampled
 
 
 def _as_markdown(group: Group) -> str:

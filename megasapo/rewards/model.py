@@ -70,13 +70,17 @@ class RewardModel:
         self._graders: list[_Grader] = []
         self._pools: list[GraderPool] = []
         self._client: Any = None
-        self._num_errors = self._errors_in_a_row = 0
+        self._num_errors = self._num_episode_errors = self._errors_in_a_row = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parts of a score."""
+        return _unique([spec.name for spec in self._cfg.rewards])
 
     async def start(self) -> None:
         """Load every grader. Raises RewardError naming one that cannot be loaded."""
-        names = _unique([spec.name for spec in self._cfg.rewards])
         try:
-            for name, spec in zip(names, self._cfg.rewards):
+            for name, spec in zip(self.names, self._cfg.rewards):
                 self._graders.append(_Grader(name, spec.weight, await self._load(spec)))
         except BaseException:
             await self.close()
@@ -106,6 +110,12 @@ class RewardModel:
         reward = math.fsum(g.weight * part for g, (part, _) in zip(self._graders, results))
         return Scored(reward, parts, tuple(error for _, error in results if error))
 
+    def failed_episode(self, episode: str, prompt: Prompt, response: str, e: Exception) -> Scored:
+        """The score of a sample whose episode failed, by the same policy and ceiling as for graders."""
+        self._num_episode_errors += 1
+        problem = self._failed(f"rollout.episode {episode}", prompt, response, e, self._num_episode_errors)
+        return Scored(0.0, dict.fromkeys(self.names, 0.0), (problem,))
+
     async def score_group(self, prompt: Prompt, responses: Sequence[str]) -> list[Scored]:
         """All responses to one prompt, scored at once, in order."""
         return list(await asyncio.gather(*(self.score(prompt, response) for response in responses)))
@@ -113,7 +123,9 @@ class RewardModel:
     def take_metrics(self) -> dict[str, Metric]:
         """Counts since the last call."""
         metrics: dict[str, Metric] = {"reward/grader_errors": Sum(float(self._num_errors))}
-        self._num_errors = 0
+        if self._num_episode_errors:
+            metrics["rollout/episode_errors"] = Sum(float(self._num_episode_errors))
+        self._num_errors = self._num_episode_errors = 0
         return metrics
 
     async def _part(self, grader: _Grader, prompt: Prompt, response: str) -> tuple[float, str | None]:
@@ -124,20 +136,20 @@ class RewardModel:
         except RewardError:
             raise
         except Exception as e:  # a grader is the outside world: anything it raises is scored by policy
-            return 0.0, self._failed(grader, prompt, response, e)
+            self._num_errors += 1
+            return 0.0, self._failed(f"reward {grader.name}", prompt, response, e, self._num_errors)
         self._errors_in_a_row = 0
         return value, None
 
-    def _failed(self, grader: _Grader, prompt: Prompt, response: str, e: Exception) -> str:
+    def _failed(self, what: str, prompt: Prompt, response: str, e: Exception, number: int) -> str:
         cause = str(e) if isinstance(e, GraderError) else f"{type(e).__name__}: {e}"
-        problem = f"reward {grader.name} failed on prompt {prompt.index} and response {response[:80]!r}: {cause}"
-        self._num_errors += 1
+        problem = f"{what} failed on prompt {prompt.index} and response {response[:80]!r}: {cause}"
         self._errors_in_a_row += 1
         if self._cfg.on_error == "error":
             raise RewardError(f"{problem}; reward.on_error=zero would score such responses 0") from e
         if self._errors_in_a_row >= self._cfg.max_errors_in_a_row:
             raise RewardError(f"{problem}; it was failure {self._errors_in_a_row} in a row, no use going on") from e
-        if self._num_errors <= FAILURES_SHOWN:
+        if number <= FAILURES_SHOWN:
             logger.warning("%s; scored 0", problem)
         return problem
 

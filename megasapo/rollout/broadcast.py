@@ -62,7 +62,7 @@ class Broadcast:
             self._members = members
         if self._changed_only and not self._hold(self._held_version):
             self._held = {}
-        contexts = [self._fleet.control(s).updating(version) for s in self._servers]
+        contexts = [self._fleet.control(s).updating(version, self._fleet.cfg.on_publish) for s in self._servers]
         entered = self._all([context.__aenter__() for context in contexts])
         self._updates = [(c, u) for c, u in zip(contexts, entered, strict=True) if isinstance(u, Update)]
         for outcome in entered:

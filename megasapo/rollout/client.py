@@ -38,6 +38,7 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 3.0
 KEEPALIVE_S = 4.0  # SGLang closes an idle connection after 5
 RESUME_FOR_S = 3.0
+PauseMode = Literal["abort", "in_place", "retract"]
 _jitter = random.Random()  # its own generator: waiting must not move anybody's seeded stream
 
 
@@ -125,15 +126,17 @@ class ServerClient:
         *,
         routed: RoutingRule | None = None,
         rid: str | None = None,
+        partial: bool = False,
     ) -> list[Completion]:
-        """One list request, one completion for each prompt. An aborted or malformed answer is a BadAnswer.
+        """One list request, one completion for each prompt. A malformed answer is a BadAnswer.
 
-        `routed`: ask for the experts too, of a model with this routing. `rid`: what `abort` may call it by.
+        `routed`: ask for the experts too, of a model with this routing. `rid`: what `abort` may call it by. `partial`:
+        an aborted answer comes as far as it got (finish_reason abort), otherwise it is a BadAnswer as well.
         """
         body = generate_request(input_ids, sampling, return_routed_experts=routed is not None, rid=rid)
         answer = await self._json("POST", "/generate", body, timeout_s=self._request_timeout_s)
         try:
-            return read_completions(answer, input_ids, sampling, routed)
+            return read_completions(answer, input_ids, sampling, routed, partial=partial)
         except RolloutError as e:
             e.args = (f"{self.url}: {e.args[0]}",)
             raise
@@ -150,7 +153,7 @@ class ServerClient:
 
     # --- control ---
 
-    async def pause(self, mode: Literal["abort", "in_place", "retract"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Stop sampling: abort what runs, or keep it with (in_place) or without (retract) its KV cache."""
         await self._control("/pause_generation", {"mode": mode})
 
@@ -158,9 +161,9 @@ class ServerClient:
         await self._control("/continue_generation", {})
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Requests in flight wait, without their KV cache, and go on with the weights that are there afterwards."""
-        await self.pause("retract")
+    async def paused(self, mode: PauseMode = "retract") -> AsyncIterator[None]:
+        """Requests in flight wait and go on with the weights that are there afterwards, or are aborted."""
+        await self.pause(mode)
         try:
             yield
         finally:  # a server left paused would keep every request waiting
@@ -170,27 +173,31 @@ class ServerClient:
         """Abort one request, or all of them; their answers come with finish_reason abort."""
         await self._control("/abort_request", {"abort_all": True} if rid is None else {"rid": rid}, parse=False)
 
-    async def flush(self) -> None:
-        """Forget cached prefixes; Refused while requests hold them."""
-        await self._control("/flush_cache", None, parse=False)
+    async def flush(self, mode: PauseMode = "retract") -> None:
+        """Forget cached prefixes; Refused while requests hold them, as those that are paused in place may."""
+        try:
+            await self._control("/flush_cache", None, parse=False)
+        except Refused:
+            if mode != "in_place":
+                raise
 
     # --- weights ---
 
     @asynccontextmanager
-    async def updating(self, version: int) -> AsyncIterator[Update]:
-        """pause -> begin -> what the caller does -> end -> flush -> stamp -> resume. Requests in flight wait meanwhile.
+    async def updating(self, version: int, mode: PauseMode) -> AsyncIterator[Update]:
+        """pause -> begin -> what the caller does -> end -> flush -> stamp -> resume. `mode`: of the pause.
 
         Whatever goes wrong, a server that may hold parts of two versions is stamped so, or stays paused when it cannot
         be reached: it never samples under a version that it has not.
         """
         update = Update()
         try:
-            await self.pause("retract")
+            await self.pause(mode)
             session = await self.begin_update()
             yield update
             if session:
                 await self.end_update()
-            await self.flush()
+            await self.flush(mode)
             await self.stamp(version)
         except (Exception, asyncio.CancelledError):
             with suppress(RolloutError):
@@ -202,9 +209,12 @@ class ServerClient:
             raise
         await self.resume()
 
-    async def update_from_disk(self, path: str | Path, version: int) -> None:
-        """Load an HF directory that the server can read, stamp it; the old weights stay where that fails."""
-        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True}
+    async def update_from_disk(self, path: str | Path, version: int, *, flush: bool = True) -> None:
+        """Load an HF directory that the server can read, stamp it; the old weights stay where that fails.
+
+        `flush`: and forget cached prefixes; not while requests hold them, for SGLang would die.
+        """
+        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": flush}
         await self._control("/update_weights_from_disk", body)
 
     async def begin_update(self) -> bool:

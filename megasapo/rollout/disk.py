@@ -64,7 +64,7 @@ class DiskDelivery:
 
     async def _load_all(self, servers: list[Server], directory: Path) -> list[Server]:
         results = await asyncio.gather(
-            *(_load(self._fleet.control(s), directory, self._version) for s in servers), return_exceptions=True
+            *(self._load(self._fleet.control(s), directory) for s in servers), return_exceptions=True
         )
         for server, result in zip(servers, results, strict=True):
             if isinstance(result, BaseException) and not isinstance(result, RolloutError):
@@ -76,7 +76,9 @@ class DiskDelivery:
             raise RolloutError(f"no server loaded {directory}: {results[0]}")
         return updated
 
-
-async def _load(client: ServerClient, directory: Path, version: int) -> None:
-    async with client.paused():
-        await client.update_from_disk(directory, version)
+    async def _load(self, client: ServerClient, directory: Path) -> None:
+        mode = self._fleet.cfg.on_publish
+        async with client.paused(mode):
+            await client.update_from_disk(directory, self._version, flush=mode != "in_place")
+            if mode == "in_place":
+                await client.flush(mode)

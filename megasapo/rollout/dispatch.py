@@ -11,11 +11,12 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
+from megasapo.rollout.transcript import to_the_end
 from megasapo.rollout.watch import Server
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
@@ -117,7 +118,11 @@ class Dispatch:
     async def _one(self, job: Job) -> Completion:
         assert self._slots is not None
         async with self._slots:
-            return (await self._request(job))[0]
+            return await to_the_end(
+                lambda ids, sampling: self._request(replace(job, input_ids=ids, sampling=sampling)),
+                job.input_ids[0],
+                job.sampling[0],
+            )
 
     async def _request(self, job: Job) -> list[Completion]:
         async def attempt() -> list[Completion]:
@@ -135,7 +140,9 @@ class Dispatch:
         rule = self._limits.routing_rule() if job.routed else None
         server.outstanding_tokens += job.tokens
         try:
-            completions = await self._clients[server.index].generate(job.input_ids, job.sampling, routed=rule, rid=rid)
+            completions = await self._clients[server.index].generate(
+                job.input_ids, job.sampling, routed=rule, rid=rid, partial=self._cfg.on_publish == "abort"
+            )
             self._check_versions(completions, job.oldest, server)
         except Retryable:
             server.failed_at, server.suspect = time.monotonic(), True

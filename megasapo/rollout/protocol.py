@@ -88,36 +88,46 @@ def _sampling(s: SamplingParams) -> dict[str, Any]:
 
 
 def read_completions(
-    body: Any, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], routed: RoutingRule | None = None
+    body: Any,
+    input_ids: Sequence[Sequence[int]],
+    sampling: Sequence[SamplingParams],
+    routed: RoutingRule | None = None,
+    *,
+    partial: bool = False,
 ) -> list[Completion]:
-    """The completions in a `/generate` answer, in the order of the prompts; `routed`: routing was asked for."""
+    """The completions in a `/generate` answer, in the order of the prompts; `routed`: routing was asked for.
+
+    `partial`: what was aborted comes as far as it got, with finish_reason abort.
+    """
     answers = [body] if isinstance(body, dict) else body
     if not isinstance(answers, list) or len(answers) != len(input_ids):
         what = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
         raise BadAnswer(f"asked for {len(input_ids)} completions, the server sent {what}")
     return [
-        _read_completion(answer, len(prompt), s.max_new_tokens, routed)
+        _read_completion(answer, len(prompt), s.max_new_tokens, routed, partial)
         for answer, prompt, s in zip(answers, input_ids, sampling, strict=True)
     ]
 
 
-def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: RoutingRule | None) -> Completion:
+def _read_completion(
+    answer: Any, num_prompt: int, max_new_tokens: int, routed: RoutingRule | None, partial: bool
+) -> Completion:
     try:
         meta = answer["meta_info"]
         output_ids = answer["output_ids"]
         reason = meta["finish_reason"]["type"]
-        if reason == "abort":
+        if reason == "abort" and (not partial or meta["finish_reason"].get("status_code")):
             raise BadAnswer(f"the server aborted the request: {meta['finish_reason'].get('message')}")
         entries = meta["output_token_logprobs"]
         logprobs, tokens = [entry[0] for entry in entries], [entry[1] for entry in entries]
-        versions = _versions(meta)
+        spans = _version_spans(meta, len(output_ids))
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise BadAnswer(f"the answer lacks a field: {type(e).__name__}: {e}") from e
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "abort"):
         raise BadAnswer(f"unknown finish_reason {reason!r}")
     if not isinstance(output_ids, list) or set(map(type, output_ids)) - {int} or min(output_ids, default=0) < 0:
         raise BadAnswer("output_ids are not all non-negative integers")
-    if not 1 <= len(output_ids) <= max_new_tokens:
+    if not (reason != "abort") <= len(output_ids) <= max_new_tokens:
         raise BadAnswer(f"{len(output_ids)} output tokens for max_new_tokens={max_new_tokens}")
     if tokens != output_ids:
         raise BadAnswer(f"output_token_logprobs ({len(tokens)}) do not belong to output_ids ({len(output_ids)})")
@@ -125,9 +135,10 @@ def _read_completion(answer: Any, num_prompt: int, max_new_tokens: int, routed: 
         output_ids=tuple(output_ids),
         logprobs=_finite_logprobs(logprobs),
         finish_reason=reason,
-        version_min=min(versions),
-        version_max=max(versions),
-        routed_experts=_routed(meta, num_prompt + len(output_ids), routed) if routed else None,
+        version_min=min(version for version, _, _ in spans),
+        version_max=max(version for version, _, _ in spans),
+        routed_experts=_routed(meta, num_prompt + len(output_ids), routed) if routed and output_ids else None,
+        version_spans=spans,
     )
 
 
@@ -144,10 +155,12 @@ def _finite_logprobs(values: list[Any]) -> np.ndarray:
     return logprobs
 
 
-def _versions(meta: dict[str, Any]) -> list[int]:
-    """Versions of every token; the spans cover an update in mid-request, servers before 0.5.18 know only the last."""
+def _version_spans(meta: dict[str, Any], tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """(version, start, end) of the output; servers before 0.5.18 know only the version of the last token."""
     spans = meta.get("weight_versions")
-    return [parse_version(s["version"]) for s in spans] if spans else [parse_version(meta["weight_version"])]
+    if not spans:
+        return ((parse_version(meta["weight_version"]), 0, tokens),)
+    return tuple((parse_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
 
 
 def parse_version(stamp: Any) -> int:

@@ -11,7 +11,7 @@ from megasapo.types import Completion, Group, TrainSequence
 
 
 def to_sequences(groups: list[Group], algo: ResolvedAlgo, routing: RoutingRule | None = None) -> list[TrainSequence]:
-    """One sequence a sample, uid = group uid * G + index in the group; trained on are the response's tokens.
+    """One sequence a sample, uid = group uid * G + index in the group; trained on is what the engine sampled.
 
     `routing`: that of the model, where servers were asked for it; RoutingError for one that cannot be right.
     """
@@ -26,9 +26,11 @@ def _group_sequences(group: Group, algo: ResolvedAlgo, routing: RoutingRule | No
     sequences = []
     for i, (sample, advantage) in enumerate(zip(group.samples, advantages, strict=True)):
         tokens = np.array([*prompt, *sample.completion.output_ids], dtype=np.int32)
-        mask = np.arange(len(tokens)) >= len(prompt)
+        sampled, response = sample.completion.sampled, slice(len(prompt), None)
+        mask = np.zeros(len(tokens), dtype=bool)
+        mask[response] = True if sampled is None else sampled
         logp = np.zeros(len(tokens), dtype=np.float32)
-        logp[mask] = sample.completion.logprobs
+        logp[response] = sample.completion.logprobs
         uid = group.uid * len(group.samples) + i
         routed = _routing(sample.completion, len(tokens), routing, f"sample {uid} (group {group.uid}, response {i})")
         sequences.append(TrainSequence(uid, tokens, mask, logp, float(advantage), routed))

@@ -7,11 +7,12 @@ nothing of the learner: republishing weights to a restarted server is a function
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -20,12 +21,14 @@ import torch.distributed as dist
 
 from megasapo.config import Config
 from megasapo.data.prompts import PromptStream
-from megasapo.metrics import Metrics
+from megasapo.metrics import Metrics, Sum
 from megasapo.rewards.model import RewardModel
+from megasapo.rollout import waiting
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.sampler import Sampler
 from megasapo.routing.trace import is_traced
-from megasapo.types import Group, Prompt, Sample, SamplingParams
+from megasapo.types import Group, Prompt
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -64,10 +67,29 @@ class LoopThread:
         self._thread.join(timeout=10)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    stream_state: dict[str, Any]  # before this batch's prompts were drawn
-    future: Future[list[Group]]
+@dataclass(slots=True)
+class _Flight:
+    """One prompt under way, from when it is drawn until its group is used. Every rank lists all of them."""
+
+    uid: int
+    prompt: Prompt
+    stream_state: dict[str, Any]  # before it was drawn
+    started: int = 0  # the version at which this leader asked for it last
+    future: Future[list[Group]] | None = None  # this leader's; one request's groups share it
+    at: int = 0  # its place among them
+    kept: Group | None = None  # what a checkpoint held of it
+
+    def group(self) -> Group | None:
+        """Once it is finished; what its sampling raised is for `_poll` to raise, on every rank."""
+        f = self.future
+        if f is not None and f.done() and not f.cancelled() and f.exception() is None:
+            return f.result()[self.at]
+        return self.kept
+
+    def give_up(self) -> None:
+        if self.future is not None:
+            self.future.cancel()
+        self.future = self.kept = None
 
 
 class RolloutSource:
@@ -79,154 +101,224 @@ class RolloutSource:
         fleet: Fleet | None,
         stream: PromptStream,
         scorer: RewardModel,
-        decode: Callable[[tuple[int, ...]], str],
+        sampler: Sampler | None,
         ranks: Ranks,
         loop: LoopThread,
         *,
         republish: Callable[[int], None],
     ):
-        """`fleet`: None on ranks that are no leader. `republish(version)`, collective, gives weights to a server that
-        lacks them.
+        """`fleet`, `sampler`: None on ranks that are no leader. `republish(version)`, collective, gives weights to a
+        server that lacks them.
         """
-        self._cfg, self._fleet, self._stream, self._scorer, self._decode = cfg, fleet, stream, scorer, decode
+        self._cfg, self._fleet, self._stream, self._scorer, self._sampler = cfg, fleet, stream, scorer, sampler
         self._ranks, self._loop, self._republish = ranks, loop, republish
-        self._pending: deque[_Pending] = deque()
+        self._flights: list[_Flight] = []  # in the order of uids
+        self._next_uid = 0  # after the last one drawn
+        self._stale = self._given_up = 0
         self.failed = False  # rollouts or graders have, which every rank knows
-        # one request for the whole batch is the unit that a deterministic server repeats bit for bit
-        self._together = cfg.rollout.repeatable
 
     def next(self, version: int) -> tuple[list[Group], int]:
         """Collective. This leader's groups (none on other ranks) for the step after `version`, and groups dropped here.
 
-        Raises RolloutError when a request could not be served or a grader failed under policy `error`.
+        Without oversampling a step takes the prompts drawn first, or the useful ones of them, so that a batch does not
+        depend on layout or timing; with it those that are finished first. RolloutError when a request could not be
+        served or a grader failed under policy `error`.
         """
-        ahead = min(self._cfg.rollout.max_staleness, self._cfg.train.steps - version - 1)
-        while len(self._pending) < 1 + ahead:
-            self._submit(self._cfg.rollout.prompts_per_step, step=version + 1 + len(self._pending))
-        groups = self.wait(self._pending[0].future, version)
-        self._pending.popleft()  # not before: what could not be served is drawn again
-        if not self._cfg.rollout.drop_zero_variance:
-            return groups, 0
-        return self._refill(groups, version)
-
-    def state(self) -> dict[str, Any]:
-        """Where to resume: before the oldest batch that is still in flight.
-
-        With drop_zero_variance and max_staleness > 0, prompts drawn as replacements meanwhile are drawn again.
-        """
-        return self._pending[0].stream_state if self._pending else self._stream.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._stream.restore(state)
-
-    def discard_pending(self) -> None:
-        """Give up what is in flight, for the weights that sample it are no more; its prompts are drawn again."""
-        state = self.state()
-        for pending in self._pending:
-            pending.future.cancel()
-        self._pending.clear()
-        self._stream.restore(state)
-
-    def take_metrics(self) -> Metrics:
-        """Graders' errors, retries by cause and restarts of servers since the last call."""
-        return self._scorer.take_metrics() | (self._fleet.take_metrics() if self._fleet is not None else {})
-
-    def _submit(self, prompts: int, step: int) -> None:
-        """Have new prompts sampled for a step; steps count from 1."""
-        before = self._stream.state()
-        drawn = [self._stream.next() for _ in range(prompts)]
-        mine = [d for d in drawn if d[0] % self._ranks.dp == self._ranks.dp_rank] if self._ranks.is_leader else []
-        self._pending.append(_Pending(before, self._loop.submit(self._sample(mine, step))))
-
-    def _refill(self, groups: list[Group], version: int) -> tuple[list[Group], int]:
-        """Draw new prompts in place of groups that teach nothing until the batch is full (DAPO, arXiv 2503.14476).
-
-        The useful groups with the lowest uids are kept, so that the batch does not depend on the layout.
-        """
-        wanted = self._cfg.rollout.prompts_per_step
-        drawn = wanted
+        r = self._cfg.rollout
+        wanted, early = r.prompts_per_step, r.oversample > 1
+        ahead = min(r.max_staleness, self._cfg.train.steps - version - 1)
+        self._give_up_stale(version - r.max_staleness)
+        self._draw_up_to((1 + ahead) * wanted + math.ceil(wanted * (r.oversample - 1)))
+        self._start(version)
+        reach = len(self._flights) if early else wanted  # how many of those under way may be taken
         while True:
-            useful = [g for g in groups if np.ptp(g.rewards()) > 0]
-            uids = sorted(self._gather([g.uid for g in useful]))
-            if len(uids) >= wanted:
-                kept = [g for g in useful if g.uid <= uids[wanted - 1]]
-                return kept, len(groups) - len(kept)
-            if drawn >= MAX_DRAWN * wanted:
+            self._wait_for(self._flights[:reach], wanted if early else reach, version)
+            useful, dull = self._finished(self._flights[:reach])
+            if len(useful) >= wanted:
+                return self._take(set(useful[:wanted]), set(dull))
+            if reach >= MAX_DRAWN * wanted:
                 raise RolloutError(
-                    f"of {drawn} groups {len(uids)} have unequal rewards, {wanted} are wanted: the task is too easy "
+                    f"of {reach} groups {len(useful)} have unequal rewards, {wanted} are wanted: the task is too easy "
                     "or too hard for the policy; change the data or set rollout.drop_zero_variance=false"
                 )
-            expected = -(-(wanted - len(uids)) * drawn // max(len(uids), 1))  # at the rate seen so far
-            more = min(expected, 2 * wanted, MAX_DRAWN * wanted - drawn)
-            self._submit(more, step=version + 1)
-            groups = groups + self.wait(self._pending.pop().future, version)
-            drawn += more
+            # at the rate seen so far
+            expected = -(-(wanted - len(useful)) * reach // max(len(useful), 1))
+            reach += min(expected, 2 * wanted, MAX_DRAWN * wanted - reach)
+            self._draw_up_to(reach)
+            self._start(version)
 
-    async def _sample(self, drawn: list[tuple[int, Prompt]], step: int) -> list[Group]:
-        parts = [drawn] if self._together else [[d] for d in drawn]
-        done = await asyncio.gather(*(self._sample_together(part, step) for part in parts if part))
-        return [group for groups in done for group in groups]
+    def state(self) -> dict[str, Any]:
+        """What to resume from: the stream before the first prompt under way, and which of those after it are."""
+        if not self._flights:
+            return self._stream.state()
+        uids = [flight.uid for flight in self._flights]
+        return self._flights[0].stream_state | {"in_flight": uids, "next_uid": self._next_uid}
 
-    async def _sample_together(self, drawn: list[tuple[int, Prompt]], step: int) -> list[Group]:
-        size = self._cfg.rollout.group_size
-        inputs = [prompt.input_ids for _, prompt in drawn for _ in range(size)]
-        sampling = [self._sampling(uid, i) for uid, _ in drawn for i in range(size)]
-        assert self._fleet is not None
-        routed = self._wants_routing(step, [uid * size + i for uid, _ in drawn for i in range(size)])
-        completions = await self._fleet.generate(inputs, sampling, return_routed_experts=routed)
-        texts = [self._decode(c.output_ids) for c in completions]
+    def save(self, run_dir: Path, step: int) -> None:
+        """Keep the groups that wait for their step, for the checkpoint of `step`; leaders do so each."""
+        if self._ranks.is_leader:
+            groups = (flight.group() for flight in self._flights if self._is_mine(flight))
+            shard = (self._ranks.dp_rank, self._ranks.dp)
+            waiting.write(run_dir, step, (group for group in groups if group is not None), shard=shard)
 
-        async def finish(at: int, uid: int, prompt: Prompt) -> Group:
-            rows = slice(at * size, (at + 1) * size)
-            scores = await self._scorer.score_group(prompt, texts[rows])
-            samples = tuple(
-                Sample(completion, text, score.reward, score.parts)
-                for completion, text, score in zip(completions[rows], texts[rows], scores, strict=True)
-            )
-            return Group(uid, prompt, samples)
+    def restore(self, state: dict[str, Any], run_dir: Path, step: int) -> None:
+        """Go on from the checkpoint of `step`, with the groups that waited; others under way are sampled again."""
+        self._stream.restore(state)
+        under_way = set(state.get("in_flight", ()))
+        self._flights = [flight for flight in self._drawn_until(state.get("next_uid")) if flight.uid in under_way]
+        mine = {flight.uid: flight for flight in self._flights if self._is_mine(flight)}
+        for group in waiting.read(run_dir, step, {uid: flight.prompt for uid, flight in mine.items()}):
+            mine[group.uid].kept = group
 
-        return list(await asyncio.gather(*(finish(i, uid, prompt) for i, (uid, prompt) in enumerate(drawn))))
+    def discard_pending(self) -> None:
+        """Give up what is in flight, for the weights that sample it are no more; its prompts are asked again."""
+        for flight in self._flights:
+            flight.give_up()
+
+    def close(self) -> None:
+        """Nobody waits for what is in flight any more."""
+        self.discard_pending()
+
+    def take_metrics(self) -> Metrics:
+        """Graders' errors, groups given up, retries by cause and restarts of servers since the last call."""
+        counts = {"groups/stale": Sum(float(self._stale)), "groups/given_up": Sum(float(self._given_up))}
+        self._stale = self._given_up = 0
+        return counts | self._scorer.take_metrics() | (self._fleet.take_metrics() if self._fleet is not None else {})
+
+    # --- what is under way ---
+
+    def _is_mine(self, flight: _Flight) -> bool:
+        return self._ranks.is_leader and flight.uid % self._ranks.dp == self._ranks.dp_rank
+
+    def _draw_up_to(self, number: int) -> None:
+        while len(self._flights) < number:
+            self._flights.append(self._draw())
+
+    def _draw(self) -> _Flight:
+        before = self._stream.state()
+        uid, prompt = self._stream.next()
+        self._next_uid = uid + 1
+        return _Flight(uid, prompt, before)
+
+    def _drawn_until(self, next_uid: int | None) -> list[_Flight]:
+        drawn: list[_Flight] = []
+        while next_uid is not None and (not drawn or drawn[-1].uid + 1 < next_uid):
+            drawn.append(self._draw())
+        return drawn
+
+    def _give_up_stale(self, oldest: int) -> None:
+        """Have groups sampled again that hold, or will hold, a token of weights older than version `oldest`.
+
+        What has not answered yet began with the version that it was asked for at.
+        """
+        for flight in self._flights:
+            group = flight.group()
+            if group is not None:
+                stale = min(s.completion.version_min for s in group.samples) < oldest
+            else:
+                stale = flight.future is not None and flight.started < oldest
+            if stale:
+                flight.give_up()
+                self._stale += 1
+
+    def _start(self, version: int) -> None:
+        """Ask for this leader's prompts that nobody has asked for."""
+        if self._sampler is None:
+            return
+        r = self._cfg.rollout
+        places = {flight.uid: place for place, flight in enumerate(self._flights)}
+        new = [f for f in self._flights if self._is_mine(f) and f.future is None and f.kept is None]
+        # one request for the whole batch is the unit that a deterministic server repeats bit for bit
+        for part in ([new] if r.repeatable else [[f] for f in new]) if new else []:
+            step = version + 1 + min(places[part[0].uid] // r.prompts_per_step, r.max_staleness)
+            routed = self._wants_routing(step, [f.uid * r.group_size + i for f in part for i in range(r.group_size)])
+            future = self._loop.submit(self._sampler([(f.uid, f.prompt) for f in part], routed))
+            for at, flight in enumerate(part):
+                flight.future, flight.at, flight.started = future, at, version
 
     def _wants_routing(self, step: int, uids: list[int]) -> bool:
         """Whether the samples `uids` of a step are replayed, explained, or one of them traced."""
-        r = self._cfg.routing
-        if self._cfg.algo.routing_replay == "R3" or (r.diagnose_every > 0 and step % r.diagnose_every == 0):
+        routing, r = self._cfg.routing, self._cfg.rollout
+        if self._cfg.algo.routing_replay == "R3":
             return True
-        return any(is_traced(uid, r.trace_rate, self._cfg.run.seed) for uid in uids)
+        if routing.diagnose_every > 0:
+            may_move = r.oversample > 1 or (r.drop_zero_variance and r.max_staleness > 0)  # to another step
+            if may_move or step % routing.diagnose_every == 0:
+                return True
+        return any(is_traced(uid, routing.trace_rate, self._cfg.run.seed) for uid in uids)
 
-    def _sampling(self, uid: int, index: int) -> SamplingParams:
-        r = self._cfg.rollout
-        seed = int(np.random.SeedSequence([self._cfg.run.seed, uid, index]).generate_state(1)[0] >> 1)
-        return SamplingParams(
-            max_new_tokens=r.max_new_tokens,
-            temperature=r.temperature,
-            top_p=r.top_p,
-            top_k=r.top_k,
-            stop_token_ids=r.stop_token_ids,
-            sampling_seed=seed if self._together else None,
-        )
+    # --- what is finished ---
+
+    def _is_useful(self, group: Group) -> bool:
+        """Whether a step learns from it; groups of equal rewards teach nothing (DAPO, arXiv 2503.14476)."""
+        return not self._cfg.rollout.drop_zero_variance or bool(np.ptp(group.rewards()) > 0)
+
+    def _wait_for(self, flights: list[_Flight], enough: int, version: int) -> None:
+        """Collective: until all of `flights` are finished, or useful ones among them are `enough`."""
+        mine = [flight for flight in flights if self._is_mine(flight)]
+        futures = [flight.future for flight in mine if flight.future is not None]
+
+        def progress() -> tuple[int, int]:
+            groups = [group for flight in mine if (group := flight.group()) is not None]
+            return len(mine) - len(groups), sum(self._is_useful(group) for group in groups)
+
+        def finished(totals: list[int]) -> bool:
+            return totals[0] == 0 or totals[1] >= enough
+
+        self._poll(futures, progress, finished, version)
+
+    def _finished(self, flights: list[_Flight]) -> tuple[list[int], list[int]]:
+        """Collective: the uids of all ranks' finished groups that are useful, and that are not, in order."""
+        found = [(f.uid, self._is_useful(g)) for f in flights if self._is_mine(f) and (g := f.group()) is not None]
+        everyones: list[list[tuple[int, bool]]] = [[] for _ in range(dist.get_world_size(self._ranks.world_group_cpu))]
+        dist.all_gather_object(everyones, found, group=self._ranks.world_group_cpu)
+        known = sorted(one for part in everyones for one in part)
+        return [uid for uid, useful in known if useful], [uid for uid, useful in known if not useful]
+
+    def _take(self, chosen: set[int], dull: set[int]) -> tuple[list[Group], int]:
+        """The chosen groups; what else is finished and dull goes, and at max_staleness 0 everything else, too."""
+        groups, rest, dropped = [], [], 0
+        for flight in self._flights:
+            group = flight.group() if self._is_mine(flight) else None
+            if flight.uid in chosen:
+                groups += [group] if group is not None else []
+            elif flight.uid in dull:
+                dropped += group is not None
+            elif self._cfg.rollout.max_staleness:
+                rest.append(flight)
+            elif self._is_mine(flight):
+                dropped, self._given_up = dropped + (group is not None), self._given_up + (group is None)
+                flight.give_up()
+        self._flights = rest
+        return groups, dropped
 
     def wait(self, future: Future[T], version: int) -> T:
         """Collective: wait for every rank's future, giving restarted servers their weights meanwhile."""
+        self._poll([future], lambda: (not future.done(), 0), lambda totals: totals[0] == 0, version)
+        return future.result()
+
+    def _poll(
+        self,
+        futures: Sequence[Future[Any]],
+        progress: Callable[[], tuple[int, int]],
+        finished: Callable[[list[int]], bool],
+        version: int,
+    ) -> None:
+        """Collective: until `finished` of the sums of all ranks' `progress`; one that failed fails every rank."""
         while True:
-            wait([future], timeout=POLL_S)
-            failed = future.done() and future.exception() is not None
+            wait(futures, timeout=POLL_S)
+            error = next((f.exception() for f in futures if f.done() and f.exception() is not None), None)
             lacking = self._fleet is not None and self._fleet.stale()
-            flags = torch.tensor([not future.done(), failed, lacking], dtype=torch.int32)
+            own = (0, 0) if error is not None else progress()
+            flags = torch.tensor([*own, error is not None, lacking], dtype=torch.int64)
             dist.all_reduce(flags, group=self._ranks.world_group_cpu)
-            unfinished, failures, stale = flags.tolist()
+            *totals, failures, stale = flags.tolist()
             if failures:
                 self.failed = True
-                if failed:
-                    future.result()
+                if error is not None:
+                    raise error
                 raise RolloutError("rollouts failed on another rank; its message is in that rank's output")
-            if not unfinished:
-                return future.result()
+            if finished(totals):
+                return
             if stale:
                 self._republish(version)
-
-    def _gather(self, mine: list[int]) -> list[int]:
-        """All ranks' numbers."""
-        everyones: list[list[int]] = [[] for _ in range(dist.get_world_size(self._ranks.world_group_cpu))]
-        dist.all_gather_object(everyones, mine, group=self._ranks.world_group_cpu)
-        return [number for part in everyones for number in part]

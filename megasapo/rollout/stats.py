@@ -11,7 +11,7 @@ import numpy as np
 
 from megasapo.metrics import Hist, Max, Mean, Metric, Metrics, Sum, merge
 from megasapo.routing.validate import unknown_rows
-from megasapo.types import Group, Sample, TrainSequence
+from megasapo.types import Completion, Group, Sample, TrainSequence
 
 REWARD_EDGES = tuple(float(x) for x in np.linspace(-2, 2, 41))
 LENGTH_EDGES = (0.0, *(float(x) for x in np.unique(np.round(np.geomspace(1, 131072, 52)))))
@@ -33,6 +33,13 @@ def group_stats(groups: list[Group], version: int, dropped: int) -> Metrics:
         parts.append(per_group)
         parts += [_sample_stats(sample, len(group.prompt.input_ids), version) for sample in group.samples]
     return merge(parts)
+
+
+def turns(done: Completion) -> int:
+    """Pieces that the engine sampled, between those that an episode added."""
+    if done.sampled is None:
+        return 1
+    return int(np.count_nonzero(np.diff(done.sampled.astype(np.int8), prepend=0) == 1))
 
 
 def routing_stats(sequences: Sequence[TrainSequence]) -> Metrics:
@@ -59,6 +66,7 @@ def _sample_stats(sample: Sample, prompt_tokens: int, version: int) -> Metrics:
         "response/length_max": Max(length),
         "response/truncated_frac": Mean(float(done.finish_reason == "length"), 1.0),
         "response/length_hist": Hist.of(np.array([length]), LENGTH_EDGES),
+        "response/turns_mean": Mean(float(turns(done)), 1.0),
         "staleness/mean": Mean(behind, 1.0),
         "staleness/max": Max(behind),
     }

@@ -106,6 +106,13 @@ def offset_of(rollout: np.ndarray, learner: np.ndarray) -> int:
     return max((0, -1, 1), key=agreement)
 
 
+def smallest(ids: np.ndarray) -> np.ndarray:
+    """The same expert ids in the smallest type that holds them; -1 is unknown."""
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    dtype = next(t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return ids.astype(dtype)
+
+
 def _moe_rows(routed: np.ndarray, tokens: int, rule: RoutingRule, where: str) -> np.ndarray:
     """The rows and layers that the learner has a use for, as they are."""
     widths = {rule.num_layers, len(rule.moe_layers)}

@@ -18,6 +18,7 @@ import numpy as np
 from megasapo.errors import UserError
 from megasapo.log.rollouts import write_rollouts
 from megasapo.log.sinks import ROLLED_BACK, append_lines, keep_lines
+from megasapo.routing.validate import smallest
 from megasapo.sections import StabilityConfig
 from megasapo.stability.watch import DEFAULT_RULES, Event, Watch
 from megasapo.types import Group
@@ -182,7 +183,7 @@ class Guard:
 def _write_routing(directory: Path, step: int, groups: Sequence[Group], ranks: Ranks) -> None:
     """routing/step_X[.part-I-of-N].npz: of each sample for which the server returned it, under "uid.index"."""
     found = {
-        f"{group.uid}.{i}": _smallest(sample.completion.routed_experts)
+        f"{group.uid}.{i}": smallest(sample.completion.routed_experts)
         for group in groups
         for i, sample in enumerate(group.samples)
         if sample.completion.routed_experts is not None
@@ -192,10 +193,3 @@ def _write_routing(directory: Path, step: int, groups: Sequence[Group], ranks: R
     part = "" if ranks.dp == 1 else f".part-{ranks.dp_rank}-of-{ranks.dp}"
     (directory / "routing").mkdir(exist_ok=True)
     np.savez_compressed(directory / "routing" / f"step_{step:08d}{part}.npz", **found)  # type: ignore[arg-type]
-
-
-def _smallest(ids: np.ndarray) -> np.ndarray:
-    """The same expert ids in the smallest type that holds them; -1 is unknown."""
-    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    dtype = next(t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
-    return ids.astype(dtype)

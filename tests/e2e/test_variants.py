@@ -47,6 +47,8 @@ def test_asynchronous_rollouts_over_a_broadcast(tmp_path: Path, settings: Settin
         "rollout.publish=distributed",
         "rollout.deterministic=false",
         "rollout.drop_zero_variance=true",
+        "rollout.oversample=1.25",
+        "rollout.on_publish=abort",
         "algo.tis_cap=2.0",
         "train.eval_every=3",
         f"data.eval={tmp_path / 'eval.jsonl'}",
@@ -57,9 +59,34 @@ def test_asynchronous_rollouts_over_a_broadcast(tmp_path: Path, settings: Settin
     rows = metrics(tmp_path / "run")
     assert rows[0]["staleness/max"] == 0
     assert max(r["staleness/max"] for r in rows) == 1
+    kept = list((tmp_path / "run" / "in_flight").glob(f"step_{rows[-1]['step']:08d}.part-*-of-2.jsonl"))
+    assert len(kept) == 2
+    assert all(len(json.loads(line)["samples"]) == 4 for path in kept for line in path.read_text().splitlines())
     assert all(r["groups/zero_variance_frac"] == 0 for r in rows)
     assert "mismatch/correction_mean" in rows[0]
     assert "eval/pass@1" in rows[2]
+
+
+def test_episodes_of_two_turns_are_learned_from_with_the_servers_routing(tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    changes = [
+        "rollout.episode=tests.e2e.episodes:two_turns",
+        "rollout.max_new_tokens=20",
+        "algo.routing_replay=R3",
+        "train.steps=2",
+    ]
+    with running("train", config, *changes, log=tmp_path / "log") as run:
+        run.succeed()
+    rows = metrics(tmp_path / "run")
+    assert [r["response/turns_mean"] for r in rows] == [2, 2]
+    assert [r["routing/native_frac"] for r in rows] == [0, 0]
+    assert all(r["mismatch/logprob_abs_diff"] < 1e-5 for r in rows)
+    lines = (tmp_path / "run" / "rollouts" / "step_00000001.part-0-of-2.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        given = [token for token, own in zip(row["output_ids"], row["sampled"], strict=True) if not own]
+        assert given == [7, 8, 9]
+        assert row["sampled"][0] == row["sampled"][-1] == 1
+        assert [x for x, own in zip(row["logprobs"], row["sampled"], strict=True) if not own] == [0, 0, 0]
 
 
 def test_evaluate_prints_and_writes_pass_at_k(tmp_path: Path, settings: Settings, task: Path) -> None:

@@ -404,6 +404,41 @@ def test_a_request_in_flight_outlives_a_publish(contract: Contract, method: str)
     assert_serves(contract, contract.new, base + 1)
 
 
+@pytest.mark.parametrize(("method", "mode"), [("disk", "in_place"), ("distributed", "abort")])
+def test_a_sample_in_flight_goes_on_after_a_publish_however_it_is_set(
+    contract: Contract, method: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = 50 if method == "disk" else 60
+    changed = {"on_publish": mode, "max_staleness": 1}
+    cfg = contract.fleet.cfg.model_copy(update=changed)
+    monkeypatch.setattr(contract.fleet, "cfg", cfg)
+    monkeypatch.setattr(contract.fleet._dispatch, "_cfg", cfg)
+    publish(contract, contract.old, base, method)
+    found: list[Completion] = []
+    long = SamplingParams(**LONG)
+    thread = threading.Thread(target=lambda: found.extend(generate(contract, long, True, [(5, 6, 7)])))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while contract.http.post("/flush_cache").status_code == 200:  # refused once the request runs
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    publish(contract, contract.new, base + 1, method)
+    thread.join(120)
+    [done] = found
+    (_, start, boundary), (_, again, end) = done.version_spans
+    assert (done.version_min, done.version_max) == (base, base + 1)
+    assert (start, end, done.finish_reason) == (0, LONG["max_new_tokens"], "length")
+    assert 0 < boundary == again
+    assert done.routed_experts is not None
+    assert len(done.routed_experts) == 3 + len(done.output_ids) - 1
+    if mode == "abort":  # the new weights have read the prefix; in place they go on with what the old ones made of it
+        prefix, rest = (5, 6, 7, *done.output_ids[:boundary]), done.output_ids[boundary : boundary + 20]
+        expected = logprobs_of(contract.new, prefix, rest)
+        np.testing.assert_allclose(done.logprobs[boundary : boundary + 20], expected, atol=1e-3)
+        contract.http.post("/flush_cache")
+    assert_serves(contract, contract.new, base + 1)
+
+
 def test_a_failed_update_from_disk_leaves_weights_and_stamp(contract: Contract) -> None:
     publish(contract, contract.new, 50, "disk")
     body = {"model_path": str(contract.run_dir / "missing"), "weight_version": "51"}

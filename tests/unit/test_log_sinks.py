@@ -176,6 +176,7 @@ def test_rollouts_hold_everything_about_a_sample(tmp_path: Path) -> None:
         "finish_reason": "stop",
         "version_min": 3,
         "version_max": 4,
+        "version_spans": [],
         "prompt_ids": [1, 2],
         "output_ids": [5, 6],
         "logprobs": [-0.5, -1.25],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +16,15 @@ import pytest
 import torch.distributed as dist
 
 from megasapo import config
+from megasapo.metrics import scalars
 from megasapo.rewards.model import Scored
+from megasapo.rollout import waiting
+from megasapo.rollout.episode import Completer
 from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.sampler import Sampler
 from megasapo.rollout.source import LoopThread, RolloutSource
 from megasapo.routing.trace import is_traced
-from megasapo.types import Completion, Prompt, SamplingParams
+from megasapo.types import Completion, Group, Prompt, Sample, SamplingParams
 
 
 class Stream:
@@ -28,7 +35,7 @@ class Stream:
 
     def next(self) -> tuple[int, Prompt]:
         self.drawn += 1
-        return self.drawn - 1, Prompt(self.drawn - 1, (1, 2), "p", "a")
+        return self.drawn - 1, Prompt(self.drawn - 1, (self.drawn - 1, 2), "p", "a")
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
@@ -43,24 +50,27 @@ class Fleet:
     def __init__(self) -> None:
         self.requests: list[list[SamplingParams]] = []
         self.routed: list[bool] = []
+        self.asked: list[int] = []
         self.fail = False
-        self.hang = False
+        self.hang: Callable[[int], bool] = lambda first: False  # of the first token of a prompt
         self.hanging = self.cancelled = 0
+        self.version = 0
 
     async def generate(
         self, inputs: list[tuple[int, ...]], sampling: list[SamplingParams], *, return_routed_experts: bool
     ) -> list[Completion]:
         if self.fail:
             raise RolloutError("no server")
-        if self.hang:
+        if self.hang(inputs[0][0]):
             self.hanging += 1
             try:
                 await asyncio.Event().wait()
             finally:
                 self.cancelled += 1
         self.requests.append(sampling)
+        self.asked.append(inputs[0][0])
         self.routed.append(return_routed_experts)
-        return [Completion((7,), np.zeros(1, np.float32), "stop", 0, 0) for _ in inputs]
+        return [Completion((7,), np.zeros(1, np.float32), "stop", self.version, self.version) for _ in inputs]
 
     def stale(self) -> bool:
         return False
@@ -73,11 +83,11 @@ class Scorer:
     """Every `rare`-th prompt has unequal rewards."""
 
     def __init__(self, rare: int) -> None:
-        self._rare = rare
+        self._rare, self._asked = rare, 0
 
-    async def score_group(self, prompt: Prompt, responses: list[str]) -> list[Scored]:
-        useful = prompt.index % self._rare == 0
-        return [Scored(float(useful and i == 0), {}) for i in range(len(responses))]
+    async def score(self, prompt: Prompt, response: str) -> Scored:
+        self._asked += 1  # of a group of two one is right
+        return Scored(float(prompt.index % self._rare == 0 and self._asked % 2), {})
 
     def take_metrics(self) -> dict[str, Any]:
         return {}
@@ -104,7 +114,9 @@ def make(
     cfg = config.from_dict({"model": {"path": "m"}, "rollout": settings, "train": {"steps": 10}}, over)
     ranks = SimpleNamespace(dp=1, dp_rank=0, is_leader=True, world_group_cpu=dist.group.WORLD)
     stream, fleet = Stream(), Fleet()
-    parts: list[Any] = [cfg, fleet, stream, Scorer(rare), lambda ids: "x", ranks, thread]
+    scorer: Any = Scorer(rare)
+    complete = Completer(fleet, cfg.rollout, lambda ids: "x", lambda text: [], version=lambda: 0)
+    parts: list[Any] = [cfg, fleet, stream, scorer, Sampler(cfg, complete, scorer, lambda ids: "x"), ranks, thread]
     return RolloutSource(*parts, republish=lambda version: None), stream, fleet
 
 
@@ -143,15 +155,106 @@ def test_other_runs_send_each_group_by_itself_unseeded(world: None, thread: Loop
     assert {s.sampling_seed for request in fleet.requests for s in request} == {None}
 
 
-def test_batches_in_flight_are_drawn_again_after_a_resume(world: None, thread: LoopThread) -> None:
-    source, stream, _ = make(thread, max_staleness=2)
+def test_groups_that_wait_come_back_after_a_resume_and_others_are_asked_again(
+    world: None, thread: LoopThread, tmp_path: Path
+) -> None:
+    source, stream, fleet = make(thread, max_staleness=2)
+    fleet.hang = lambda first: first in (9, 20)
     first, _ = source.next(version=0)
     assert [g.uid for g in first] == list(range(8))
     assert stream.drawn == 24  # two more batches are under way
-    other, restored, _ = make(thread, max_staleness=2)
-    other.restore(source.state())
-    assert restored.drawn == 8
+    until(lambda: len(fleet.requests) == 22 and fleet.hanging == 2)
+    until(lambda: sum(f.group() is not None for f in source._flights) == 14)
+    state = json.loads(json.dumps(source.state()))
+    source.save(tmp_path, step=1)
+    other, restored, again = make(thread, max_staleness=2)
+    other.restore(state, tmp_path, step=1)
+    assert restored.drawn == 24
     assert [g.uid for g in other.next(version=1)[0]] == list(range(8, 16))
+    until(lambda: len(again.requests) == 2 + 8)  # those two, and another batch
+    assert again.asked[:2] == [9, 20]
+    assert [g.uid for g in other.next(version=2)[0]] == list(range(16, 24))
+
+
+def test_a_waiting_group_is_read_as_it_was_written(tmp_path: Path) -> None:
+    routed = np.arange(12, dtype=np.int32).reshape(3, 2, 2)
+    completion = Completion(
+        (7, 8, 9),
+        np.array([-0.5, 0, -1], np.float32),
+        "length",
+        3,
+        4,
+        routed,
+        ((3, 0, 1), (4, 2, 3)),
+        np.array([True, False, True]),
+    )
+    prompt = Prompt(5, (1, 2), "p", "a")
+    waiting.write(tmp_path, 4, [Group(6, prompt, (Sample(completion, "x y", 0.5, {"math": 0.5}),))], shard=(1, 2))
+    assert waiting.read(tmp_path, 3, {6: prompt}) == waiting.read(tmp_path, 4, {7: prompt}) == []
+    [group] = waiting.read(tmp_path, 4, {6: prompt})
+    [sample] = group.samples
+    assert (group.uid, group.prompt, sample.text, sample.reward) == (6, prompt, "x y", 0.5)
+    assert sample.reward_parts == {"math": 0.5}
+    for field in dataclasses.fields(Completion):
+        np.testing.assert_array_equal(getattr(sample.completion, field.name), getattr(completion, field.name))
+    (tmp_path / "in_flight" / "step_00000004.part-1-of-2.jsonl").write_text('{"uid": 6')
+    with pytest.raises(waiting.WaitingError, match="remove the file"):
+        waiting.read(tmp_path, 4, {6: prompt})
+
+
+def test_waiting_groups_stay_as_long_as_their_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        waiting.write(tmp_path, step, [], shard=(0, 1))
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        if step == 6:
+            (tmp_path / "checkpoints" / "step_00000004").rmdir()
+    found = sorted(p.name for p in (tmp_path / "in_flight").iterdir())
+    assert found == [f"step_{step:08d}.jsonl" for step in (2, 6, 8)]
+
+
+def test_an_oversampled_step_takes_what_is_finished_first(world: None, thread: LoopThread) -> None:
+    source, stream, fleet = make(thread, max_staleness=1, oversample=1.25)
+    fleet.hang = lambda first: first in (0, 3)
+    groups, _ = source.next(version=0)
+    assert stream.drawn == 18  # two steps' and a quarter of one
+    assert len(groups) == 8
+    assert not {g.uid for g in groups} & {0, 3}
+    fleet.hang, fleet.version = (lambda first: False), 1
+    source.next(version=1)  # 0 and 3 go on, for they may hold tokens of version 0
+    assert not fleet.cancelled
+    assert {0, 3} < {f.uid for f in source._flights}
+    source.next(version=2)  # and now may not
+    until(lambda: fleet.cancelled == 2)
+    assert scalars(source.take_metrics())["groups/stale"] >= 2
+    assert fleet.asked.count(0) == fleet.asked.count(3) == 1  # answered now
+
+
+def test_a_finished_group_that_has_become_too_old_is_sampled_again(world: None, thread: LoopThread) -> None:
+    source, _, fleet = make(thread, max_staleness=1, oversample=1.25)
+    source.next(version=0)
+    until(lambda: len(fleet.requests) == 18)
+    old = [f.uid for f in source._flights]
+    fleet.version = 2
+    groups, _ = source.next(version=2)
+    assert scalars(source.take_metrics())["groups/stale"] == len(old) == 10
+    assert all(s.completion.version_min == 2 for g in groups for s in g.samples)
+
+
+def test_without_staleness_an_oversampled_step_gives_the_rest_up(world: None, thread: LoopThread) -> None:
+    source, stream, fleet = make(thread, deterministic=False, oversample=1.5)
+    fleet.hang = lambda first: first < 4
+    groups, dropped = source.next(version=0)
+    assert ([g.uid for g in groups], dropped, stream.drawn) == (list(range(4, 12)), 0, 12)
+    until(lambda: fleet.cancelled == 4)
+    assert scalars(source.take_metrics())["groups/given_up"] == 4
+    assert source.state() == {"drawn": 12}
+
+
+def test_with_staleness_a_step_refills_from_what_is_under_way(world: None, thread: LoopThread) -> None:
+    source, stream, _ = make(thread, rare=2, max_staleness=1, drop_zero_variance=True)
+    assert [g.uid for g in source.next(version=0)[0]] == list(range(0, 16, 2))
+    assert stream.drawn == 16
+    assert [g.uid for g in source.next(version=1)[0]] == list(range(16, 32, 2))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +272,8 @@ def test_routing_is_asked_for_where_a_step_uses_it(
     world: None, thread: LoopThread, over: tuple[str, ...], asked: list[bool], staleness: int
 ) -> None:
     source, _, fleet = make(thread, over=(*over, "train.steps=6"), max_staleness=staleness, prompts_per_step=1)
-    for version in range(6):
-        source.next(version)
+    for fleet.version in range(6):
+        source.next(fleet.version)
     assert fleet.routed == asked
 
 
@@ -193,15 +296,16 @@ def test_discarded_batches_are_cancelled_and_drawn_again(world: None, thread: Lo
     source, stream, fleet = make(thread, max_staleness=2)
     source.next(version=0)
     until(lambda: len(fleet.requests) == 24)
-    fleet.hang = True
+    fleet.hang = lambda first: True
     source.next(version=1)  # its batch was answered before
     assert stream.drawn == 32  # 16 of them in flight, the last 8 without an answer
     until(lambda: fleet.hanging == 8)
     before = source.state()
     source.discard_pending()
-    assert source.state() == before == {"drawn": 16}
+    assert source.state() == before
+    assert (before["drawn"], before["in_flight"], before["next_uid"]) == (16, list(range(16, 32)), 32)
     until(lambda: fleet.cancelled == 8)  # one request a group
-    fleet.hang = False
+    fleet.hang = lambda first: False
     assert [g.uid for g in source.next(version=1)[0]] == list(range(16, 24))
 
 

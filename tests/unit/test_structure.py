@@ -32,7 +32,7 @@ LAYERS = [
     {"algo", "launch", "fp8", "sinks", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
-    {"publish", "run", "lock", "stability", "diagnosis", "convert"},
+    {"publish", "run", "ceiling", "lock", "stability", "diagnosis", "convert"},
     {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster"},
     {"cli"},
 ]
