@@ -24,6 +24,7 @@ from megasapo.launch import Place
 from megasapo.log.heartbeat import LONGEST_S
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without a lock daemon
+CLOCK_S = 5  # by which a machine may correct its clock, and with it when a process began
 PATIENCE_S = 3 * LONGEST_S  # a process that lives has written a sign of life by then
 
 
@@ -77,7 +78,8 @@ def _lock(file: TextIO, run_dir: Path) -> bool:
 def _refuse_living(owner: dict[str, Any], run_dir: Path, place: Place, works: bool, patience_s: float) -> None:
     """Raises InUse if the job that wrote `owner` is alive, though the lock could be taken or there is none."""
     if owner["host"] == place.host:
-        if not works and _began(owner["pid"]) == owner["since"]:
+        began = None if works else _began(owner["pid"])
+        if began is not None and abs(began - owner["since"]) < CLOCK_S:
             raise InUse(_message(run_dir, owner))
         return
     sign = run_dir / "logs" / "ranks" / "rank_0.json"

@@ -7,7 +7,6 @@ a finished file. Called by command.py. It knows files and their hashes, nothing 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from megasapo.checkpoints import sha256
 from megasapo.convert.errors import ConvertError, WriteError
 from megasapo.mcore.bridge.save import sync
 
@@ -45,7 +45,7 @@ class Folder:
     def finish(self, name: str, contents: Any) -> None:
         """A file is written in full: give it its name, and a record with its hash. `contents` is kept beside it."""
         part = self.unfinished(name)  # not yet brought to disk: its hash tells whether it is whole
-        record = {"bytes": part.stat().st_size, "sha256": sha256(part), "contents": contents}
+        record = {"bytes": part.stat().st_size, "sha256": sha256([part])[0], "contents": contents}
         part.rename(self.files / name)
         told = self.path / "records" / f"{name}.{os.getpid()}.part"
         told.write_text(json.dumps(record))
@@ -57,7 +57,7 @@ class Folder:
         if not (path.is_file() and told.is_file()):
             return None
         record: dict[str, Any] = json.loads(told.read_text())
-        same = path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+        same = path.stat().st_size == record["bytes"] and sha256([path])[0] == record["sha256"]
         return record if same else None
 
     def _record(self, name: str) -> Path:
@@ -135,8 +135,3 @@ def fingerprint(directory: Path) -> list[list[Any]]:
     """Names, sizes and times of a directory's files: whether a source is still the one that was begun with."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

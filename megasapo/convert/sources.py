@@ -5,7 +5,6 @@ Called by every command here. Tensors are read one at a time, when asked for; no
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +12,9 @@ from typing import Any, Protocol
 import torch
 import yaml
 
+from megasapo import checkpoints
 from megasapo.convert.dequantised import DequantisedFiles, full_box
 from megasapo.convert.errors import ConvertError
-from megasapo.convert.job import sha256
 from megasapo.families import family
 from megasapo.families.weights import Piece
 from megasapo.mcore import checkpoint
@@ -171,7 +170,7 @@ def resolved(directory: Path) -> Path:
     """A checkpoint's own directory: of a run's directory the newest checkpoint. ConvertError when there is nothing."""
     if not directory.is_dir():
         raise ConvertError(f"{directory}: no such directory")
-    return checkpoint.latest(directory) or directory
+    return checkpoints.latest(directory) or directory
 
 
 def model_of(directory: Path, given: str | None) -> Path:
@@ -198,15 +197,11 @@ def model_of(directory: Path, given: str | None) -> Path:
 
 def refuse_damaged(directory: Path) -> None:
     """ConvertError when a file of a checkpoint is not as its record says it was written; an HF directory has none."""
-    for name, digest in record_of(directory).get("files", {}).items():
-        path = directory / name
-        if not path.is_file():
-            raise ConvertError(f"{path}: no such file, though the checkpoint's megasapo.json lists it")
-        if sha256(path) != digest:
-            raise ConvertError(f"{path}: damaged since it was written (sha256): take another copy of the checkpoint")
+    problems = checkpoints.differences(directory, record_of(directory).get("files", {}))
+    if problems:
+        raise ConvertError(f"{directory} is damaged: {'; '.join(problems)}: take another copy of the checkpoint")
 
 
 def record_of(directory: Path) -> dict[str, Any]:
-    """What megasapo.json of a checkpoint says; empty without."""
-    path = directory / "megasapo.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    """What megasapo.json of a checkpoint says; empty without. Raises CheckpointError for one that is damaged or old."""
+    return checkpoints.read_record(directory) if checkpoints.is_checkpoint(directory) else {}

@@ -15,7 +15,7 @@ import torch
 from megasapo import __version__, checkpoints
 from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import WriteError
-from megasapo.convert.job import Folder, Output, sha256
+from megasapo.convert.job import Folder, Output
 from megasapo.convert.sources import HFSource, MegatronSource, Source
 from megasapo.families import family
 from megasapo.families.weights import Shape
@@ -132,7 +132,8 @@ class ToMegatron:
             told += zip(pieces, places, strict=True)
         write_index(folder.files, told)
         specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
-        files = {path.name: sha256(path) for path in sorted(folder.files.iterdir())}
+        there = sorted(folder.files.iterdir())
+        files = dict(zip([path.name for path in there], checkpoints.sha256(there), strict=True))
         config = read_config(self._request.model)
         write_companions(self._request.model, config | family(config["model_type"]).exported, specs, folder.files)
         say_ignored(self._locals[0], self._files)

@@ -12,7 +12,7 @@ from tests.dist.launcher import run_ranks
 from tests.dist.small_run import Task, read_rows
 from tests.tiny import make_model
 
-LAYOUTS: list[dict[str, int]] = [{}, {"tp": 2}, {"ep": 2}, {"pp": 2}, {}]  # one after another
+LAYOUTS: list[dict[str, int]] = [{}, {"tp": 2}, {"ep": 2}, {"pp": 2}, {"tp": 1}, {}]  # one after another; of two ranks but for {}
 STEPS = 2  # in each
 COMPARED = ("loss/policy", "grad/norm", "ratio/log_var", "optim/lr")
 
