@@ -113,7 +113,10 @@ def test_the_request_says_every_sampling_parameter_and_the_key() -> None:
         ("abort", "bad_answer"),
         ({"weight_version": "6"}, "wrong_version"),
         ({"weight_version": "default"}, "wrong_version"),
-        ({"weight_versions": [{"version": "6"}, {"version": "7"}]}, "wrong_version"),
+        (
+            {"weight_versions": [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}]},
+            "wrong_version",
+        ),
         ({"output_token_logprobs": None}, "bad_answer"),
     ],
 )
