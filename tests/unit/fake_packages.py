@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import torch  # noqa: F401  # here, so that it is not imported inside `installed`, forgotten with it, and imported twice
+
 NAMES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda", "pynvml")
 TE = {
     "transformer_engine/__init__.py": "__version__ = '2.11.0'",
