@@ -156,7 +156,7 @@ def check_quantization(url: str, info: Mapping[str, Any], wanted: str) -> None:
             + (
                 "an unquantised model"
                 if wanted == "none"
-                else "a copy made by tools/quantise_checkpoint.py, and where "
+                else "a copy made by `tools/convert_checkpoint.py hf-to-hf --quantize fp8_block`, and where "
                 "its directory is not readable here, start SGLang with --quantization fp8"
             )
         )

@@ -1,9 +1,9 @@
 """Block FP8 for rollout servers: which weights are quantised, and HF directories that hold them so.
 
-publish calls it bucket by bucket, the fleet for the model that its servers start with, tools/quantise_checkpoint.py by
-hand. The layout is that of DeepSeek-V3's and Qwen3's FP8 checkpoints: `NAME` in e4m3 beside `NAME_scale_inv` in fp32,
-one scale for each 128 x 128 block, by which the stored values are multiplied. Scales are powers of two, as Transformer
-Engine's: so both round to the same numbers, although the learner's matrices, fused, have other blocks.
+publish calls it bucket by bucket, the fleet for the model that its servers start with. The layout is that of
+DeepSeek-V3's and Qwen3's FP8 checkpoints: `NAME` in e4m3 beside `NAME_scale_inv` in fp32, one scale for each 128 x 128
+block, by which the stored values are multiplied. Scales are powers of two, as Transformer Engine's: so both round to
+the same numbers, although the learner's matrices, fused, have other blocks.
 """
 
 from __future__ import annotations

@@ -127,12 +127,14 @@ def test_dtype_is_cast_and_recorded(megatron: Path, tmp_path: Path) -> None:
 def test_fp8_is_written_as_the_servers_copy_and_read_by_its_formula(models: Path, tmp_path: Path) -> None:
     convert("hf-to-megatron", models / "wide", tmp_path / "mcore")
     convert("megatron-to-hf", tmp_path / "mcore", tmp_path / "fp8", "--quantize", "fp8_block", "--verify-tensors")
+    convert("hf-to-hf", models / "wide", tmp_path / "straight", "--quantize", "fp8_block")
     quantise_checkpoint(models / "wide", tmp_path / "expected")
     expected = tensors(tmp_path / "expected")
-    assert_equal(tensors(tmp_path / "fp8"), expected)
-    for name in ("quantization_config", "dtype"):
-        told = [json.loads((tmp_path / d / "config.json").read_text())[name] for d in ("fp8", "expected")]
-        assert told[0] == told[1]
+    for made in ("fp8", "straight"):
+        assert_equal(tensors(tmp_path / made), expected)
+        for name in ("quantization_config", "dtype"):
+            told = [json.loads((tmp_path / d / "config.json").read_text())[name] for d in (made, "expected")]
+            assert told[0] == told[1]
 
     quantised = load_file(tmp_path / "fp8" / "model.safetensors")
     for name in quantised:  # published scales are any numbers, not powers of two

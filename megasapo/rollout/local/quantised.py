@@ -84,7 +84,8 @@ def _check(path: str, quantization: Any) -> None:
     wanted = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(WEIGHT_BLOCK)}
     wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
     if wrong:
-        advice = RELEASED if found.get("quant_method") == "mxfp4" else "make a copy with tools/quantise_checkpoint.py"
+        by_tool = "make a copy with `tools/convert_checkpoint.py hf-to-hf --quantize fp8_block`"
+        advice = RELEASED if found.get("quant_method") == "mxfp4" else by_tool
         raise UserError(
             f"--model {path}: quantization_config has {wrong}; the embedded server knows "
             f"{ {key: wanted[key] for key in wrong} } only: {advice}"
