@@ -159,7 +159,7 @@ def commit(temporary: Path, final: Path, *, point: bool) -> None:
     """Give a finished directory its name, and then have `latest` name it if `point`."""
     before = _discarded(final) if final.exists() else None
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if point:
         write_durably(final.parent / "latest", final.name)
     if before is not None:
@@ -198,11 +198,12 @@ def write_durably(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or a directory's list of files, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from megasapo.checkpoints import sha256
+from megasapo.checkpoints import sha256, sync
 from megasapo.convert.errors import ConvertError, WriteError
-from megasapo.mcore.bridge.save import sync
 
 
 class Output(NamedTuple):

@@ -26,7 +26,7 @@ AVOID_S = 1.0  # a server that failed this short a time ago is asked only when m
 
 
 @dataclass(slots=True)
-class Family:
+class SamePrompt:
     """Requests with one prompt, whose cache they share: those of a group."""
 
     tokens: int = 0  # outstanding at most, all together
@@ -41,7 +41,7 @@ class Job:
     sampling: list[SamplingParams]
     routed: bool
     oldest: int | None  # version: what is asked for now is trained on at most max_staleness versions from now
-    family: Family
+    kin: SamePrompt
 
     @property
     def tokens(self) -> int:
@@ -81,12 +81,12 @@ class Dispatch:
             return []
         oldest = self._newest()
         if self._cfg.repeatable:
-            return await self._request(Job(input_ids, sampling, routed, oldest, Family()))
-        families: dict[tuple[int, ...], Family] = {}
+            return await self._request(Job(input_ids, sampling, routed, oldest, SamePrompt()))
+        by_prompt: dict[tuple[int, ...], SamePrompt] = {}
         jobs = []
         for ids, s in zip(input_ids, sampling, strict=True):
-            jobs.append(Job([ids], [s], routed, oldest, families.setdefault(ids, Family())))
-            families[ids].tokens += jobs[-1].tokens
+            jobs.append(Job([ids], [s], routed, oldest, by_prompt.setdefault(ids, SamePrompt())))
+            by_prompt[ids].tokens += jobs[-1].tokens
         tasks = [asyncio.create_task(self._one(job)) for job in jobs]
         try:
             return list(await asyncio.gather(*tasks))
@@ -218,10 +218,10 @@ class Dispatch:
         pool = self._pool()
         if self._cfg.repeatable:
             return min(pool, key=lambda s: (s.index - self._leader) % len(self._servers))
-        least, home = min(pool, key=_load), job.family.home
-        if home in pool and home.outstanding_tokens - least.outstanding_tokens < job.family.tokens:
+        least, home = min(pool, key=_load), job.kin.home
+        if home in pool and home.outstanding_tokens - least.outstanding_tokens < job.kin.tokens:
             return home
-        job.family.home = least
+        job.kin.home = least
         return least
 
     def _check_versions(self, completions: Sequence[Completion], oldest: int | None, server: Server) -> None:

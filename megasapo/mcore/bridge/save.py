@@ -6,7 +6,6 @@ Rank 0 writes safetensors as buckets arrive, so no shard file is ever held in me
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megasapo.checkpoints import sync
 from megasapo.families import family
 from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.export import Export, TensorSpec
@@ -168,12 +168,3 @@ def _put_in_place(unfinished: Path, out: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a directory's list of files, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
