@@ -23,7 +23,6 @@ def refuse(cfg: Config) -> None:
     for check in (
         _check_precision,
         _check_mini_batches,
-        _check_lengths,
         _check_algo,
         _check_rollout,
         _check_eval,
@@ -74,16 +73,6 @@ def _check_mini_batches(cfg: Config) -> None:
         raise ValueError(
             f"algo.mini_batches={cfg.algo.mini_batches} is more than rollout.prompts_per_step="
             f"{cfg.rollout.prompts_per_step}: each mini-batch needs a group; lower the first or raise the second"
-        )
-
-
-def _check_lengths(cfg: Config) -> None:
-    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    if longest > cfg.train.micro_batch_tokens:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {cfg.data.max_prompt_tokens} + "
-            f"{cfg.rollout.max_new_tokens} = {longest} does not fit train.micro_batch_tokens="
-            f"{cfg.train.micro_batch_tokens}: raise the latter to at least {longest}"
         )
 
 

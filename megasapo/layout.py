@@ -27,7 +27,6 @@ def check_run(cfg: Config, world_size: int) -> Geometry:
     """Refuse a configuration that `world_size` ranks cannot run (ConfigError); the model's sizes otherwise."""
     geometry = read_geometry(cfg.model.path)
     check_layout(cfg.parallel, world_size, geometry)
-    check_tokens(cfg)
     check_routing(cfg, geometry)
     return geometry
 
@@ -39,7 +38,7 @@ def check_layout(parallel: ParallelConfig, world_size: int, geometry: Geometry |
 
 
 def check_tokens(cfg: Config) -> None:
-    """Refuse a token budget too small for the longest sequence once context parallelism has padded it (ConfigError)."""
+    """Refuse a token budget too small for the longest rollout once context parallelism has padded it (ConfigError)."""
     for problem in token_problems(cfg):
         raise ConfigError(problem.message)
 

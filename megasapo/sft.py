@@ -16,6 +16,7 @@ import numpy as np
 
 from megasapo import launch, lock, run
 from megasapo.config import Config, ConfigError
+from megasapo.layout import slots_for
 from megasapo.types import TrainSequence
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def main(argv: list[str]) -> int:
     cfg, nproc = run.parse("sft", "Supervised cold start with the learner of `megasapo train`.", argv)
     if cfg.sft.data is None:
         raise ConfigError("sft.data is required: JSONL or parquet with prompt (or messages) and response")
-    if cfg.sft.max_tokens > cfg.train.micro_batch_tokens:
+    slots = slots_for(cfg.sft.max_tokens, cfg.parallel.cp)
+    if slots > cfg.train.micro_batch_tokens:
         raise ConfigError(
-            f"sft.max_tokens={cfg.sft.max_tokens} is more than train.micro_batch_tokens="
-            f"{cfg.train.micro_batch_tokens}: lower the first or raise the second"
+            f"sft.max_tokens={cfg.sft.max_tokens} takes {slots} slots (parallel.cp={cfg.parallel.cp}), more than "
+            f"train.micro_batch_tokens={cfg.train.micro_batch_tokens}: lower the first or raise the second"
         )
     if cfg.train.profile is not None:
         raise ConfigError("train.profile is for `megasapo train`, and would do nothing here: remove it")

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasapo import launch, lock, run
+from megasapo import launch, layout, lock, run
+from megasapo.algo import settings
 from megasapo.config import Config, ConfigError
 from megasapo.types import Batch, Group, TrainSequence
 
 if TYPE_CHECKING:
+    from megasapo.algo.settings import ResolvedAlgo
     from megasapo.data.prompts import PromptStream
     from megasapo.diagnosis import Diagnosis, Figures
     from megasapo.evaluate import Problem
@@ -54,6 +56,8 @@ def check(cfg: Config) -> None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:
         raise ConfigError(f"train.eval_every={cfg.train.eval_every} needs data.eval")
+    layout.check_tokens(cfg)
+    settings.resolve(cfg.algo, cfg.rollout)
     run.refuse_other_command("train", cfg)
     if cfg.rollout.episode:
         from megasapo.rollout.episode import load
@@ -66,6 +70,7 @@ class Parts:
     """What the loop works with, made once."""
 
     cfg: Config
+    algo: ResolvedAlgo
     topo: Topology
     policy: Policy
     packing: PackingRule
@@ -206,26 +211,23 @@ def _every(interval: int, step: int) -> bool:
 
 def make_sequences(groups: list[Group], p: Parts) -> list[TrainSequence]:
     """This leader's samples as sequences with advantages, in the order of groups and samples."""
-    from megasapo.algo.settings import resolve
     from megasapo.rollout.sequences import to_sequences
 
-    return to_sequences(groups, resolve(p.cfg.algo, p.cfg.rollout), p.routing)
+    return to_sequences(groups, p.algo, p.routing)
 
 
 def make_batch(sequences: list[TrainSequence], p: Parts) -> Batch:
     """Token weights, mini-batches balanced over ranks, packed. Collective."""
-    from megasapo.algo.settings import resolve
     from megasapo.algo.weights import token_weights
     from megasapo.mcore.exchange import build_batch
 
-    algo = resolve(p.cfg.algo, p.cfg.rollout)
     return build_batch(
         sequences,
         p.topo,
         mini_batches=p.cfg.algo.mini_batches,
         group_size=p.cfg.rollout.group_size,
         packing=p.packing,
-        weight_rule=partial(token_weights, normalisation=algo.normalisation, constant_length=algo.constant_length),
+        weight_rule=partial(token_weights, normalisation=p.algo.normalisation, constant_length=p.algo.constant_length),
         routing=p.policy.routing_layout if p.cfg.algo.routing_replay == "R3" else None,
     )
 
@@ -307,7 +309,6 @@ def _make_parts(
     heartbeat: Heartbeat,
     cleanup: ExitStack,
 ) -> Parts:
-    from megasapo.algo.settings import resolve
     from megasapo.data.prompts import PromptDataset, PromptStream
     from megasapo.data.tokenizer import load_tokenizer
     from megasapo.diagnosis import Diagnosis, open_trace
@@ -327,13 +328,8 @@ def _make_parts(
     if dataset.num_dropped and topo.rank == 0:
         print(f"{dataset.path}: {dataset.num_dropped} prompts above data.max_prompt_tokens left out", flush=True)
     stream = PromptStream(dataset, cfg.run.seed, cfg.data.shuffle)
-    policy = Policy(
-        cfg,
-        topo,
-        resolve(cfg.algo, cfg.rollout),
-        temperature=cfg.rollout.temperature,
-        total_steps=cfg.train.steps * cfg.algo.mini_batches,
-    )
+    algo, steps = settings.resolve(cfg.algo, cfg.rollout), cfg.train.steps * cfg.algo.mini_batches
+    policy = Policy(cfg, topo, algo, temperature=cfg.rollout.temperature, total_steps=steps)
     cleanup.callback(policy.close)
     if topo.rank == 0:
         print(*policy.summary(), sep="\n", flush=True)
@@ -364,7 +360,7 @@ def _make_parts(
     cleanup.callback(diagnosis.close)
     guard = Guard(cfg.stability, topo, directory.path)
     return Parts(
-        *(cfg, topo, policy, packing, rule, source, publisher, diagnosis, evaluate),
+        *(cfg, algo, topo, policy, packing, rule, source, publisher, diagnosis, evaluate),
         *(log, meter, profiler, heartbeat, guard, directory, stop),
     )
 

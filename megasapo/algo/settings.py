@@ -1,6 +1,6 @@
 """The algorithm's settings once every `auto` is decided: one table of what each objective takes by default.
 
-`resolve` is called once at start; the record it returns is all that batch making and the loss see of the config.
+`train.py` calls `resolve` at its start; the record it returns is all that batch making and the loss see of the config.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from megasapo.errors import ConfigError
 from megasapo.sections import AlgoConfig, RolloutConfig
 
 ObjectiveName = Literal["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"]
@@ -32,6 +33,7 @@ class ResolvedAlgo:
     tis_mask: tuple[float, float] | None
     overlong_penalty_tokens: int
     max_new_tokens: int
+    old_logprobs: Literal["learner", "rollout"]
 
 
 class _Defaults(NamedTuple):
@@ -62,19 +64,25 @@ def default_clip(objective: ObjectiveName) -> tuple[float, float]:
 
 
 def resolve(algo: AlgoConfig, rollout: RolloutConfig) -> ResolvedAlgo:
-    """Decide every `auto` and empty setting. ValueError when a clip range is given to an objective that has none."""
+    """Decide every `auto` and empty setting. ConfigError for one that would do nothing."""
     default = _DEFAULTS[algo.objective]
-    _refuse_unused_clip(algo, default)
+    normalisation = default.normalisation if algo.normalisation == "auto" else algo.normalisation
+    _refuse_unused(algo, default, normalisation)
     advantage: AdvantageKind = default.advantage if algo.advantage == "auto" else algo.advantage
-    if algo.objective == "reinforce" and rollout.group_size == 1:
-        advantage = "raw"  # nothing to compare with inside a group of one
+    if rollout.group_size == 1:
+        if algo.advantage != "auto":
+            raise ConfigError(
+                f"algo.advantage={algo.advantage} compares samples of one prompt, and rollout.group_size=1 has nothing "
+                "to compare: remove it, or use a larger group"
+            )
+        advantage = "raw"
     return ResolvedAlgo(
         objective=algo.objective,
         tau_pos=algo.tau_pos,
         tau_neg=algo.tau_neg,
         clip_low=default.clip_low if algo.clip_low is None else algo.clip_low,
         clip_high=default.clip_high if algo.clip_high is None else algo.clip_high,
-        normalisation=default.normalisation if algo.normalisation == "auto" else algo.normalisation,
+        normalisation=normalisation,
         constant_length=algo.constant_length or rollout.max_new_tokens,
         advantage=advantage,
         advantage_eps=algo.advantage_eps,
@@ -84,11 +92,17 @@ def resolve(algo: AlgoConfig, rollout: RolloutConfig) -> ResolvedAlgo:
         tis_mask=algo.tis_mask,
         overlong_penalty_tokens=algo.overlong_penalty_tokens,
         max_new_tokens=rollout.max_new_tokens,
+        old_logprobs=algo.old_logprobs,
     )
 
 
-def _refuse_unused_clip(algo: AlgoConfig, default: _Defaults) -> None:
+def _refuse_unused(algo: AlgoConfig, default: _Defaults, normalisation: Normalisation) -> None:
     for name in ("clip_low", "clip_high"):
         given = getattr(algo, name)
         if given is not None and getattr(default, name) is None:
-            raise ValueError(f"algo.{name}={given} has no meaning for algo.objective={algo.objective}: remove it")
+            raise ConfigError(f"algo.{name}={given} has no meaning for algo.objective={algo.objective}: remove it")
+    if algo.constant_length is not None and normalisation != "constant":
+        raise ConfigError(
+            f"algo.constant_length={algo.constant_length} has no meaning for normalisation {normalisation!r}: remove "
+            "it, or set algo.normalisation=constant"
+        )

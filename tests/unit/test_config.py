@@ -59,7 +59,6 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
     ("overrides", "words"),
     [
         (["algo.mini_batches=64"], "algo.mini_batches=64 is more than rollout.prompts_per_step=32"),
-        (["rollout.max_new_tokens=9000"], "raise the latter to at least 10024"),
         (["rollout.group_size=1"], "use a group of at least 2"),
         (["algo.tis_cap=2", "algo.tis_mask=[0.5,2]"], "exclude one another"),
         (["algo.tis_mask=[2,0.5]"], "is not a range"),

@@ -179,5 +179,3 @@ def test_a_run_is_checked_as_a_whole(tmp_path: Path) -> None:
         check_run(settings(tmp_path, "parallel.tp=2"), 3)
     with pytest.raises(ConfigError, match="num_key_value_heads=4"):
         check_run(settings(tmp_path, "parallel.tp=8"), 8)
-    with pytest.raises(ConfigError, match="264 slots"):
-        check_run(settings(tmp_path, "parallel.cp=12"), 12)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config, launch, lock
+from megasapo import config, launch, lock, sft, train
 from megasapo.config import Config, ConfigError
 from megasapo.launch import Place
 from megasapo.run import RunDir, ask_to_stop, on_ranks, refuse_other_command
@@ -91,3 +91,39 @@ def test_an_attempt_is_known_by_its_launcher_or_by_slurm(monkeypatch: pytest.Mon
     assert launch.attempt() == "7.0"
     monkeypatch.setenv(launch.LAUNCHER, "4711")
     assert launch.attempt() == "4711"
+
+
+TRAIN = ("data.train=x.jsonl", "train.micro_batch_tokens=2048")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.max_new_tokens=9000"], "2048 is less than the 10023 slots of the longest sequence"),
+        (["algo.clip_low=0.2"], "algo.clip_low=0.2 has no meaning for algo.objective=sapo: remove it"),
+        (["algo.constant_length=100"], "has no meaning for normalisation 'sequence'"),
+        (
+            ["algo.objective=reinforce", "rollout.group_size=1", "algo.advantage=group"],
+            "algo.advantage=group compares samples of one prompt",
+        ),
+    ],
+)
+def test_what_training_cannot_use_is_refused_before_a_rank_starts(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    train.check(settings(tmp_path, *TRAIN))  # 1024 + 1024 tokens take 2047 slots
+    with pytest.raises(ConfigError, match=words):
+        train.check(settings(tmp_path, *TRAIN, *overrides))
+
+
+def test_demonstrations_must_fit_and_rollouts_need_not(tmp_path: Path) -> None:
+    sizes = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 96, "vocab_size": 515, "num_hidden_layers": 12}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {tmp_path}}}\nrun: {{dir: {tmp_path}}}")
+    given = [str(tmp_path / "config.yaml"), "train.micro_batch_tokens=66", "sft.max_tokens=66", "parallel.cp=2"]
+    with pytest.raises(ConfigError, match="sft.data is required"):  # no word of rollouts, which are longer
+        sft.main([*given, "--nproc=2"])
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"sft.max_tokens=66 takes 68 slots \(parallel.cp=2\)"):
+        sft.main([*given, f"sft.data={tmp_path / 'data.jsonl'}", "--nproc=2"])
