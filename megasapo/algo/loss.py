@@ -50,7 +50,9 @@ def policy_loss(
     logp, old_logp, rollout_logp = inside(logp), inside(old_logp), inside(rollout_logp)
     advantages, weight = inside(advantages), inside(weight)
     per_token, token_stats = _objective(algo, logp, old_logp, advantages, sequence_mean)
-    stats = _ratio_stats(token_stats, advantages, loss_mask) | _mismatch_stats(old_logp, rollout_logp, loss_mask)
+    stats = _ratio_stats(token_stats, advantages, loss_mask)
+    if algo.old_logprobs == "learner":  # else the server's are both, and their difference says nothing
+        stats |= _mismatch_stats(old_logp, rollout_logp, loss_mask)
     factor = _correction(algo, old_logp, rollout_logp)
     if factor is not None:
         per_token = per_token * factor

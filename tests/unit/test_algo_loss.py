@@ -266,6 +266,13 @@ def test_masked_importance_drops_tokens_but_not_from_the_weights():
     assert args["logp"].grad.tolist() == pytest.approx([0, -0.25, -0.25, 0, 0, 0])
 
 
+def test_no_mismatch_is_reported_where_old_logprobs_are_the_servers():
+    for old, measured in (("learner", True), ("rollout", False)):
+        algo, args = flat(old_logprobs=old)
+        _, stats = policy_loss(algo, **args)
+        assert ("mismatch/kl" in stats, "mismatch/logprob_abs_diff" in stats) == (measured, measured)
+
+
 def test_coefficients_without_their_inputs_are_refused():
     algo, args = flat(kl_coef=0.1)
     with pytest.raises(ValueError, match=r"kl_coef=0.1 needs ref_logp"):
