@@ -198,7 +198,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
 
 def _overridden(kind: type[TransformerConfig], fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(kind) if f.init}
-    for name in overrides:
+    for name, value in overrides.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -207,6 +207,11 @@ def _overridden(kind: type[TransformerConfig], fields: dict[str, Any], overrides
         owner = OWN_FIELDS.get(name, "precision.recipe" if quantising else None)
         if owner:
             raise ConfigError(f"model.override_transformer_config: {name} follows from `{owner}`; set that")
+        if name in SUMMED_LOSSES and value:
+            raise ConfigError(
+                f"model.override_transformer_config: {name}={value} adds a loss that megatron-core multiplies by the "
+                "number of tokens, padding included, to divide it later; here nothing is divided later: leave it out"
+            )
     return fields | overrides
 
 
@@ -233,6 +238,8 @@ OWN_FIELDS = {
     "num_layers_at_start_in_bf16": "precision.first_layers_bf16",
     "num_layers_at_end_in_bf16": "precision.last_layers_bf16",
 }
+# Losses of routers and of multi-token prediction, as of 0.16.1 to 0.19.2
+SUMMED_LOSSES = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers")
 # Other fields by these names quantise too, past what `precision` has checked; these two only tune it.
 QUANTISING = re.compile("fp4|fp8|quant|kitchen")
 TUNING = ("fp8_margin", "fp8_wgrad")

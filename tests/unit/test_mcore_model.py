@@ -80,6 +80,7 @@ def test_overrides_reach_megatron() -> None:
         ({"recompute_granularty": "full"}, "no field 'recompute_granularty'; did you mean 'recompute_granularity'"),
         ({"tensor_model_parallel_size": 2}, "follows from `parallel.tp`"),
         ({"calculate_per_token_loss": False}, "follows from `algo.normalisation`"),
+        ({"moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff=0.001 adds a loss that .* nothing is divided later"),
     ],
 )
 def test_overrides_that_cannot_be_meant_are_refused(override: dict[str, Any], message: str) -> None:

@@ -122,7 +122,7 @@ def test_demonstrations_must_fit_and_rollouts_need_not(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tmp_path}}}\nrun: {{dir: {tmp_path}}}")
     given = [str(tmp_path / "config.yaml"), "train.micro_batch_tokens=66", "sft.max_tokens=66", "parallel.cp=2"]
-    with pytest.raises(ConfigError, match="sft.data is required"):  # no word of rollouts, which are longer
+    with pytest.raises(ConfigError, match=r"sft\.data is required"):  # no word of rollouts, which are longer
         sft.main([*given, "--nproc=2"])
     (tmp_path / "data.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"sft.max_tokens=66 takes 68 slots \(parallel.cp=2\)"):
