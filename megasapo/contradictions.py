@@ -158,6 +158,11 @@ def _check_servers(cfg: Config) -> None:
         )
     if r.repeatable:
         raise ValueError(f"rollout.router={r.router} chooses the server of a request: use rollout.deterministic=false")
+    if r.hedge_after_s is not None:
+        raise ValueError(
+            f"rollout.hedge_after_s={r.hedge_after_s:g} asks a second server, and rollout.router={r.router} lets "
+            "nobody choose which: leave one of them empty"
+        )
 
 
 def _check_eval(cfg: Config) -> None:

@@ -323,7 +323,7 @@ class ServerClient:
             raise Retryable(f"{self.url}{path}: {type(e).__name__}: {e}") from e
         except TimeoutError as e:
             raise Retryable(f"{self.url}{path}: no answer in {timeout_s:g} s") from e
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:  # 408: out of sglang-router's queue
             raise Retryable(f"{self.url}{path}: {status}: {_message(content)}")
         if status >= 300:
             raise Refused(f"{self.url}{path}: {status}: {_message(content)}", status)

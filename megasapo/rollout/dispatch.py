@@ -64,6 +64,8 @@ class Dispatch:
         check: Callable[[], None],
     ) -> None:
         self._cfg, self._servers, self._limits, self._key, self._leader = cfg, servers, limits, key, leader_index
+        # who is asked; a router says of no request who has it
+        self._asked = servers if cfg.router is None else [Server(index=0, url=cfg.router)]
         self._newest, self._check = newest, check
         self._counts: dict[str, float] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -208,6 +210,8 @@ class Dispatch:
             troubles = "; ".join(s.trouble or f"{s.url} has weights of version {s.version}" for s in self._servers)
             raise Retryable(f"no rollout server is ready now: {troubles}")
         now = time.monotonic()
+        if self._cfg.router is not None:
+            return self._asked
         well = [s for s in ready if not s.suspect or now - s.failed_at > AVOID_S]
         return well if 2 * len(well) >= len(ready) else ready
 
@@ -240,13 +244,11 @@ class Dispatch:
         """Connections belong to one event loop: make new ones where this is another than last time."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._clients = [self._client(s) for s in self._servers]
+            self._clients = [
+                ServerClient(s.url, self._key, request_timeout_s=self._cfg.request_timeout_s) for s in self._asked
+            ]
             self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
             self._loop = loop
-
-    def _client(self, server: Server) -> ServerClient:
-        url = self._cfg.router or server.url
-        return ServerClient(url, self._key, request_timeout_s=self._cfg.request_timeout_s)
 
     def _count_retry(self, error: Retryable) -> None:
         kinds: dict[type, str] = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}

@@ -58,9 +58,10 @@ def generate_request(
     """
     if len(input_ids) != len(sampling):
         raise ValueError(f"{len(input_ids)} prompts but {len(sampling)} sampling parameters")
+    fields = [_sampling(s) for s in sampling]
     body: dict[str, Any] = {
         "input_ids": [list(ids) for ids in input_ids],
-        "sampling_params": [_sampling(s) for s in sampling],
+        "sampling_params": fields[0] if len(fields) == 1 else fields,  # sglang-router takes no list of them
         "return_logprob": True,
         "return_text_in_logprobs": False,
     }

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 
 from megasapo.geometry import read_geometry
 from megasapo.publish import Bucket, Publisher
+from megasapo.rollout.fleet import Fleet
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.conftest import Contract
+from tests.sglang.router import routing
 
 PROMPTS = [(5, 6, 7), (300, 41, 9, 17, 400, 401, 402), (64,)]
 GREEDY = SamplingParams(max_new_tokens=16, temperature=0.0, ignore_eos=True)
@@ -130,6 +133,14 @@ def test_the_two_models_differ_in_what_they_say(contract: Contract) -> None:
 def test_greedy_tokens_and_their_logprobs_are_transformers(contract: Contract) -> None:
     assert contract.fleet.version is None
     assert_serves(contract, contract.old, -1)
+
+
+@pytest.mark.sglang
+def test_a_router_in_front_changes_nothing(contract: Contract, tmp_path: Path) -> None:
+    with routing(contract.fleet.urls, None, tmp_path / "router.log") as url:
+        cfg = contract.fleet.cfg.model_copy(update={"router": url})
+        with Fleet.connect(cfg, contract.fleet.urls, contract.old) as routed:
+            assert_serves(replace(contract, fleet=routed), contract.old, -1)
 
 
 def test_routed_experts_are_transformers(contract: Contract) -> None:

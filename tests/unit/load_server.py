@@ -74,7 +74,9 @@ class Connection(asyncio.Protocol):
         if path != "/generate":
             return self._send(200, json.dumps(self._port.control(path, body)).encode())
         fault = self._port.fault(body)
-        lengths = [s["max_new_tokens"] for s in body["sampling_params"]]
+        sampling = body["sampling_params"]  # one of all prompts, or one of each
+        each = sampling if isinstance(sampling, list) else [sampling] * len(body["input_ids"])
+        lengths = [s["max_new_tokens"] for s in each]
         done = functools.partial(self._generated, body["input_ids"], lengths, fault)
         if fault == "error":
             self._send(500, b'{"error": {"message": "scripted"}}')

@@ -47,7 +47,9 @@ class Standin:
     async def _act(self, action: Any, body: dict[str, Any], send: Any) -> None:
         if isinstance(action, int):
             return await _reply(send, action, json.dumps({"error": {"message": f"scripted {action}"}}).encode())
-        answers = [self._answer(ids, s) for ids, s in zip(body["input_ids"], body["sampling_params"], strict=True)]
+        sampling = body["sampling_params"]
+        each = sampling if isinstance(sampling, list) else [sampling] * len(body["input_ids"])
+        answers = [self._answer(ids, s) for ids, s in zip(body["input_ids"], each, strict=True)]
         meta = answers[0]["meta_info"]
         if isinstance(action, dict):
             meta.update(action)

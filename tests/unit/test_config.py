@@ -72,6 +72,13 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
         (["rollout.router=http://r:1", "algo.routing_replay=R3"], "sglang-router does not pass return_routed_experts"),
         (["rollout.router=http://r:1", "rollout.deterministic=false"], "name the servers behind it in rollout.servers"),
         (["rollout.router=http://r:1", "rollout.servers=[http://s:1]"], "chooses the server of a request"),
+        (
+            [
+                *("rollout.router=http://r:1", "rollout.servers=[http://s:1]", "rollout.deterministic=false"),
+                "rollout.hedge_after_s=5",
+            ],
+            "lets nobody choose which",
+        ),
         (["rollout.publish_changed_only=true"], "a directory is always whole"),
         (["rollout.top_k=0"], "rollout.top_k=0"),
         (["eval.k=[8]", "eval.samples=4"], "needs at least that many eval.samples"),

@@ -71,6 +71,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
         "max_thinking_tokens",
         "return_flat_raw_top_logprobs",
         "return_flat_raw_top_logprobs_b64",
+        "model",  # sglang-router's
     }
 }
 NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {

@@ -1,0 +1,111 @@
+"""A real sglang-router in front of two embedded servers that ask for a key (rollout.router)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.protocol import Refused
+from megasapo.sections import RolloutConfig
+from megasapo.types import Completion, SamplingParams
+from tests.sglang.conftest import Contract
+from tests.sglang.router import routing
+from tests.sglang.test_contract import logprobs_of, publish
+from tests.tiny import make_model
+
+pytestmark = pytest.mark.sglang
+PROMPTS = [(5, 6, 7, i) for i in range(10, 18) for _ in range(4)]  # groups of four
+LONG = SamplingParams(max_new_tokens=300, ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Servers that somebody else started, and the run that reaches them through a router."""
+
+    owner: Fleet
+    run: Contract
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[Behind]:
+    old, new = make_model(tmp_path / "old", seed=1), make_model(tmp_path / "new", seed=2)
+    key = tmp_path / "key"
+    key.write_text("a-key-of-the-test")
+    settings: dict[str, Any] = {"deterministic": False, "api_key_file": str(key), "start_timeout_s": 200.0}
+    servers = RolloutConfig(spawn=2, max_restarts=0, server_args=("--threads", "1"), **settings)
+    with Fleet.start(servers, old, tmp_path / "servers") as owner:
+        with routing(owner.urls, key.read_text(), tmp_path / "router.log") as url:
+            cfg = RolloutConfig(servers=owner.urls, router=url, **settings)
+            with Fleet.start(cfg, old, tmp_path / "run") as fleet, httpx.Client(base_url=url) as http:
+                yield Behind(owner, Contract("embedded", fleet, http, old, new, tmp_path / "run"))
+
+
+def sample(fleet: Fleet, sampling: SamplingParams, disturb: Callable[[], None] | None = None) -> list[Completion]:
+    async def run() -> list[Completion]:
+        try:
+            work = asyncio.create_task(fleet.generate(PROMPTS, [sampling] * len(PROMPTS)))
+            if disturb is not None:
+                await asyncio.sleep(0.5)
+                assert not work.done()
+                disturb()
+            return await work
+        finally:
+            await fleet.close()
+
+    return asyncio.run(run())
+
+
+def assert_sampled_from(model: Path, completions: list[Completion], version: int) -> None:
+    assert len(completions) == len(PROMPTS)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        expected = logprobs_of(model, prompt, completion.output_ids)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+        assert (completion.version_min, completion.version_max) == (version, version)
+
+
+def running(owner: Fleet) -> list[int]:
+    """Requests that each server works on."""
+    infos = [owner.run(owner.control(s).server_info()) for s in owner.servers]
+    return [info["internal_states"][0]["num_running_reqs"] for info in infos]
+
+
+def test_groups_come_through_with_the_weights_that_each_server_was_given(behind: Behind) -> None:
+    run, short = behind.run, SamplingParams(max_new_tokens=12, ignore_eos=True)
+    completions = sample(run.fleet, short)
+    assert len({c.output_ids for c in completions}) > len(PROMPTS) // 2  # sampled, and none is another's
+    assert_sampled_from(run.old, completions, -1)
+    publish(run, run.new, 3, "disk")
+    assert {s.version for s in run.fleet.servers} == {3}
+    assert_sampled_from(run.new, sample(run.fleet, short), 3)
+    assert set(run.fleet.take_metrics()) == {"rollout/server_restarts"}  # nothing was asked for twice
+
+
+def test_a_killed_worker_loses_no_sample(behind: Behind) -> None:
+    run, process = behind.run, behind.owner.servers[0].process
+    assert process is not None
+    publish(run, run.new, 1, "disk")
+
+    def kill() -> None:
+        assert min(running(behind.owner)) > 0
+        os.kill(process.pid, signal.SIGKILL)
+
+    completions = sample(run.fleet, LONG, kill)
+    assert {len(c.output_ids) for c in completions} == {300}
+    assert_sampled_from(run.new, completions, 1)
+
+
+def test_the_key_is_asked_for_through_the_router(behind: Behind, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("another-key")
+    cfg = behind.run.fleet.cfg.model_copy(update={"api_key_file": str(tmp_path / "other")})
+    with Fleet.connect(cfg, behind.owner.urls, behind.run.old) as stranger, pytest.raises(Refused, match="401"):
+        sample(stranger, LONG)
