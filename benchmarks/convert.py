@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.measure import machine, table
 from megasapo.mcore.blueprint import blueprint
-from megasapo.mcore.bridge.export import TensorSpec
-from megasapo.mcore.bridge.hf_files import INDEX
+from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec
 from megasapo.mcore.bridge.save import SafetensorsWriter, assign_files, write_json
 from megasapo.sections import ParallelConfig
 from tests.tiny import MOE_SHAPE, SHAPE, write_tokenizer

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,32 @@ def make_model(
         parameter.data = parameter.data.to(dtype)
     model.save_pretrained(directory)
     return directory
+
+
+def add_mtp(directory: Path) -> dict[str, torch.Tensor]:
+    """Give a model of `make_model` a layer for multi-token prediction, named as released files name it; its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    vocab = tensors["model.embed_tokens.weight"]
+    block = {new + name.removeprefix(last): value.flip(0) for name, value in tensors.items() if name.startswith(last)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        shapes = {
+            "eh_proj": (hidden, 2 * hidden),
+            "enorm": (hidden,),
+            "hnorm": (hidden,),
+            "shared_head.norm": (hidden,),
+        }
+        own = {name: torch.randn(shape, dtype=vocab.dtype) for name, shape in shapes.items()}
+    own |= {"embed_tokens": vocab.clone(), "shared_head.head": vocab.flip(0)}
+    added = block | {f"{new}{name}.weight": value for name, value in own.items()}
+    save_file(tensors | added, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}, indent=2))
+    return added
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from megasapo.families.weights import Box, BridgeError, Shape
+from megasapo.families.weights import Box, BridgeError, full_box
 from megasapo.fp8.blocks import dequantise_blocks
-from megasapo.mcore.bridge.hf_files import Entry, HFFiles
+from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, Entry, HFFiles
 from megasapo.mcore.bridge.load import read_config
 from megasapo.rollout.quantise import SCALE
 
 FP8 = "F8_E4M3"
-SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class DequantisedFiles(HFFiles):
@@ -39,10 +38,11 @@ class DequantisedFiles(HFFiles):
 
     def entry(self, name: str) -> Entry:
         found = super().entry(name)
-        return Entry(found.shape, SAFETENSORS[self._dtype]) if self._is_fp8(found) else found
+        return Entry(found.shape, DTYPE_NAMES[self._dtype]) if self._is_fp8(found) else found
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         found = super().entry(name)
+        box = box or full_box(found.shape)
         if not self._is_fp8(found):
             return super().read(name, box)
         assert self._block is not None
@@ -69,10 +69,6 @@ class DequantisedFiles(HFFiles):
 
     def _is_fp8(self, found: Entry) -> bool:
         return self._block is not None and found.dtype == FP8
-
-
-def full_box(shape: Shape) -> Box:
-    return tuple((0, n) for n in shape)
 
 
 def _block(directory: Path) -> tuple[int, int] | None:

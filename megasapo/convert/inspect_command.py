@@ -28,6 +28,7 @@ from megasapo.convert.sources import (
 )
 from megasapo.errors import UserError
 from megasapo.mcore.bridge.load import read_config
+from megasapo.mcore.torch_dist import StoredTensors
 
 Row = dict[str, Any]
 
@@ -92,7 +93,7 @@ def _open(directory: Path, model: str | None) -> Source:
     except ConvertError:
         if model is not None:
             raise
-        return KeySource(directory)
+        return KeySource(StoredTensors(directory))
     return MegatronSource(directory, hf_dir)
 
 

@@ -7,26 +7,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
 
 from megasapo import checkpoints
-from megasapo.convert.dequantised import DequantisedFiles, full_box
+from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import ConvertError
-from megasapo.families import family
+from megasapo.families.mtp import mtp_names
 from megasapo.families.weights import Piece
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
-from megasapo.mcore.bridge.export import TensorSpec, copy_out
+from megasapo.mcore.bridge.export import copy_out
+from megasapo.mcore.bridge.hf_files import TensorSpec
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.placement import Placed, find_hf, nearest
-from megasapo.mcore.bridge.save import DTYPE_NAMES
+from megasapo.mcore.bridge.placement import Placed, keeps_dtype, nearest
 from megasapo.mcore.torch_dist import StoredTensors
 from megasapo.sections import ParallelConfig
-
-TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Source(Protocol):
@@ -43,40 +41,40 @@ class Source(Protocol):
 
 
 class HFSource:
-    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files."""
+    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files.
 
-    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16) -> None:
+    `mtp_only`: nothing but its layers for multi-token prediction.
+    """
+
+    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16, *, mtp_only: bool = False) -> None:
         self.files = DequantisedFiles(directory, fp8_as)
-        names = sorted(self.files.names, key=self.files.file)
-        self.specs = [self._spec(name) for name in names]
+        self._config = read_config(directory)
+        names = mtp_names(self._config, self.files.names) if mtp_only else self.files.names
+        self.specs = [self.files.spec(name) for name in sorted(names, key=self.files.file)]
 
     def read(self, name: str) -> torch.Tensor:
-        return self.files.read(name, full_box(self.files.entry(name).shape))
+        return self.files.read(name)
 
     def keeps_dtype(self, name: str) -> bool:
-        model_type = read_config(self.files.directory).get("model_type")
-        rule = find_hf(family(model_type, str(self.files.directory / "config.json")).weights, name)
-        return rule is not None and rule[0].keeps_dtype
-
-    def _spec(self, name: str) -> TensorSpec:
-        entry = self.files.entry(name)
-        if entry.dtype not in TORCH:
-            raise ConvertError(
-                f"{self.files.file(name)}: tensor {name!r} has dtype {entry.dtype}: known are {', '.join(TORCH)}"
-            )
-        return TensorSpec(name, entry.shape, TORCH[entry.dtype])
+        return keeps_dtype(self._config, name)
 
 
 class MegatronSource:
     """The weights of a megatron-core checkpoint, under the HF names of the model in `hf_dir`; an optimizer is ignored.
 
+    Layers for multi-token prediction come as they are from the checkpoint, or from `beside` where it has none.
     Raises ConvertError, before anything is read, when tensors are missing, left over or of the wrong shape.
     """
 
-    def __init__(self, directory: Path, hf_dir: Path) -> None:
+    def __init__(self, directory: Path, hf_dir: Path, beside: Source | None = None) -> None:
         self.stored = StoredTensors(directory)
         self.blueprint = blueprint(hf_dir, ParallelConfig())
-        _refuse_misfits(self.stored, self.blueprint.stored, hf_dir)
+        self._config = read_config(hf_dir)
+        own = KeySource(self.stored)
+        names = set(mtp_names(self._config, [spec.name for spec in own.specs]))
+        carried = [spec for spec in own.specs if spec.name in names] or (beside.specs if beside else [])
+        self.carried: dict[str, Source] = {spec.name: own if names else cast(Source, beside) for spec in carried}
+        _refuse_misfits(self.stored, self.blueprint.stored, names, hf_dir)
         self._pieces: dict[str, list[Stored]] = defaultdict(list)  # of each local weight, by its megatron-core name
         for piece in self.blueprint.stored:
             self._pieces[piece.placed.mcore_name].append(piece)
@@ -86,7 +84,7 @@ class MegatronSource:
             for source, (name, shape) in enumerate(zip(placed.names, placed.shapes, strict=True)):
                 self._parts[name] += [(placed, piece) for piece in placed.pieces if piece.source == source]
                 specs.setdefault(name, TensorSpec(name, shape, self.dtype(placed)))
-        self.specs = list(specs.values())
+        self.specs = [*specs.values(), *carried]
         self._last: tuple[str, torch.Tensor] | None = None
 
     @property
@@ -98,6 +96,8 @@ class MegatronSource:
         return self.stored.dtype(self._pieces[placed.mcore_name][0].key)
 
     def read(self, name: str) -> torch.Tensor:
+        if name in self.carried:
+            return self.carried[name].read(name)
         first, piece = self._parts[name][0]
         full = torch.empty(first.shapes[piece.source], dtype=self.dtype(first))
         for placed, piece in self._parts[name]:
@@ -117,14 +117,14 @@ class MegatronSource:
         return self._last[1]
 
     def keeps_dtype(self, name: str) -> bool:
-        return self._parts[name][0][0].keeps_dtype
+        return keeps_dtype(self._config, name)
 
 
 class KeySource:
     """A megatron-core checkpoint of an unknown model, under its own keys; an optimizer is left out."""
 
-    def __init__(self, directory: Path) -> None:
-        self._stored = StoredTensors(directory)
+    def __init__(self, stored: StoredTensors) -> None:
+        self._stored = stored
         keys = [key for key in self._stored.tensors if not checkpoint.NOT_WEIGHTS.search(key)]
         self.specs = [TensorSpec(key, self._stored.shape(key), self._stored.dtype(key)) for key in keys]
 
@@ -137,7 +137,7 @@ class KeySource:
         return False
 
 
-def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], hf_dir: Path) -> None:
+def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], carried: set[str], hf_dir: Path) -> None:
     wanted = {piece.key: piece for piece in pieces}
     where = f"{stored.directory}: the model of {hf_dir}"
     for key, piece in wanted.items():
@@ -152,7 +152,8 @@ def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], hf_dir: Path) -
                 f"{stored.file(key)}: tensor {key!r} has shape {list(found)}, {hf_dir} needs {list(expected)}: the "
                 "checkpoint is of another model; name its HF directory with --model"
             )
-    strays = [key for key in stored.tensors if key not in wanted and not checkpoint.NOT_WEIGHTS.search(key)]
+    known = wanted.keys() | carried
+    strays = [key for key in stored.tensors if key not in known and not checkpoint.NOT_WEIGHTS.search(key)]
     if strays:
         near = nearest(strays[0], list(wanted))
         raise ConvertError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from megasapo.checksum import Checksum
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.sources import HFSource, MegatronSource
-from megasapo.convert.work import Request, ToHF, Work
+from megasapo.convert.work import Request, ToHF, Work, megatron_source
 from megasapo.geometry import read_geometry
 from megasapo.mcore.bridge.hf_files import HFFiles
 from megasapo.mcore.bridge.load import fill, read_config
@@ -56,14 +56,17 @@ def _pairs(request: Request, work: Work, made: Path) -> Iterator[tuple[str, Tens
     if request.direction == "hf-to-hf" or request.quantise:
         for spec in work.specs:
             for name, tensor in work.converted(spec):
-                yield name, tensor, written.read(name, tuple((0, n) for n in tensor.shape))
+                yield name, tensor, written.read(name)
         return
-    weights = MegatronSource(request.source, request.model)
+    weights = megatron_source(request)
     for placed in sorted(weights.weights, key=lambda placed: placed.order):
         dtype = next(spec.dtype for spec in work.specs if spec.name == placed.names[0])
         back_again = torch.empty(placed.tensor.shape, dtype=dtype)
         fill(placed._replace(tensor=back_again), written)
         yield placed.mcore_name, weights.weight(placed).to(dtype), back_again
+    for spec in work.specs:
+        if spec.name in weights.carried:
+            yield spec.name, weights.read(spec.name).to(spec.dtype), written.read(spec.name)
 
 
 def check_logprobs(request: Request, made: Path) -> str:

@@ -17,22 +17,21 @@ from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import WriteError
 from megasapo.convert.job import Folder, Output
 from megasapo.convert.sources import HFSource, MegatronSource, Source
-from megasapo.families import family
+from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
 from megasapo.families.weights import Shape
 from megasapo.fp8.blocks import WEIGHT_BLOCK
 from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
-from megasapo.mcore.bridge.export import TensorSpec
-from megasapo.mcore.bridge.hf_files import INDEX
-from megasapo.mcore.bridge.load import check_files, fill, read_config, say_ignored
-from megasapo.mcore.bridge.save import DTYPE_NAMES, SafetensorsWriter, assign_files, write_companions, write_json
+from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec, has_weights
+from megasapo.mcore.bridge.load import check_files, fill, read_config
+from megasapo.mcore.bridge.placement import as_it_is
+from megasapo.mcore.bridge.save import SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
 from megasapo.rollout.quantise import SCALE, is_quantised, quantise_bucket, quantised_config
 from megasapo.sections import ParallelConfig
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf", "hf-to-hf"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,18 @@ def make_work(request: Request) -> Work:
         case "hf-to-megatron":
             return ToMegatron(request)
         case "megatron-to-hf":
-            return ToHF(request, MegatronSource(request.source, request.model))
+            return ToHF(request, megatron_source(request))
         case "hf-to-hf":
-            return ToHF(request, HFSource(request.source, request.fp8_as))
+            source = HFSource(request.source, request.fp8_as)
+            check_files(blueprint(request.model, ParallelConfig()).locals[0], source.files)
+            return ToHF(request, source)
+
+
+def megatron_source(request: Request) -> MegatronSource:
+    """That of megatron-to-hf. A run's checkpoint has no layers for multi-token prediction: its model's files may."""
+    may_have = has_weights(request.model) and mtp_layers(read_config(request.model))
+    beside = HFSource(request.model, request.fp8_as, mtp_only=True) if may_have else None
+    return MegatronSource(request.source, request.model, beside)
 
 
 class ToMegatron:
@@ -91,13 +99,14 @@ class ToMegatron:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._files = DequantisedFiles(request.source, request.fp8_as)
+        self._config = read_config(request.model)
+        self._mtp = mtp_names(self._config, self._files.names)
         plan = blueprint(request.model, request.parallel)
-        self._locals = plan.locals
         for mine in plan.locals:
             check_files(mine, self._files)
         self._stored: dict[str, list[Stored]] = {}
         self.outputs = []
-        for i, group in enumerate(self._groups(plan.stored)):
+        for i, group in enumerate(self._groups([*plan.stored, *map(self._as_it_is, self._mtp)])):
             name = f"__{i}_0.distcp"
             self._stored[name] = group
             self.outputs.append(Output(name, sum(map(self._nbytes, group))))
@@ -134,9 +143,7 @@ class ToMegatron:
         specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
         there = sorted(folder.files.iterdir())
         files = dict(zip([path.name for path in there], checkpoints.sha256(there), strict=True))
-        config = read_config(self._request.model)
-        write_companions(self._request.model, config | family(config["model_type"]).exported, specs, folder.files)
-        say_ignored(self._locals[0], self._files)
+        write_companions(self._request.model, exported_config(self._config, self._mtp), specs, folder.files)
         degrees = self._request.parallel.model_dump()
         record = {
             "format": checkpoints.FORMAT,
@@ -161,6 +168,12 @@ class ToMegatron:
             assert weight is not None
             yield one.of(weight)
 
+    def _as_it_is(self, name: str) -> Stored:
+        """A tensor that megatron-core has no name for, under its own."""
+        shape = self._files.spec(name).shape
+        placed = as_it_is(name, shape, self._config)
+        return Stored(name, (0,) * len(shape), shape, shape, False, placed, (shape, placed.tensor.stride(), 0))
+
     def _groups(self, stored: list[Stored]) -> Iterator[list[Stored]]:
         group: list[Stored] = []
         filled = 0
@@ -176,7 +189,7 @@ class ToMegatron:
         """Of the source, unless another was asked for."""
         if self._request.cast is not None and not one.placed.keeps_dtype:
             return self._request.cast
-        dtypes = [TORCH[self._files.entry(name).dtype] for name in one.placed.names]
+        dtypes = [self._files.spec(name).dtype for name in one.placed.names]
         widest = dtypes[0]
         for dtype in dtypes[1:]:
             widest = torch.promote_types(widest, dtype)
@@ -194,9 +207,7 @@ class ToHF:
 
     def __init__(self, request: Request, source: Source) -> None:
         self._request, self._source = request, source
-        config = read_config(request.model)
-        is_copy = request.direction == "hf-to-hf"  # of all there is, also what the learner has no use for
-        self._config = config if is_copy else config | family(config["model_type"]).exported
+        self._config = exported_config(read_config(request.model), [spec.name for spec in source.specs])
         if request.quantise:
             unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
             self._quantised_config = quantised_config(unquantised, request.model)
@@ -223,6 +234,8 @@ class ToHF:
             weight_map = {spec.name: file for file, specs in self._files.items() for spec in specs}
             write_json(folder.files / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_companions(self._request.model, self._config, self._specs, folder.files)
+        if self._request.direction == "megatron-to-hf":
+            say_mtp(self._request.model, [spec.name for spec in self._specs])
         if self._request.quantise:
             said = read_config(folder.files)  # with the dtype of what is not quantised
             quantised = {"quantization_config": self._quantised_config["quantization_config"]}

@@ -1,7 +1,7 @@
 """DeepSeek-V3 and R1 (HF model_type `deepseek_v3`): latent attention, dense first layers, a shared expert, and routers
 that choose by sigmoid scores with a bias, within groups.
 
-Layers for multi-token prediction, which released checkpoints have after the last one, are not trained and not exported.
+Layers for multi-token prediction, which released checkpoints have after the last one, are not trained: see mtp.py.
 """
 
 from __future__ import annotations
@@ -147,5 +147,4 @@ FAMILY = Family(
         mtp_layers=True,
     ),
     rotary=_rotary,
-    exported={"num_nextn_predict_layers": 0},
 )

@@ -6,7 +6,7 @@ A module of this package describes one family by a `FAMILY`; geometry.py, mcore/
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megasapo.config import ConfigError
@@ -51,5 +51,3 @@ class Family:
     that the learner would not compute as transformers does."""
     weights: WeightTable
     rotary: Callable[[Any], Rotary] = rotary
-    exported: dict[str, Any] = field(default_factory=dict)
-    """Fields of config.json that are others in exports, because those lack a part that is not trained."""

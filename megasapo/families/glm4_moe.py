@@ -1,7 +1,7 @@
 """GLM-4.5 (HF model_type `glm4_moe`): half of each head rotated, dense first layers, a shared expert, and routers that
 choose by sigmoid scores with a bias.
 
-Layers for multi-token prediction, which released checkpoints have after the last one, are not trained and not exported.
+Layers for multi-token prediction, which released checkpoints have after the last one, are not trained: see mtp.py.
 """
 
 from __future__ import annotations
@@ -69,5 +69,4 @@ FAMILY = Family(
         ),
         mtp_layers=True,
     ),
-    exported={"num_nextn_predict_layers": 0},
 )

@@ -92,13 +92,12 @@ class WeightTable:
         "lm_head.weight",
         "model.embed_tokens.weight",
     )  # with tied embeddings the first is the second
-    ignored: tuple[str, ...] = ()  # HF names that carry no weights, or those of parts that are not trained
-    mtp_layers: bool = False  # files may have layers for multi-token prediction after the last: they are not trained
+    mtp_layers: bool = False  # files may have layers for multi-token prediction after the last: see mtp.py
 
 
 def whole(local: Shape, shard: Shard, dims: Dims) -> Mapped:
     """The same tensor on every rank."""
-    box = _full(local)
+    box = full_box(local)
     return Mapped((local,), (Piece(0, box, box),))
 
 
@@ -166,15 +165,15 @@ def _cut(local: Shape, shard: Shard, axis: int) -> Mapped:
     full = tuple(n * shard.size if i == axis else n for i, n in enumerate(local))
     start = shard.rank * local[axis]
     hf = tuple((start, start + n) if i == axis else (0, n) for i, n in enumerate(local))
-    return Mapped((full,), (Piece(0, hf, _full(local)),))
+    return Mapped((full,), (Piece(0, hf, full_box(local)),))
 
 
 def _row_piece(source: int, hf_start: int, local_start: int, length: int, local: Shape) -> Piece:
-    rest = _full(local[1:])
+    rest = full_box(local[1:])
     return Piece(source, ((hf_start, hf_start + length), *rest), ((local_start, local_start + length), *rest))
 
 
-def _full(shape: Shape) -> Box:
+def full_box(shape: Shape) -> Box:
     return tuple((0, n) for n in shape)
 
 

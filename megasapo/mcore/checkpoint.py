@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megasapo import checkpoints
 from megasapo.checkpoints import FORMAT, CheckpointError, is_checkpoint, latest, step_of
 from megasapo.errors import ConfigError
+from megasapo.families import mtp
 from megasapo.mcore import bridge, compat
 from megasapo.mcore.emulation import histories, restore_histories
 from megasapo.mcore.optim import Optimizer
@@ -156,7 +157,9 @@ def load_weights(path: Path, model: list[torch.nn.Module]) -> None:
     checkpoints.read_record(path)
     template: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
     state, surplus, lacking = _read(path, template)
-    _refuse_strays(path, lacking, (key for key in surplus if not NOT_WEIGHTS.search(key)))
+    # under HF names, conversion carries layers for multi-token prediction
+    others = (key for key in surplus if not NOT_WEIGHTS.search(key) and not mtp.LAYER.match(key))
+    _refuse_strays(path, lacking, others)
     _load_chunks(path, model, state)
 
 

@@ -15,20 +15,26 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist.launcher import ROOT, run_ranks
-from tests.tiny import make_model
+from tests.tiny import add_mtp, make_model
 
 LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "ep2": (1, 1, 2)}
-WRITTEN = {"one": (), "many": ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2")}
+WRITTEN = {  # name: the model, and the layout that it is converted to
+    "one": ("moe", ()),
+    "many": ("moe", ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2")),
+    "mtp": ("glm", ("parallel.tp=2",)),
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a padded vocabulary, and checkpoints of it that the tool wrote for two layouts, verified."""
+    """Two models, one with a padded vocabulary and one with a layer that the learner leaves out; and checkpoints."""
     root = tmp_path_factory.mktemp("convert")
-    make_model(root / "hf", num_experts=4, vocab_size=513, num_hidden_layers=2)
-    for name, layout in WRITTEN.items():
+    make_model(root / "moe", num_experts=4, vocab_size=513, num_hidden_layers=2)
+    make_model(root / "glm", "glm4_moe", num_hidden_layers=2)
+    add_mtp(root / "glm")
+    for name, (model, layout) in WRITTEN.items():
         tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "hf-to-megatron", "--verify"]
-        arguments = ["--src", str(root / "hf"), "--dst", str(root / name), "--shard-size", "100KB", *layout]
+        arguments = ["--src", str(root / model), "--dst", str(root / name), "--shard-size", "100KB", *layout]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([*tool, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -46,17 +52,19 @@ def test_any_layout_starts_from_a_converted_checkpoint(root: Path) -> None:
 
 def _rank_main() -> None:
     from megasapo.errors import ConfigError
+    from megasapo.families.mtp import mtp_names
     from megasapo.mcore import bridge, checkpoint, model
     from megasapo.mcore.topology import Topology
     from megasapo.sections import ModelConfig, ParallelConfig
 
     root = Path(sys.argv[1])
-    hf_config = model.read_hf_config(root / "hf")
-    expected = load_file(root / "hf" / "model.safetensors")
     for layout, (tp, pp, ep) in LAYOUTS.items():
         topo = Topology.init(ParallelConfig(tp=tp, pp=pp, ep=ep))
-        for written in WRITTEN:
-            cfg = ModelConfig(path=str(root / "hf"), load=str(root / written), dtype="float32")
+        for written, (name, _) in WRITTEN.items():
+            hf_config, expected = model.read_hf_config(root / name), load_file(root / name / "model.safetensors")
+            for carried in mtp_names(hf_config.to_dict(), list(expected)):
+                del expected[carried]
+            cfg = ModelConfig(path=str(root / name), load=str(root / written), dtype="float32")
             chunks = model.build_model(cfg, hf_config, topo)
             checkpoint.load_start(cfg, chunks, topo)
             found = {
@@ -68,7 +76,7 @@ def _rank_main() -> None:
                 assert found.keys() == expected.keys()
                 assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
                 print(f"ok {layout} from {written}", flush=True)
-        wrong = ModelConfig(path=str(root / "hf"), load=str(root / "logs"), dtype="float32")
+        wrong = ModelConfig(path=str(root / "moe"), load=str(root / "logs"), dtype="float32")
         with pytest.raises(ConfigError, match="no checkpoint there"):
             checkpoint.load_start(wrong, chunks, topo)
         topo.leave()

@@ -1,71 +1,44 @@
-"""Conversion of checkpoints: exact both ways, complete or absent, resumed after kills, refused with what is wrong."""
+"""Conversion of checkpoints: exact both ways, in bounded memory."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasapo.convert.command import main
 from megasapo.mcore.torch_dist import StoredTensors
 from megasapo.rollout.quantise import quantise_checkpoint
-from tests.tiny import make_model
+from tests.tiny import add_mtp, make_model
+from tests.unit.conversion import assert_equal, convert, make_moe, tensors
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "convert_checkpoint.py"
 MODELS = {
-    "moe": {"kind": "moe", "num_experts": 4, "num_hidden_layers": 2},
     "odd": {  # padded vocabulary, tied embeddings, a dense layer, bfloat16
         **{"kind": "moe", "num_experts": 4, "vocab_size": 515, "tie_word_embeddings": True, "mlp_only_layers": [1]},
         "dtype": torch.bfloat16,
     },
     "dense": {"kind": "dense", "num_hidden_layers": 2, "vocab_size": 513},
     "gpt_oss": {"kind": "gpt_oss", "num_hidden_layers": 2},
-    "glm": {"kind": "glm4_moe", "num_nextn_predict_layers": 0, "dtype": torch.bfloat16},
+    "glm": {"kind": "glm4_moe", "dtype": torch.bfloat16},
+    "deepseek": {"kind": "deepseek_v3", "num_hidden_layers": 2, "dtype": torch.bfloat16},
     "wide": {"kind": "moe", "num_experts": 4, "num_hidden_layers": 2, "hidden_size": 320, "dtype": torch.bfloat16},
 }
+WITH_MTP = ("glm", "deepseek")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
+    root = make_moe(tmp_path_factory.mktemp("models"))
     for name, over in MODELS.items():
         make_model(root / name, **over)
     (root / "moe" / "chat_template.extra.jinja").write_text("{{ messages }}")
+    for name in WITH_MTP:
+        add_mtp(root / name)
     return root
-
-
-@pytest.fixture(scope="module")
-def megatron(models: Path) -> Path:
-    """Checkpoints of two models, of two layouts."""
-    convert("hf-to-megatron", models / "moe", models / "moe.mcore", "parallel.tp=2", "parallel.ep=2")
-    convert("hf-to-megatron", models / "odd", models / "odd.mcore", "parallel.tp=2", "parallel.pp=2")
-    return models
-
-
-def convert(direction: str, source: Path, target: Path, *more: str) -> None:
-    assert main([direction, "--src", str(source), "--dst", str(target), *more]) == 0
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, f"{name}: {found[name].dtype}, not {value.dtype}"
-        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), f"{name} differs"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +50,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("odd", ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")),
         ("dense", ("parallel.tp=2", "parallel.pp=2")),
         ("glm", ("parallel.tp=2", "parallel.ep=2")),
+        ("deepseek", ("parallel.pp=2",)),
         ("gpt_oss", ("parallel.tp=2", "parallel.ep=2", "parallel.pp=2")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "one rank",
@@ -95,8 +69,50 @@ def test_there_and_back_is_the_identity(model: str, layout: tuple[str, ...], mod
         assert (tmp_path / "hf" / name).read_bytes() == (models / model / name).read_bytes()
 
 
-def test_files_are_bounded_and_pieces_are_those_of_the_layout(megatron: Path, tmp_path: Path) -> None:
-    convert("megatron-to-hf", megatron / "moe.mcore", tmp_path / "hf", "--shard-size", "100KB", "--nproc", "2")
+def test_layers_for_multi_token_prediction_are_carried_from_hf_to_hf(models: Path, tmp_path: Path) -> None:
+    given = tensors(models / "deepseek")
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    convert("hf-to-hf", models / "deepseek", tmp_path / "cast", "--dtype", "float32", "--verify-tensors")
+    found = tensors(tmp_path / "cast")
+    assert_equal(found, {name: value.float() for name, value in given.items()})
+    convert("hf-to-hf", models / "deepseek", tmp_path / "fp8", "--quantize", "fp8_block", "--verify-tensors")
+    found = tensors(tmp_path / "fp8")
+    for name in ("mlp.experts.3.up_proj", "self_attn.kv_b_proj"):
+        assert found[f"model.layers.2.{name}.weight"].dtype == torch.float8_e4m3fn
+    for name in ("eh_proj", "shared_head.head", "embed_tokens", "enorm", "mlp.gate"):
+        name = f"model.layers.2.{name}.weight"
+        assert torch.equal(found[name], given[name])
+    assert found[bias].dtype == given[bias].dtype == torch.float32
+    for made in ("cast", "fp8"):
+        assert json.loads((tmp_path / made / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize("whence", ["the checkpoint", "the model's files", "nowhere"])
+def test_layers_for_multi_token_prediction_come_from_where_they_are(
+    whence: str, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run's checkpoint has none: then they are those of the model's files, and without any the export has none."""
+    make_model(tmp_path / "model", **MODELS["deepseek"])
+    plain = tensors(tmp_path / "model")
+    convert("hf-to-megatron", tmp_path / "model", tmp_path / "trained")
+    mtp = add_mtp(tmp_path / "model")
+    source, model = tmp_path / "trained", models / "deepseek"
+    if whence == "the checkpoint":
+        convert("hf-to-megatron", tmp_path / "model", tmp_path / "with_mtp", "--dtype", "float32")
+        source, plain, mtp = tmp_path / "with_mtp", *({n: t.float() for n, t in some.items()} for some in (plain, mtp))
+    elif whence == "nowhere":
+        (tmp_path / "model" / "model.safetensors").unlink()
+        model, mtp = tmp_path / "model", {}
+    arguments = ("--model", str(model), "--shard-size", "200KB", "--verify-tensors")
+    convert("megatron-to-hf", source, tmp_path / "out", *arguments)
+    assert_equal(tensors(tmp_path / "out"), plain | mtp)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == bool(mtp)
+    said = "are as they were before training" if mtp else "are left out, for want of files"
+    assert f"multi-token prediction of {model} {said}" in caplog.text
+
+
+def test_files_are_bounded_and_pieces_are_those_of_the_layout(models: Path, tmp_path: Path) -> None:
+    convert("megatron-to-hf", models / "moe.mcore", tmp_path / "hf", "--shard-size", "100KB", "--nproc", "2")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -105,8 +121,8 @@ def test_files_are_bounded_and_pieces_are_those_of_the_layout(megatron: Path, tm
         assert sum(t.nbytes for t in inside.values()) <= 100_000 or len(inside) == 1
         assert {index["weight_map"][name] for name in inside} == {file}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "hf").values())
-    assert_equal(tensors(tmp_path / "hf"), tensors(megatron / "moe"))
-    stored = StoredTensors(megatron / "moe.mcore")
+    assert_equal(tensors(tmp_path / "hf"), tensors(models / "moe"))
+    stored = StoredTensors(models / "moe.mcore")
     assert sorted(stored.pieces("decoder.layers.0.self_attention.linear_qkv.weight")) == [
         ((0, 0), (64, 64)),  # 2 of 4 query heads, 1 of 2 key and value heads, 16 rows each
         ((64, 0), (64, 64)),
@@ -114,9 +130,9 @@ def test_files_are_bounded_and_pieces_are_those_of_the_layout(megatron: Path, tm
     assert len(stored.pieces("decoder.layers.0.mlp.experts.experts.linear_fc2.weight")) == 4  # experts are not cut
 
 
-def test_dtype_is_cast_and_recorded(megatron: Path, tmp_path: Path) -> None:
-    convert("megatron-to-hf", megatron / "moe.mcore", tmp_path / "half", "--dtype", "bfloat16")
-    expected = {name: value.to(torch.bfloat16) for name, value in tensors(megatron / "moe").items()}
+def test_dtype_is_cast_and_recorded(models: Path, tmp_path: Path) -> None:
+    convert("megatron-to-hf", models / "moe.mcore", tmp_path / "half", "--dtype", "bfloat16")
+    expected = {name: value.to(torch.bfloat16) for name, value in tensors(models / "moe").items()}
     assert_equal(tensors(tmp_path / "half"), expected)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     convert("hf-to-megatron", tmp_path / "half", tmp_path / "mcore", "--dtype", "float32", "--verify-tensors")
@@ -155,279 +171,6 @@ def test_fp8_is_written_as_the_servers_copy_and_read_by_its_formula(models: Path
             assert torch.equal(value, (quantised[name].float() * each).to(torch.bfloat16)), name
         else:
             assert torch.equal(value, quantised[name])
-
-
-def test_a_killed_conversion_goes_on_where_it_was(models: Path, tmp_path: Path) -> None:
-    """Files that were finished are kept, one of them changed meanwhile is made again, and the result is the same."""
-    arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "20KB"]
-    folder = tmp_path / ".out.converting"
-    process = subprocess.Popen([sys.executable, str(TOOL), *arguments], env=os.environ, stderr=subprocess.DEVNULL)
-    while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
-    assert not (tmp_path / "out").exists()
-    finished = sorted((folder / "records").glob("*.json"))
-    kept = {p.stem: (folder / "files" / p.stem).stat().st_ino for p in finished}
-    damaged, *others = kept
-    content = bytearray((folder / "files" / damaged).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "files" / f"{damaged}.copy").write_bytes(content)
-    (folder / "files" / f"{damaged}.copy").rename(folder / "files" / damaged)
-    assert main([*arguments, "--verify-tensors"]) == 0
-    for name in others:
-        assert (tmp_path / "out" / name).stat().st_ino == kept[name], f"{name} was written again"
-    assert not folder.exists()
-
-
-def test_another_conversion_into_the_same_target_starts_over(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / ".out.converting"
-    (folder / "files").mkdir(parents=True)
-    (folder / "identity.json").write_text("{}")
-    (folder / "files" / "__0_0.distcp").write_text("of other weights")
-    convert("hf-to-megatron", models / "moe", tmp_path / "out", "--verify-tensors")
-    assert "left by another conversion, removed" in capsys.readouterr().out
-
-
-def test_only_one_conversion_at_a_time(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
-    folder = tmp_path / ".out.converting"
-    folder.mkdir()
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out")]) == 2
-    assert "another conversion into" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_full_disk_is_named_and_what_was_written_is_kept(direction: str, megatron: Path, tmp_path: Path) -> None:
-    source = megatron / ("moe" if direction == "hf-to-megatron" else "moe.mcore")
-    arguments = [direction, "--src", str(source), "--dst", str(tmp_path / "out"), "--shard-size", "120KB"]
-    arguments += ["--verify-tensors"]  # the embedding takes 131072 bytes, and is not the first file
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (130_000, 130_000))
-
-    tool = [sys.executable, str(TOOL), *arguments]
-    done = subprocess.run(tool, capture_output=True, text=True, preexec_fn=limited, timeout=300)
-    assert done.returncode == 2, done.stderr
-    tensor = "embedding.word_embeddings.weight" if direction == "hf-to-megatron" else "model.embed_tokens.weight"
-    for said in (".out.converting/files/", f"cannot write tensor '{tensor}'", "File too large", "same command again"):
-        assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-    assert main(arguments) == 0
-    assert (tmp_path / "out").is_dir()
-
-
-def _unclaimed(d: Path) -> None:
-    _edit(d, lambda t: t.update({"model.layers.0.mlp.gate.bias": torch.zeros(4)}))
-
-
-def _missing(d: Path) -> None:
-    _edit(d, lambda t: t.pop("model.layers.1.self_attn.k_norm.weight"))
-
-
-def _misshapen(d: Path) -> None:
-    _edit(d, lambda t: t.update({"model.norm.weight": torch.zeros(65)}))
-
-
-def _truncated(d: Path) -> None:
-    with (d / "model.safetensors").open("r+b") as f:
-        f.truncate((d / "model.safetensors").stat().st_size - 1000)
-
-
-def _garbage(d: Path) -> None:
-    with (d / "model.safetensors").open("r+b") as f:
-        f.seek(20)
-        f.write(b"\xff" * 50)
-
-
-def _integers(d: Path) -> None:
-    _edit(d, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int64)}))
-
-
-def _other_quantisation(d: Path) -> None:
-    config = json.loads((d / "config.json").read_text())
-    (d / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-
-
-def _unknown_family(d: Path) -> None:
-    config = json.loads((d / "config.json").read_text())
-    (d / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-
-
-def _edit(d: Path, change) -> None:
-    found = load_file(d / "model.safetensors")
-    change(found)
-    save_file(found, d / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (_unclaimed, ("model.safetensors: tensor 'model.layers.0.mlp.gate.bias' belongs to no parameter",)),
-        (_missing, ("no tensor 'model.layers.1.self_attn.k_norm.weight'", "nearest")),
-        (_misshapen, ("model.safetensors: tensor 'model.norm.weight' has shape [65]", "needs [64]")),
-        (_truncated, ("model.safetensors: truncated: tensor 'model.",)),
-        (_garbage, ("model.safetensors: not a safetensors file",)),
-        (_integers, ("tensor 'model.norm.weight' has dtype I64",)),
-        (_other_quantisation, ("config.json: quantization_config=", "awq")),
-        (_unknown_family, ("model_type='bert' is not supported", "qwen3_moe")),
-    ],
-)
-def test_a_bad_hf_directory_is_named_and_nothing_is_left(
-    damage, said: tuple[str, ...], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(models / "moe", tmp_path / "src")
-    damage(tmp_path / "src")
-    assert main(["hf-to-megatron", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    for words in said:
-        assert words in error
-    assert [p.name for p in tmp_path.iterdir()] == ["src"]
-
-
-def _cut(d: Path) -> None:
-    with (d / "__0_0.distcp").open("r+b") as f:
-        f.truncate((d / "__0_0.distcp").stat().st_size - 1000)
-
-
-def _flipped(d: Path) -> None:
-    with (d / "__0_0.distcp").open("r+b") as f:
-        f.seek(70_000)  # inside the embedding
-        byte = f.read(1)[0]
-        f.seek(70_000)
-        f.write(bytes([byte ^ 1]))
-
-
-def _garbled(d: Path) -> None:
-    with (d / "__0_0.distcp").open("r+b") as f:
-        f.write(b"\xff" * 200)
-
-
-def _no_file(d: Path) -> None:
-    (d / "__0_0.distcp").unlink()
-
-
-def _no_index(d: Path) -> None:
-    (d / ".metadata").write_bytes(b"garbage")
-
-
-def _fewer_layers(d: Path) -> None:
-    _set(d, num_hidden_layers=1)
-
-
-def _more_layers(d: Path) -> None:
-    _set(d, num_hidden_layers=3)
-
-
-def _wider(d: Path) -> None:
-    _set(d, moe_intermediate_size=48)
-
-
-def _more_words(d: Path) -> None:
-    _set(d, vocab_size=600)
-
-
-def _set(d: Path, **changed: int) -> None:
-    config = json.loads((d / "config.json").read_text())
-    (d / "config.json").write_text(json.dumps(config | changed))
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (_cut, ("__0_0.distcp: truncated: tensor '", "take another copy")),
-        (_garbled, ("__0_0.distcp: tensor 'embedding.word_embeddings.weight' is damaged",)),
-        (_no_file, ("__0_0.distcp: cannot read tensor", "No such file")),
-        (_no_index, (".metadata: cannot read the checkpoint's index",)),
-        (_fewer_layers, ("__0_0.distcp: tensor 'decoder.layers.1.", "belongs to no weight")),
-        (_more_layers, ("needs tensor 'decoder.layers.2.", "which the checkpoint does not have")),
-        (
-            _wider,
-            ("tensor 'decoder.layers.0.mlp.experts.experts.linear_fc1.weight' has shape [4, 64, 64]",),
-        ),
-        (_more_words, ("tensor 'embedding.word_embeddings.weight' has shape [512, 64]", "--model")),
-    ],
-)
-def test_a_bad_megatron_checkpoint_is_named_and_no_target_is_there(
-    damage, said: tuple[str, ...], megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a checkpoint that brings no hashes of its files."""
-    shutil.copytree(megatron / "moe.mcore", tmp_path / "src")
-    (tmp_path / "src" / "megasapo.json").unlink()
-    damage(tmp_path / "src")
-    assert main(["megatron-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    for words in said:
-        assert words in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_flipped_bit_is_found_by_the_hash(megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(megatron / "moe.mcore", tmp_path / "src")
-    _flipped(tmp_path / "src")
-    assert main(["megatron-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
-    assert "__0_0.distcp has another SHA-256" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["src"]
-
-
-def test_an_existing_target_is_left_as_it_was(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
-    assert main(["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out")]) == 2
-    assert f"{tmp_path / 'out'} exists: remove it" in capsys.readouterr().err
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("hf-to-megatron", "moe.mcore"), "is a megatron-core checkpoint: hf-to-megatron reads HF"),
-        (("megatron-to-hf", "moe"), "is no megatron-core checkpoint"),
-        (("hf-to-megatron", "absent"), "absent: no such directory"),
-        (("hf-to-megatron", "moe", "parallel.tp=3"), "tp"),
-        (("hf-to-megatron", "moe", "parallel.tq=2"), "did you mean 'parallel.tp'"),
-        (("hf-to-megatron", "moe", "model.dtype=float32"), "only parallel.NAME=N"),
-        (("hf-to-megatron", "moe", "--quantize", "fp8_block"), "--quantize"),
-        (("hf-to-megatron", "moe", "--dtype", "float16"), "--dtype float16"),
-        (("hf-to-megatron", "moe", "--shard-size", "5XB"), "--shard-size 5XB: give a size such as"),
-        (("hf-to-megatron", "moe", "--nproc", "0"), "--nproc 0"),
-        (("megatron-to-hf", "moe.mcore", "parallel.tp=2"), "any source's is found by itself"),
-    ],
-)
-def test_mistakes_are_one_line(
-    arguments: tuple[str, ...], said: str, megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    direction, source, *more = arguments
-    assert main([direction, "--src", str(megatron / source), "--dst", str(tmp_path / "out"), *more]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_verification_finds_a_changed_tensor_and_leaves_no_target(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megasapo.convert import work
-
-    fill = work.fill
-
-    def off_by_one_bit(placed, files) -> None:
-        fill(placed, files)
-        if placed.mcore_name == "decoder.layers.1.self_attention.linear_proj.weight":
-            placed.tensor.view(torch.int32)[3, 5] ^= 1
-
-    monkeypatch.setattr(work, "fill", off_by_one_bit)
-    arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--verify-tensors"]
-    assert main(arguments) == 2
-    assert "tensor 'model.layers.1.self_attn.o_proj.weight' is not the source's" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_memory_is_bounded_by_shards_and_not_by_the_model(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_every_family_is_known_by_its_own_name() -> None:
 def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = {"model_type": "glm4_moe", "vocab_size": VOCAB, "num_nextn_predict_layers": 1}
+    config = {"model_type": "glm4_moe", "vocab_size": VOCAB, "num_hidden_layers": 4, "num_nextn_predict_layers": 1}
     tensors: dict[str, torch.Tensor] = {}
     fill_from(place([fake_model("local")], config), tensors)
     extra = {f"model.layers.4.{name}.weight": torch.ones(2) for name in ("eh_proj", "enorm", "self_attn.q_proj")}
@@ -178,7 +178,7 @@ def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
     save_file(tensors | extra, tmp_path / "model.safetensors")
     with caplog.at_level(logging.WARNING):
         load_hf([fake_model("local")], tmp_path, topo=None)
-    assert "3 tensors of multi-token prediction (model.layers.4.eh_proj.weight, ...) are not loaded" in caplog.text
+    assert "3 tensors of multi-token prediction (model.layers.4.eh_proj.weight, ...) are not trained" in caplog.text
 
     save_file(tensors | {"model.layers.5.eh_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(BridgeError, match=r"model\.layers\.5\.eh_proj\.weight' belongs to no parameter"):

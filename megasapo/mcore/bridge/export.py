@@ -17,20 +17,11 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
 from megasapo.families.weights import Box, BridgeError, Piece, Shape
+from megasapo.mcore.bridge.hf_files import TensorSpec
 from megasapo.mcore.bridge.placement import Locals, as_stored, place
 from megasapo.mcore.topology import Topology
 
 NamedTensors = list[tuple[str, torch.Tensor]]
-
-
-class TensorSpec(NamedTuple):
-    name: str
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class _Offer(NamedTuple):

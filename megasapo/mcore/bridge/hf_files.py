@@ -6,23 +6,42 @@ Used by load.py. Every error names the file and the tensor. Knows nothing of mod
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megasapo.families.weights import Box, BridgeError, Shape
+from megasapo.families.weights import Box, BridgeError, Shape, full_box
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_OPEN = 2  # files
 FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Entry(NamedTuple):
     shape: Shape
     dtype: str
+
+
+class TensorSpec(NamedTuple):
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class HFFiles:
@@ -50,8 +69,16 @@ class HFFiles:
             raise BridgeError(f"{self.file(name)}: has no tensor {name!r}, though {INDEX} says so")
         return header[name]
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """A copy of one box of a tensor, in the file's dtype."""
+    def spec(self, name: str) -> TensorSpec:
+        """The same, of a tensor that is copied as it is: BridgeError for a dtype that cannot be written again."""
+        shape, dtype = self.entry(name)
+        if dtype not in DTYPES:
+            raise BridgeError(f"{self.file(name)}: tensor {name!r} has dtype {dtype}: known are {', '.join(DTYPES)}")
+        return TensorSpec(name, shape, DTYPES[dtype])
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """A copy of one box of a tensor, or of all of it, in the file's dtype."""
+        box = box or full_box(self.entry(name).shape)
         file = self._file_of[name]
         try:
             full = self._open(file).get_slice(name)
@@ -88,6 +115,10 @@ class HFFiles:
             if stray:
                 raise BridgeError(f"{self.directory / file}: holds {stray[0]!r}, which {INDEX} does not place there")
         return self._headers[file]
+
+
+def has_weights(directory: Path) -> bool:
+    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
 
 
 def _read_header(path: Path, wanted: str | None) -> dict[str, Entry]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -19,7 +18,8 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
-from megasapo.families.weights import BridgeError, pattern
+from megasapo.families.mtp import is_mtp
+from megasapo.families.weights import BridgeError
 from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, as_stored, find_hf, nearest, place
 from megasapo.mcore.compat import set_quantised
@@ -49,7 +49,7 @@ def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> N
     """The same from opened files, which count the bytes read."""
     mine = place(chunks, hf_config)
     check_files(mine, files)
-    say_ignored(mine, files)
+    _say_mtp(mine, files)
     for placed in mine.placed:
         fill(placed, files)
 
@@ -88,21 +88,15 @@ def fill(placed: Placed, files: HFFiles) -> None:
         set_quantised(placed.tensor, whole.to(placed.tensor.device))
 
 
-def say_ignored(mine: Locals, files: HFFiles) -> None:
-    """Warn of tensors that are passed over."""
-    ignored = [name for name in files.names if _is_mtp(mine, name)]
-    if ignored and not (dist.is_initialized() and dist.get_rank()):
+def _say_mtp(mine: Locals, files: HFFiles) -> None:
+    passed_over = [name for name in files.names if is_mtp(mine.mtp_layers, name)]
+    if passed_over and not (dist.is_initialized() and dist.get_rank()):
         log.warning(
-            "%s: %d tensors of multi-token prediction (%s, ...) are not loaded: they are neither trained nor exported",
+            "%s: %d tensors of multi-token prediction (%s, ...) are not trained: exports have them as they are here",
             files.directory,
-            len(ignored),
-            ignored[0],
+            len(passed_over),
+            passed_over[0],
         )
-
-
-def _is_mtp(mine: Locals, name: str) -> bool:
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return layer is not None and 0 <= int(layer[1]) - mine.num_layers < mine.mtp_layers
 
 
 # What is wrong with one tensor, said on demand: the nearest of many names takes a second to find.
@@ -137,7 +131,7 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
-    if _is_mtp(mine, name) or any(pattern(template).fullmatch(name) for template in mine.table.ignored):
+    if is_mtp(mine.mtp_layers, name):
         return True
     if mine.is_tied and name == mine.table.tied[0]:
         return True  # as transformers does: the embedding is used in its place

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megasapo.families import family
+from megasapo.families.mtp import mtp_layers
 from megasapo.families.weights import (
     BridgeError,
     Dims,
@@ -23,12 +24,16 @@ from megasapo.families.weights import (
     Shape,
     Shard,
     WeightTable,
+    full_box,
     index_of,
     pattern,
 )
 
 SHUFFLING_SETTINGS = ("moe_mlp_glu_interleave_size", "attention_output_gate")
 """TransformerConfig fields that change the order of rows inside a weight; no table knows them yet."""
+
+
+AFTER_ALL = 3  # in Placed.order, where _section gives the first number
 
 
 class Placed(NamedTuple):
@@ -52,7 +57,7 @@ class Locals(NamedTuple):
     layers: frozenset[int]  # global indices
     experts: frozenset[int]
     num_layers: int  # of the whole model
-    mtp_layers: int  # that files may have after these, for multi-token prediction, and that are not loaded
+    mtp_layers: range  # that files may have after these, for multi-token prediction, and that are not loaded
     num_experts: int
     is_tied: bool
 
@@ -102,8 +107,7 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
         for name, tensor in _tensors(model)
     ]
     experts = frozenset(range(first_expert, first_expert + per_rank))
-    mtp_layers = int(hf.get("num_nextn_predict_layers") or 0) if table.mtp_layers else 0
-    return Locals(table, placed, layers, experts, config.num_layers, mtp_layers, num_experts, is_tied)
+    return Locals(table, placed, layers, experts, config.num_layers, mtp_layers(hf), num_experts, is_tied)
 
 
 def find_hf(table: WeightTable, name: str) -> tuple[Rule, int | None, int | None] | None:
@@ -113,6 +117,20 @@ def find_hf(table: WeightTable, name: str) -> tuple[Rule, int | None, int | None
             if match := pattern(template).fullmatch(name):
                 return rule, index_of(match, "layer"), index_of(match, "expert")
     return None
+
+
+def keeps_dtype(hf_config: Mapping[str, Any], name: str) -> bool:
+    """Whether the tensor of an HF name is not cast with the others: see Rule."""
+    found = find_hf(family(hf_config.get("model_type")).weights, name)
+    return found is not None and found[0].keeps_dtype
+
+
+def as_it_is(name: str, shape: Shape, hf_config: Mapping[str, Any]) -> Placed:
+    """An HF tensor that no parameter of the model is made of, as one that is it, on the meta device."""
+    box = full_box(shape)
+    tensor = torch.empty(shape, device="meta")
+    keeps = keeps_dtype(hf_config, name)
+    return Placed(name, tensor, (name,), (shape,), (Piece(0, box, box),), (AFTER_ALL,), True, keeps)
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:

@@ -6,23 +6,28 @@ Rank 0 writes safetensors as buckets arrive, so no shard file is ever held in me
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from megasapo.checkpoints import sync
-from megasapo.families import family
+from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
 from megasapo.families.weights import BridgeError
-from megasapo.mcore.bridge.export import Export, TensorSpec
-from megasapo.mcore.bridge.hf_files import INDEX, SINGLE
+from megasapo.mcore.bridge.export import Export, NamedTensors
+from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, INDEX, SINGLE, HFFiles, TensorSpec, has_weights
 from megasapo.mcore.bridge.load import read_config
+from megasapo.mcore.bridge.placement import keeps_dtype
 from megasapo.mcore.topology import Topology
 
+log = logging.getLogger(__name__)
 GIB = 2**30
 COMPANIONS = (  # beside config.json, what an HF directory needs to be served
     "generation_config.json",
@@ -34,13 +39,6 @@ COMPANIONS = (  # beside config.json, what an HF directory needs to be served
     "chat_template*",
     "*.tiktoken",
 )
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
 
 
 def save_hf(
@@ -56,7 +54,8 @@ def save_hf(
     """Write an HF directory: weights, and config.json, tokenizer and generation settings of `hf_config_dir`.
 
     Collective. Returns on every rank once `out_dir` is complete. An existing `out_dir` is replaced. `dtype` casts;
-    config.json records the dtype written. A tensor larger than `max_shard_bytes` gets a file of its own.
+    config.json records the dtype written. A tensor larger than `max_shard_bytes` gets a file of its own. Layers for
+    multi-token prediction, which the model does not have, are copied from the files of `hf_config_dir`.
     """
     config = read_config(hf_config_dir)
     out = Path(out_dir)
@@ -72,24 +71,54 @@ def save_hf(
         unfinished = out.with_name(f".{out.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write_weights(export, unfinished, bucket_bytes, max_shard_bytes)
-        changed = config | family(config["model_type"]).exported
-        write_companions(Path(hf_config_dir), changed, export.tensors, unfinished)
+        carried = Carried(Path(hf_config_dir), config, dtype)
+        specs = [*export.tensors, *carried.specs]
+        _write_weights(specs, chain(export.buckets(bucket_bytes), carried.buckets()), unfinished, max_shard_bytes)
+        names = [spec.name for spec in specs]
+        write_companions(Path(hf_config_dir), exported_config(config, names), specs, unfinished)
+        say_mtp(hf_config_dir, names)
         _put_in_place(unfinished, out)
     dist.barrier(group=topo.world_group_cpu)
 
 
-def _write_weights(export: Export, directory: Path, bucket_bytes: int, max_shard_bytes: int) -> None:
-    files = assign_files(export.tensors, max_shard_bytes)
+class Carried:
+    """The layers for multi-token prediction in an HF directory's files; none without files, or in quantised ones."""
+
+    def __init__(self, directory: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+        self.specs: list[TensorSpec] = []
+        if not mtp_layers(config) or not has_weights(directory) or config.get("quantization_config") is not None:
+            return
+        self._files = HFFiles(directory)
+        for spec in map(self._files.spec, mtp_names(config, self._files.names)):
+            kept = dtype is None or keeps_dtype(config, spec.name)
+            self.specs.append(spec if kept else TensorSpec(spec.name, spec.shape, dtype or spec.dtype))
+
+    def buckets(self) -> Iterator[NamedTensors]:
+        for spec in self.specs:
+            yield [(spec.name, self._files.read(spec.name).to(spec.dtype))]
+
+
+def say_mtp(hf_config_dir: str | Path, names: Collection[str]) -> None:
+    """One line about the layers for multi-token prediction of a model, if it has any, in an export of these tensors."""
+    config = read_config(hf_config_dir)
+    if mtp_layers(config):
+        said = "are as they were before training" if mtp_names(config, names) else "are left out, for want of files"
+        log.warning("the layers for multi-token prediction of %s %s", hf_config_dir, said)
+
+
+def _write_weights(
+    tensors: list[TensorSpec], buckets: Iterable[NamedTensors], directory: Path, max_shard_bytes: int
+) -> None:
+    files = assign_files(tensors, max_shard_bytes)
     file_of = {spec.name: file for file, specs in files.items() for spec in specs}
     writers = {file: SafetensorsWriter(directory / file, specs) for file, specs in files.items()}
-    for bucket in export.buckets(bucket_bytes):
+    for bucket in buckets:
         for name, tensor in bucket:
             writers[file_of[name]].write(name, tensor)
     for writer in writers.values():
         writer.finish()
     if len(files) > 1:
-        total = sum(spec.nbytes for spec in export.tensors)
+        total = sum(spec.nbytes for spec in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_json(directory / INDEX, index)
 
