@@ -26,11 +26,11 @@ class Serving:
         self.loaded: Loaded = load(options)
         self.engine: Engine
         self.engine, app = build(options, self.loaded)
-        self._app = app.asgi()
-        self.routes = self._app._app.routes  # behind the guard
+        self.asgi = app.asgi()
+        self.routes = self.asgi._app.routes  # behind the guard
 
     def client(self, **headers: str) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://server", timeout=TIMEOUT_S, headers=headers)
 
     def ask(self, fn: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]) -> Any:

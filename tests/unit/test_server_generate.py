@@ -226,6 +226,27 @@ def test_routed_experts_equal_the_routers_choices(server, reference):
         assert (routed(answer) == router_choices(reference, prompt + answer["output_ids"][:-1])).all()
 
 
+def test_routing_is_not_kept_for_others(server):
+    """Each of 8 responses holds its own tokens' choices alone, however many ran beside it."""
+    kept = []
+
+    async def run(client):
+        prompts = [[i + 3] * 5 for i in range(8)]
+        params = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": params, "return_routed_experts": True}
+        task = asyncio.create_task(client.post("/generate", json=body))
+        await server.started(20)
+        await server.until(lambda: kept.extend(server.engine.batch.rows) or True)
+        await client.post("/abort_request", json={"abort_all": True})
+        return await task
+
+    server.ask(run)
+    assert len(kept) == 8
+    for s in kept:
+        held = sum((piece if piece.base is None else piece.base).nbytes for piece in s.routing)
+        assert held == sum(piece.nbytes for piece in s.routing)
+
+
 def test_routed_experts_from_a_start(server, reference):
     answer = server.generate(
         input_ids=PROMPTS[3],

@@ -155,18 +155,21 @@ class Batch:
         return logits
 
     def _record_routing(self, plan: Plan, num_new: int) -> None:
-        """Keep each row's expert choices: one token for decoding rows, the not yet recorded ones for prefilled rows."""
+        """Keep each row's expert choices: one token for decoding rows, the not yet recorded ones for prefilled rows.
+
+        Copies: a view would keep the whole step's alive, and a long response has thousands of steps.
+        """
         routed = torch.stack([ids for _, ids in plan.routed], dim=1)  # [T, MoE layers, K]
         step = np.zeros((routed.shape[0], self._num_layers, routed.shape[2]), dtype=np.int32)  # dense layers stay 0
         step[:, [layer for layer, _ in plan.routed]] = routed.cpu().numpy()
         num_decode = len(self.rows) - num_new
         for i, s in enumerate(self.rows[:num_decode]):
             if s.return_routing:
-                s.routing.append(step[i : i + 1])
+                s.routing.append(step[i : i + 1].copy())
         start = num_decode
         for s, length in zip(self.rows[num_decode:], plan.prefill_lengths, strict=True):
             if s.return_routing:  # after a retraction the choices under which its tokens were sampled are kept
-                s.routing.append(step[start + s.routed_rows() : start + length])
+                s.routing.append(step[start + s.routed_rows() : start + length].copy())
             start += length
 
     def _check_finish(self, s: Sequence, token: int) -> None:

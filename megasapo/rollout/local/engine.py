@@ -153,7 +153,7 @@ class Engine:
         for job in [*self._jobs, *(item for item in items if isinstance(item, Job))]:
             job.notify(error)
         for item in items:
-            if not isinstance(item, Job):
+            if not isinstance(item, Job) and item[0].set_running_or_notify_cancel():
                 item[0].set_exception(error)
 
     def _take(self) -> bool:
