@@ -118,7 +118,7 @@ class RewardConfig(Section):
     on_error: Literal["error", "zero"] = "zero"
     """A grader that raises or hangs: stop the run, or score 0 and count it in reward/grader_errors."""
     max_errors_in_a_row: PositiveInt = 256
-    """As many failures without a success between them stop the run even under `on_error: zero`."""
+    """As many failures of one grader without a success between them stop the run even under `on_error: zero`."""
 
 
 class RolloutConfig(Section):

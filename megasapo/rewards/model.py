@@ -32,6 +32,7 @@ INLINE: dict[str, Callable[..., Coroutine[Any, Any, float]]] = {
 }
 IN_WORKER = {"math": "megasapo.rewards.math:math"}
 HTTP_CONNECTIONS = 64
+EPISODE = ""  # among the sources of failures; no grader has this name
 FAILURES_SHOWN = 3  # of each step; the rest are only counted
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class RewardModel:
 
     A grader that raises, takes longer than cfg.timeout_s, or returns what is not a finite number has failed: under
     `on_error: error` RewardError is raised; under `zero` that part scores 0 and is counted. cfg.max_errors_in_a_row
-    failures one after another raise RewardError in either case: nothing could be learnt from such a grader.
+    failures of one grader, one after another, raise RewardError in either case: nothing could be learnt from it.
     `max_workers` bounds the processes of each grader that needs them.
     """
 
@@ -70,7 +71,8 @@ class RewardModel:
         self._graders: list[_Grader] = []
         self._pools: list[GraderPool] = []
         self._client: Any = None
-        self._num_errors = self._num_episode_errors = self._errors_in_a_row = 0
+        self._num_errors = self._num_episode_errors = 0
+        self._errors_in_a_row: dict[str, int] = {}  # of each grader, and of the episode
 
     @property
     def names(self) -> list[str]:
@@ -102,9 +104,10 @@ class RewardModel:
         await self.close()
 
     async def score(self, prompt: Prompt, response: str) -> Scored:
-        """Raises RewardError when the run has to stop."""
+        """Raises RewardError when the run has to stop. The episode of this response, if any, went well."""
         if not self._graders:
             raise RuntimeError("RewardModel.score before start() or after close()")
+        self._errors_in_a_row.pop(EPISODE, None)
         results = await asyncio.gather(*(self._part(g, prompt, response) for g in self._graders))
         parts = {g.name: part for g, (part, _) in zip(self._graders, results)}
         reward = math.fsum(g.weight * part for g, (part, _) in zip(self._graders, results))
@@ -113,7 +116,7 @@ class RewardModel:
     def failed_episode(self, episode: str, prompt: Prompt, response: str, e: Exception) -> Scored:
         """The score of a sample whose episode failed, by the same policy and ceiling as for graders."""
         self._num_episode_errors += 1
-        problem = self._failed(f"rollout.episode {episode}", prompt, response, e, self._num_episode_errors)
+        problem = self._failed(EPISODE, f"rollout.episode {episode}", prompt, response, e, self._num_episode_errors)
         return Scored(0.0, dict.fromkeys(self.names, 0.0), (problem,))
 
     async def score_group(self, prompt: Prompt, responses: Sequence[str]) -> list[Scored]:
@@ -137,18 +140,18 @@ class RewardModel:
             raise
         except Exception as e:  # a grader is the outside world: anything it raises is scored by policy
             self._num_errors += 1
-            return 0.0, self._failed(f"reward {grader.name}", prompt, response, e, self._num_errors)
-        self._errors_in_a_row = 0
+            return 0.0, self._failed(grader.name, f"reward {grader.name}", prompt, response, e, self._num_errors)
+        self._errors_in_a_row.pop(grader.name, None)
         return value, None
 
-    def _failed(self, what: str, prompt: Prompt, response: str, e: Exception, number: int) -> str:
+    def _failed(self, source: str, what: str, prompt: Prompt, response: str, e: Exception, number: int) -> str:
         cause = str(e) if isinstance(e, GraderError) else f"{type(e).__name__}: {e}"
         problem = f"{what} failed on prompt {prompt.index} and response {response[:80]!r}: {cause}"
-        self._errors_in_a_row += 1
+        in_a_row = self._errors_in_a_row[source] = self._errors_in_a_row.get(source, 0) + 1
         if self._cfg.on_error == "error":
             raise RewardError(f"{problem}; reward.on_error=zero would score such responses 0") from e
-        if self._errors_in_a_row >= self._cfg.max_errors_in_a_row:
-            raise RewardError(f"{problem}; it was failure {self._errors_in_a_row} in a row, no use going on") from e
+        if in_a_row >= self._cfg.max_errors_in_a_row:
+            raise RewardError(f"{problem}; it was failure {in_a_row} in a row, no use going on") from e
         if number <= FAILURES_SHOWN:
             logger.warning("%s; scored 0", problem)
         return problem

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import sys
+from contextlib import suppress
 from typing import Any
 
 from megasapo.errors import UserError
@@ -165,24 +166,23 @@ class GraderPool:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         )
         worker = _Worker(self._target, process)
+        settings = {"target": self._target, "options": self._options, "timeout_s": self._timeout_s}
         assert process.stdout is not None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await worker.send({"target": self._target, "options": self._options, "timeout_s": self._timeout_s})
+                with suppress(GraderError):  # it died: there will be no line
+                    await worker.send(settings)
                 line = await process.stdout.readline()
-        except (TimeoutError, GraderError) as e:
-            worker.kill()
-            await process.wait()
-            raise RewardError(f"reward {self._target}: its process was not ready after {START_TIMEOUT_S} s") from e
-        except asyncio.CancelledError:
+            code = None if line else await process.wait()
+            answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended with exit code {code}"}
+            if "error" in answer:
+                raise RewardError(f"reward {self._target}: cannot be loaded: {answer['error']}")
+        except BaseException as e:
             worker.kill()  # nobody else knows of it yet
+            await worker.close()
+            if isinstance(e, TimeoutError):
+                raise RewardError(f"reward {self._target}: not ready after {START_TIMEOUT_S} s") from e
             raise
-        code = None if line else await process.wait()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended with exit code {code}"}
-        if "error" in answer:
-            worker.kill()
-            await process.wait()
-            raise RewardError(f"reward {self._target}: cannot be loaded: {answer['error']}")
         self._is_async = answer["is_async"]
         worker.start_reading()
         return worker

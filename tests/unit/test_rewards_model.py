@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,12 +159,29 @@ def test_error_policy_stops_the_run() -> None:
         score([spec(f"{GRADERS}:misbehave")], ["raise"], on_error="error")
 
 
+def test_a_run_that_stops_while_a_worker_starts_closes_its_pipes() -> None:
+    gc.collect()
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always", ResourceWarning)
+        with pytest.raises(RewardError, match="no mood"):
+            score([spec(f"{GRADERS}:misbehave")], ["raise", "ok"], on_error="error")
+        gc.collect()
+    assert not left_open
+    assert worker_pids(os.getpid()) == []
+
+
 def test_only_failures_stop_the_run() -> None:
     specs = [spec(f"{GRADERS}:misbehave")]
     with pytest.raises(RewardError, match="it was failure 3 in a row"):
         score(specs, ["raise"] * 4, max_workers=1, max_errors_in_a_row=3)
     _, num_errors = score(specs, ["raise", "raise", "ok"] * 2, max_workers=1, max_errors_in_a_row=3)
     assert num_errors == 4
+
+
+def test_a_dead_grader_stops_the_run_beside_one_that_works() -> None:
+    specs = [spec("format", pattern=".*"), spec(f"{GRADERS}:misbehave")]
+    with pytest.raises(RewardError, match=r"reward .*misbehave failed .* failure 3 in a row"):
+        score(specs, ["raise"] * 6, max_workers=1, max_errors_in_a_row=3)
 
 
 def test_endless_backtracking_is_a_failure() -> None:
