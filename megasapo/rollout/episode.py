@@ -99,6 +99,8 @@ class Turns:
         if sample.done or sample._busy:
             why = "another turn of it is being generated" if sample._busy else "it is done (ask sample.done before)"
             raise EpisodeError(f"engine.generate on a sample: {why}")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise EpisodeError(f"engine.generate: max_new_tokens={max_new_tokens}: give at least 1, or nothing")
         base = sample._sampling
         room = sample.tokens_left
         seed = base.sampling_seed
@@ -106,7 +108,7 @@ class Turns:
             seed = int(np.random.SeedSequence([seed, sample.turns]).generate_state(1)[0] >> 1)
         sampling = replace(
             base,
-            max_new_tokens=min(room, max_new_tokens or room),
+            max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
             stop_token_ids=(*base.stop_token_ids, *stop_token_ids),
             sampling_seed=seed,
         )

@@ -106,6 +106,10 @@ async def asks_for_too_much(engine: Turns, sample: Conversation) -> None:
     await engine.generate(sample)
 
 
+async def asks_for_nothing(engine: Turns, sample: Conversation) -> None:
+    await engine.generate(sample, max_new_tokens=0)
+
+
 def not_async(engine: Turns, sample: Conversation) -> None: ...
 
 
@@ -178,6 +182,7 @@ def test_an_episode_ends_at_its_limits(limits: dict[str, int], ids: tuple[int, .
         ("hangs", "took longer than rollout.tool_timeout_s=0.05", (3,)),
         ("does_nothing", "engine.generate was never called", (90,)),
         ("asks_for_too_much", "it is done", (10, 90)),
+        ("asks_for_nothing", "max_new_tokens=0: give at least 1", (3,)),
     ],
 )
 def test_what_an_episode_raises_ends_its_sample_only(name: str, message: str, ids: tuple[int, ...]) -> None:
