@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megasapo.data.packing import Pieces, join, pieces
 from megasapo.mcore.policy import Logprobs, Policy, Weights
-from megasapo.mcore.replay import NATIVE
 from megasapo.mcore.topology import Topology
 from megasapo.routing.scored import ScoredSequence
+from megasapo.routing.validate import UNKNOWN
 from megasapo.types import MicroBatch, MiniBatch
 
 # of each micro-batch: rollout's, behaviour's and current routing [Tl, 3, L of this rank, K] int16
@@ -82,7 +82,7 @@ def _known(routing: Tensor | None) -> Tensor:
 def _held_below(routing: Sequence[Tensor], columns: Sequence[int], cut: int) -> list[Tensor]:
     """Routings whose layers from column `cut` of the model on are free."""
     own = torch.tensor([column >= cut for column in columns], dtype=torch.bool)
-    return [z.short().masked_fill(own.to(z.device)[None, :, None], NATIVE) for z in routing]
+    return [z.short().masked_fill(own.to(z.device)[None, :, None], UNKNOWN) for z in routing]
 
 
 def _scores(micro: Sequence[MicroBatch], passes: Sequence[Logprobs], topo: Topology) -> list[Tensor]:

@@ -19,17 +19,16 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError
+from megasapo.routing.validate import storage_dtype
 from megasapo.types import MicroBatch
-
-NATIVE = -1  # in all K places of a token's row: the router chooses by itself
 
 
 class RoutingReplay:
     """Records and forces the routing of one model's chunks on this rank.
 
     A routing is [Tl, L, K]: this rank's tokens of a micro-batch, the MoE layers of all its chunks in order, K expert
-    ids each, uint8 or int16 (`storage_dtype`). Gate probabilities are still computed from the router's logits at the
-    forced experts, so gradients reach the router.
+    ids each, uint8 or int16; UNKNOWN in all K places leaves a token to the router. Gate probabilities are still
+    computed from the router's logits at the forced experts, so gradients reach the router.
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
@@ -83,7 +82,7 @@ class RoutingReplay:
     def _choices(self, layers: list[_Layer], mb: MicroBatch) -> Tensor:
         """[Tl, L of the chunk, K] what its routers chose in the forward that just ended."""
         rows = mb.loss_mask.numel()
-        routing = torch.empty((rows, len(layers), self.top_k), dtype=storage_dtype(self.num_experts))
+        routing = torch.from_numpy(np.empty((rows, len(layers), self.top_k), storage_dtype(self.num_experts)))
         routing = routing.to(mb.loss_mask.device)
         for column, layer in enumerate(layers):
             chosen = layer.take_chosen()
@@ -114,8 +113,7 @@ class RoutingReplay:
         """Force `mb.routing` on the forward of `mb` through `chunk` inside, and on its recomputation in backward.
 
         With gradients only inside `step`. Micro-batches may go backward at any time, but through each chunk in the
-        order in which they went forward. ValueError for a routing of another shape; ids are not looked at again, for a
-        routing was recorded or checked when it was made (`narrowed`).
+        order in which they went forward. ValueError for a routing of another shape; ids are not looked at again.
         """
         if torch.is_grad_enabled() and self._between is not _Mode.RECOMPUTE:
             raise RuntimeError("replay with gradients belongs inside step(), which ends the recomputation")
@@ -222,7 +220,7 @@ class _Layer:
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         target = self._forced()
         own: Tensor | None = None
-        if target is None or target.dtype is not torch.uint8 or self.mode is _Mode.COMPARE:  # int16 may hold NATIVE
+        if target is None or target.dtype is not torch.uint8 or self.mode is _Mode.COMPARE:  # int16 may hold UNKNOWN
             best, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
             own = own.gather(1, best.detach().argsort(dim=1, descending=True, stable=True))
         if target is None or own is None:
@@ -317,92 +315,3 @@ def _unwrapped(chunk: nn.Module) -> nn.Module:
     while isinstance(getattr(chunk, "module", None), nn.Module):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk
-
-
-def storage_dtype(num_experts: int) -> torch.dtype:
-    """The smallest dtype that holds every expert id: uint8 up to 256 experts, then int16."""
-    if num_experts > 2**15:
-        raise ValueError(f"{num_experts} experts: ids are kept as int16, at most {2**15} of them")
-    return torch.uint8 if num_experts <= 2**8 else torch.int16
-
-
-def check_ids(routing: Tensor, num_experts: int, *, layers: Sequence[int]) -> None:
-    """Refuse a routing [T, L, K] with ids out of range or twice in a row; int16 rows may be all NATIVE.
-
-    ValueError names the first bad row by token and by decoder layer (`layers`, [L]).
-    """
-    ids = routing.to(torch.int16).movedim(-1, 0).contiguous()
-    lowest, highest = ids.amin(0), ids.amax(0)
-    bad = (lowest < 0) | (highest >= num_experts)
-    for apart in range(1, len(ids)):  # a third of the time that sorting takes
-        bad |= (ids[apart:] == ids[:-apart]).any(0)
-    bad = bad & (highest != NATIVE) | (lowest < NATIVE)
-    if not bool(bad.any()):
-        return
-    token, column = (int(i) for i in bad.nonzero()[0])
-    row = routing[token, column].tolist()
-    wrong = [i for i in row if not 0 <= i < num_experts]
-    what = f"experts {wrong} do not exist" if wrong else "an expert is chosen twice"
-    raise ValueError(
-        f"routing of token {token} in layer {layers[column]} is {row}: {what} (ids are 0 to {num_experts - 1}; "
-        f"{int(bad.sum())} such rows of {bad.numel()})"
-    )
-
-
-def cut_routing(
-    rows: Sequence[np.ndarray | None],
-    slots: Sequence[int],
-    sequence: np.ndarray,
-    position: np.ndarray,
-    *,
-    layers: Sequence[int],
-    num_experts: int,
-    top_k: int,
-) -> Tensor:
-    """The routing [Tl, L, K] of a rank's slots from that of whole sequences, as a rollout server returns it.
-
-    rows: of each sequence [at most its slots, all layers, K] integers, row t routes input token t; missing ones, and
-    None for a whole sequence, are NATIVE. slots: n - 1 of each sequence. sequence, position [Tl]: of the rank's slots,
-    as in MicroBatch. layers: which of the rows' layers to keep, [L]. Slots of padding get experts in turn. int16 where
-    something is NATIVE, else `storage_dtype`. ValueError for rows of another shape, ids out of range or twice in a row.
-    """
-    real = np.zeros(len(sequence), dtype=bool)
-    for number, length in enumerate(slots):
-        real |= (sequence == number) & (position < length)
-    cut = blank_routing(real, len(layers), num_experts, top_k)
-    for number, (row, length) in enumerate(zip(rows, slots, strict=True)):
-        if row is None:
-            continue
-        _check_rows(row, number, length, layers, num_experts, top_k)
-        (here,) = np.nonzero((sequence == number) & (position < len(row)))
-        cut[here] = row[position[here]][:, list(layers)]
-    return narrowed(cut, num_experts, layers)
-
-
-def blank_routing(real: np.ndarray, num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
-    """[Tl, L, K] int16: NATIVE where a slot is `real` [Tl], experts in turn where it is padding."""
-    turn = np.arange(len(real) * num_layers * top_k).reshape(len(real), num_layers, top_k) % num_experts
-    return np.where(real[:, None, None], NATIVE, turn).astype(np.int16)
-
-
-def narrowed(routing: np.ndarray, num_experts: int, layers: Sequence[int]) -> Tensor:
-    """An int16 routing in `storage_dtype`, unless something in it is NATIVE; checked, once, by `check_ids`."""
-    check_ids(torch.from_numpy(routing), num_experts, layers=layers)
-    fits = storage_dtype(num_experts) is torch.uint8 and not (routing < 0).any()
-    return torch.from_numpy(routing.astype(np.uint8) if fits else routing)
-
-
-def _check_rows(row: np.ndarray, number: int, length: int, layers: Sequence[int], num_experts: int, top_k: int) -> None:
-    last = max(layers, default=-1)
-    if row.ndim != 3 or len(row) > length or row.shape[1] <= last or row.shape[2] != top_k:
-        raise ValueError(
-            f"routing of sequence {number} has shape {list(row.shape)}: expected at most {length} tokens, more than "
-            f"{last} layers and top-k {top_k}"
-        )
-    # before ids are narrowed, which could wrap a wrong one into the range
-    values = row[:, list(layers)]
-    if values.size and not NATIVE <= values.min() <= values.max() < num_experts:
-        raise ValueError(
-            f"routing of sequence {number} has ids from {values.min()} to {values.max()}, and the model has experts "
-            f"0 to {num_experts - 1}"
-        )

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megasapo.data.packing import Layout, Shard
-from megasapo.mcore.replay import RoutingReplay, blank_routing, narrowed, storage_dtype
+from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.topology import Topology
+from megasapo.routing.cut import blank_routing, narrowed
+from megasapo.routing.validate import storage_dtype
 from megasapo.types import TrainSequence
 
 
@@ -29,7 +31,7 @@ class Header(NamedTuple):
     loss_tokens: int
     leader: int  # data-parallel rank that fetched it
     routed: int = 0  # tokens whose routing the leader has, from the first on
-    gaps: bool = False  # some of these are NATIVE
+    gaps: bool = False  # some of these are UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,11 @@ def exchange_routing(
 ) -> list[torch.Tensor]:
     """Collective. The routing [Tl, L of this rank, K] of each of this rank's micro-batches, on the CPU.
 
-    `planned`: [replica][micro-batch], the same on all ranks. Tokens without a known routing are NATIVE, slots of
-    padding get experts in turn. int16 where something is NATIVE, else `storage_dtype`.
+    `planned`: [replica][micro-batch], the same on all ranks. Tokens without a known routing are UNKNOWN, slots
+    of padding get experts in turn. int16 where something is UNKNOWN, else `storage_dtype`.
     """
     gaps = any(h.gaps for micros in planned for micro in micros for h in micro)
-    dtype = np.dtype("<i2") if gaps or storage_dtype(layout.num_experts) is torch.int16 else np.dtype("u1")
+    dtype = np.dtype(np.int16) if gaps else storage_dtype(layout.num_experts)
     outgoing = [torch.empty(0, dtype=torch.uint8) for _ in layout.ranks]
     if topo.is_leader:
         routing = {row.uid: row.routing for row in mine if row.routing is not None}
@@ -96,8 +98,7 @@ def exchange_routing(
             ids = iter(np.split(data.numpy().view(dtype), np.cumsum([o.ids_from(leaders[rank]) for o in own])[:-1]))
             for o in own:
                 o.put(leaders[rank], next(ids))
-    layers = [layout.layers[column] for column in keeps.columns]
-    return [narrowed(o.routing, layout.num_experts, layers) for o in own]
+    return [torch.from_numpy(narrowed(o.routing, layout.num_experts)) for o in own]
 
 
 def _leaders(topo: Topology, layout: RoutingLayout) -> dict[int, int]:
@@ -146,9 +147,10 @@ class _Own:
     def __init__(self, micro: Planned, keeps: Keeps, layout: RoutingLayout) -> None:
         self._micro = micro
         self._slots = _Slots(micro, keeps.shard)
-        predictions = np.array([*(h.tokens - 1 for h in micro), 0])  # padding, if any, is one more sequence
-        real = self._slots.position < predictions[self._slots.sequence]
-        self.routing = blank_routing(real, len(keeps.columns), layout.num_experts, layout.top_k)
+        predictions, num_layers = [h.tokens - 1 for h in micro], len(keeps.columns)
+        self.routing = blank_routing(
+            predictions, self._slots.sequence, self._slots.position, num_layers, layout.num_experts, layout.top_k
+        )
 
     def ids_from(self, leader: int) -> int:
         """How many ids `leader` sends."""

@@ -17,8 +17,9 @@ from megasapo.config import Config, ConfigError
 from megasapo.data.packing import Pieces, join, pack, pieces
 from megasapo.geometry import read_geometry
 from megasapo.mcore import bridge, checkpoint, model, step
-from megasapo.mcore.replay import RoutingReplay, cut_routing
+from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.topology import Topology
+from megasapo.routing.cut import cut_routing
 from megasapo.types import MicroBatch, TrainSequence
 
 
@@ -67,9 +68,8 @@ class Scorer:
     ) -> list[Scored]:
         """Of each sequence of n token ids its logprobs, on every rank; with the routers' choices if asked for.
 
-        routing: of each sequence [at most n - 1, L, K] expert ids that are forced, -1 and None where routers choose;
-        ValueError for ids that the model cannot be given. Logits are divided by `rollout.temperature`, as servers
-        report logprobs.
+        routing: of each sequence [at most n - 1, L, K] expert ids that are forced, -1 and None where routers choose.
+        Logits are divided by `rollout.temperature`, as servers report logprobs.
         """
         micro = self._micro_batches(sequences)
         routed: step.Routed = step.natively
@@ -122,7 +122,7 @@ class Scorer:
             num_experts=self._replay.num_experts,
             top_k=self._replay.top_k,
         )
-        return cut.to(self._topo.device)
+        return torch.from_numpy(cut).to(self._topo.device)
 
     def _micro_batches(self, sequences: Sequence[np.ndarray]) -> list[MicroBatch]:
         """This data-parallel rank's share, as many on every rank, at least one; a longer sequence is packed by itself.

@@ -24,6 +24,11 @@ class RoutingError(UserError, ValueError):
     """A routing that must not be learned from; the message names sample, decoder layer and token."""
 
 
+def storage_dtype(num_experts: int) -> np.dtype:
+    """The smallest that holds every expert id: uint8 up to 256 experts, then int16, which holds UNKNOWN as well."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.int16)
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingRule:
     """What the routing of one model looks like."""
@@ -45,7 +50,7 @@ class RoutingRule:
     @property
     def dtype(self) -> np.dtype:
         """Of a routing without unknown rows."""
-        return np.dtype(np.uint8 if self.num_experts <= 256 else np.int16)
+        return storage_dtype(self.num_experts)
 
     def layers_sent(self, num_ids: int, tokens: int) -> int | None:
         """Of how many layers so many ids of a sequence of `tokens` tokens are; None: they cannot be of this model.

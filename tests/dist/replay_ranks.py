@@ -235,11 +235,11 @@ def _rows(advantages: Any = None) -> list[Any]:
 
 
 def _foreign(mb: Any, replay: Any) -> torch.Tensor:
-    from megasapo.mcore.replay import cut_routing
+    from megasapo.routing.cut import cut_routing
 
     numbers = {"layers": replay.layers, "num_experts": replay.num_experts, "top_k": replay.top_k}
     whole = [foreign_routing()[uid] for uid in mb.uids]
-    return cut_routing(whole, mb.slots, mb.sequence.numpy(), mb.position.numpy(), **numbers)
+    return torch.from_numpy(cut_routing(whole, mb.slots, mb.sequence.numpy(), mb.position.numpy(), **numbers))
 
 
 def _whole(micro: list[Any], values: list[Any], topo: Any) -> list[np.ndarray]:

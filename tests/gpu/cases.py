@@ -24,8 +24,9 @@ from megasapo.mcore import bridge, exchange, precision, step
 from megasapo.mcore.model import build_model, read_hf_config
 from megasapo.mcore.optim import wrap_ddp
 from megasapo.mcore.policy import Policy
-from megasapo.mcore.replay import RoutingReplay, cut_routing
+from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.topology import Topology
+from megasapo.routing.cut import cut_routing
 from megasapo.sections import ModelConfig, PrecisionConfig
 from megasapo.types import Batch, MicroBatch, TrainSequence
 from tests.dist import model_reference as given
@@ -124,7 +125,7 @@ class Model:
         for mb in self.micro:
             of_tokens = mb.sequence.cpu().numpy(), mb.position.cpu().numpy()
             routing = cut_routing([whole[uid] for uid in mb.uids], mb.slots, *of_tokens, **numbers)
-            found.append(mb.with_(routing=routing.to(self.topo.device)))
+            found.append(mb.with_(routing=torch.from_numpy(routing).to(self.topo.device)))
         return found
 
     def forced(self, micro: list[MicroBatch]) -> Values:
