@@ -1,15 +1,16 @@
 """From the sequences that each data-parallel leader holds to the packed batch that each rank learns from.
 
-Called by train.py and sft.py. Only lengths and identities are global; tokens move once, as bytes, from the leader that
-fetched a sequence to the one that trains on it, and from there to the ranks of its replica.
+Called by train.py and sft.py. Only lengths and identities are global; tokens move once, from the leader that fetched a
+sequence to the one that trains on it, and from there to the ranks of its replica.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -139,61 +140,29 @@ def _header(row: TrainSequence, topo: Topology, with_routing: bool) -> Header:
 
 
 def _move(mine: Sequence[TrainSequence], assignments: list[Assignment], topo: Topology) -> dict[int, TrainSequence]:
-    """Collective. The sequences that this rank trains on, by uid."""
-    payload = torch.empty(0, dtype=torch.uint8)
+    """Collective. The sequences that this rank trains on, by uid; routing stays behind (routing_exchange.py)."""
+    held: list[Any] = [None]
     if topo.is_leader:
-        by_uid = {row.uid: row for row in mine}
         owner = {
             h.uid: rank for each in assignments for rank, micros in enumerate(each) for micro in micros for h in micro
         }
-        outgoing = [encode([row for uid, row in by_uid.items() if owner[uid] == rank]) for rank in range(topo.dp)]
-        payload = torch.cat(_all_to_all(outgoing, topo))
-    size = torch.tensor([payload.numel()])
+        outgoing: list[list[TrainSequence]] = [[] for _ in range(topo.dp)]
+        for row in mine:
+            outgoing[owner[row.uid]].append(replace(row, routing=None))
+        held = [_all_to_all(outgoing, topo)]
     leader = dist.get_global_rank(topo.replica_group, 0)
-    dist.broadcast(size, leader, group=topo.replica_group)
-    if not topo.is_leader:
-        payload = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(payload, leader, group=topo.replica_group)
-    return {row.uid: row for row in decode(payload)}
+    dist.broadcast_object_list(held, leader, group=topo.replica_group)
+    return {row.uid: row for row in held[0]}
 
 
-def _all_to_all(outgoing: list[torch.Tensor], topo: Topology) -> list[torch.Tensor]:
-    send_sizes = torch.tensor([t.numel() for t in outgoing])
+def _all_to_all(outgoing: list[list[TrainSequence]], topo: Topology) -> list[TrainSequence]:
+    """Collective over the leaders. What all of them have for this one; `outgoing`: what it has for each."""
+    sent = [torch.frombuffer(bytearray(pickle.dumps(rows)), dtype=torch.uint8) for rows in outgoing]
+    send_sizes = torch.tensor([t.numel() for t in sent])
     receive_sizes = torch.empty_like(send_sizes)
     dist.all_to_all_single(receive_sizes, send_sizes, group=topo.leaders_group)
     received = torch.empty(int(receive_sizes.sum()), dtype=torch.uint8)
     dist.all_to_all_single(
-        received, torch.cat(outgoing), receive_sizes.tolist(), send_sizes.tolist(), group=topo.leaders_group
+        received, torch.cat(sent), receive_sizes.tolist(), send_sizes.tolist(), group=topo.leaders_group
     )
-    return list(received.split(receive_sizes.tolist()))
-
-
-# The wire format of some sequences: their number, then (uid, tokens, advantage) of each, then their fields end to end.
-_HEAD = np.dtype([("uid", "<i8"), ("tokens", "<i8"), ("advantage", "<f8")])
-
-
-def encode(rows: Sequence[TrainSequence]) -> torch.Tensor:
-    """[bytes] uint8, read back by `decode`; several encodings may be concatenated."""
-    head = np.array([(row.uid, len(row.tokens), row.advantage) for row in rows], dtype=_HEAD)
-    fields = [np.array([len(rows)], dtype="<i8"), head]
-    for row in rows:
-        fields += [row.tokens.astype("<i4"), row.rollout_logp.astype("<f4"), row.loss_mask.astype("u1")]
-    return torch.from_numpy(np.frombuffer(b"".join(f.tobytes() for f in fields), dtype=np.uint8).copy())
-
-
-def decode(payload: torch.Tensor) -> list[TrainSequence]:
-    """The sequences in one or more encodings end to end."""
-    data, at, rows = payload.numpy().tobytes(), 0, []
-
-    def take(dtype: str | np.dtype, count: int) -> np.ndarray:
-        nonlocal at
-        values = np.frombuffer(data, dtype=dtype, count=count, offset=at)
-        at += values.nbytes
-        return values
-
-    while at < len(data):
-        for head in take(_HEAD, int(take("<i8", 1)[0])):
-            n = int(head["tokens"])
-            tokens, logp, mask = take("<i4", n), take("<f4", n), take("u1", n)
-            rows.append(TrainSequence(int(head["uid"]), tokens, mask.astype(bool), logp, float(head["advantage"])))
-    return rows
+    return [row for part in received.split(receive_sizes.tolist()) for row in pickle.loads(part.numpy().tobytes())]

@@ -107,112 +107,123 @@ def sequences(seed: int) -> list[TrainSequence]:
     return rows
 
 
-def scenario(model: Path, where: Path, tp: int, pp: int, ep: int, rows: int) -> None:
-    from megasapo import metrics
-    from megasapo.algo.settings import resolve
-    from megasapo.algo.weights import token_weights
-    from megasapo.checksum import Checksum
-    from megasapo.mcore import checkpoint, exchange
-    from megasapo.mcore.policy import Policy
-    from megasapo.mcore.topology import Topology
+class Learner:
+    """The policy of one layout on this rank, and what the scenario asks of it."""
 
-    cfg = config.from_dict(
-        {
-            "model": {"path": str(model), "dtype": "float32"},
-            "optim": {"lr": 1e-3, "max_skipped_steps": 1, "schedule": "linear"},
-            "algo": {"kl_coef": 0.1, "entropy_coef": 0.01},
-            "parallel": {"tp": tp, "pp": pp, "ep": ep},
-            "data": {"max_prompt_tokens": 32},
-            "rollout": {"max_new_tokens": 64},
-            "train": {"micro_batch_tokens": 96},
-        }
-    )
-    topo = Topology.init(cfg.parallel, rows=rows)
-    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=0.8, total_steps=TOTAL_STEPS)
-    rule = partial(token_weights, normalisation="sequence", constant_length=1)
+    def __init__(self, model: Path, tp: int, pp: int, ep: int, rows: int) -> None:
+        from megasapo.algo.settings import resolve
+        from megasapo.mcore.policy import Policy
+        from megasapo.mcore.topology import Topology
 
-    def batch(seed: int, advantage: float | None = None, first: bool = False) -> Any:
-        mine = [r for r in sequences(seed) if topo.is_leader and r.uid % topo.dp == topo.dp_rank]
-        if advantage is not None:
-            mine = [TrainSequence(r.uid, r.tokens, r.loss_mask, r.rollout_logp, advantage) for r in mine]
-        made = exchange.build_batch(
-            mine, topo, mini_batches=2, group_size=GROUP, packing=exchange.PackingRule.of(cfg), weight_rule=rule
+        self.cfg = config.from_dict(
+            {
+                "model": {"path": str(model), "dtype": "float32"},
+                "optim": {"lr": 1e-3, "max_skipped_steps": 1, "schedule": "linear"},
+                "algo": {"kl_coef": 0.1, "entropy_coef": 0.01},
+                "parallel": {"tp": tp, "pp": pp, "ep": ep},
+                "train": {"micro_batch_tokens": 96},
+            }
         )
+        self.rows = rows
+        self.topo = Topology.init(self.cfg.parallel, rows=rows)
+        algo = resolve(self.cfg.algo, self.cfg.rollout)
+        self.policy = Policy(self.cfg, self.topo, algo, temperature=0.8, total_steps=TOTAL_STEPS)
+
+    def build(self, mine: list[TrainSequence], mini_batches: int) -> Any:
+        from megasapo.algo.weights import token_weights
+        from megasapo.mcore.exchange import PackingRule, build_batch
+
+        rule = partial(token_weights, normalisation="sequence", constant_length=1)
+        packing = PackingRule.of(self.cfg)
+        return build_batch(
+            mine, self.topo, mini_batches=mini_batches, group_size=GROUP, packing=packing, weight_rule=rule
+        )
+
+    def batch(self, seed: int, first: bool = False) -> Any:
+        topo = self.topo
+        mine = [r for r in sequences(seed) if topo.is_leader and r.uid % topo.dp == topo.dp_rank]
+        made = self.build(mine, mini_batches=2)
         for mb in (mb for mini in made.mini for mb in mini.micro):
-            assert mb.loss_mask.numel() % rows == mb.tokens.numel() % rows == 0
-        return policy.with_old_logprobs(made, first=first)
+            assert mb.loss_mask.numel() % self.rows == mb.tokens.numel() % self.rows == 0
+        return self.policy.with_old_logprobs(made, first=first)
 
-    def step(seed: int, **options: Any) -> dict[str, float]:
-        return metrics.scalars(metrics.merge(topo.gather(policy.update(batch(seed, **options)))))
+    def update(self, batch: Any, allow: Any = None) -> dict[str, float]:
+        from megasapo import metrics
 
-    def weights() -> str:
+        return metrics.scalars(metrics.merge(self.topo.gather(self.policy.update(batch, allow))))
+
+    def step(self, seed: int, first: bool = False) -> dict[str, float]:
+        return self.update(self.batch(seed, first))
+
+    def weights(self) -> str:
+        from megasapo.checksum import Checksum
+
         total = Checksum()
-        for bucket in policy.export(1 << 20):
+        for bucket in self.policy.export(1 << 20):
             for name, tensor in bucket:
                 total.add(name, tensor)
         return total.hexdigest()
 
-    def adam() -> str:
+    def adam(self) -> str:
         digest = hashlib.sha256()
-        for part in getattr(policy._optimizer._inner, "chained_optimizers", [policy._optimizer._inner]):
+        inner: Any = self.policy._optimizer._inner
+        for part in getattr(inner, "chained_optimizers", [inner]):
             for _, tensor in sorted((i, t) for i, s in part.optimizer.state_dict()["state"].items() for t in s.items()):
                 digest.update(tensor[1].numpy().tobytes())
         return digest.hexdigest()
 
-    def veto() -> dict[str, Any]:
+    def veto(self) -> dict[str, Any]:
         asked: list[Any] = []
 
         def refuse(mini_batch: int, figures: Any) -> bool:
             asked.append((mini_batch, dict(figures)))
             return False
 
-        before, lr = (weights(), adam()), policy._optimizer.lr
-        counted = metrics.scalars(metrics.merge(topo.gather(policy.update(batch(4), refuse))))
+        before, lr = (self.weights(), self.adam()), self.policy._optimizer.lr
+        counted = self.update(self.batch(4), refuse)
         return {
             "counted": [counted["stability/skipped_steps"], counted["grad/skipped_steps"]],
-            "unchanged": all(topo.gather(before == (weights(), adam()))),
-            "lr": [lr, policy._optimizer.lr],
-            "agreed": all(a == asked for a in topo.gather(asked)),
+            "unchanged": all(self.topo.gather(before == (self.weights(), self.adam()))),
+            "lr": [lr, self.policy._optimizer.lr],
+            "agreed": all(a == asked for a in self.topo.gather(asked)),
             "asked": asked,
         }
 
-    result: dict[str, Any] = {}
-    steps = [step(0), step(1)]
-    if topo.rank == 0:  # what somebody who went back from step 100 leaves behind
-        abandoned = where / "run" / "checkpoints" / "step_00000100"
+    def break_twice(self) -> dict[str, Any]:
+        """Two steps on an advantage that is NaN, of which only one may be skipped."""
+        before, row = self.weights(), np.arange(5, dtype=np.int32)
+        broken = TrainSequence(0, row, row > 1, np.zeros(5, np.float32), float("nan"))
+        batch = self.policy.with_old_logprobs(self.build([broken] if self.topo.rank == 0 else [], mini_batches=1))
+        skipped = self.update(batch)["grad/skipped_steps"]
+        unchanged = self.weights() == before
+        with pytest.raises(FloatingPointError) as ceiling:
+            self.policy.update(batch)
+        return {"skipped": skipped, "unchanged": unchanged, "ceiling": str(ceiling.value)}
+
+
+def scenario(model: Path, where: Path, *layout: int) -> None:
+    from megasapo.mcore import checkpoint
+
+    learner, checkpoints = Learner(model, *layout), where / "run" / "checkpoints"
+    policy, is_main = learner.policy, learner.topo.rank == 0
+    result: dict[str, Any] = {"steps": [learner.step(0), learner.step(1)]}
+    if is_main:  # what somebody who went back from step 100 leaves behind
+        abandoned = checkpoints / "step_00000100"
         abandoned.mkdir(parents=True)
         (abandoned / "megasapo.json").write_text("{}")
     for number in (0, 1, 2):
         policy.save(where / "run", {"step": number})
     policy.finish_saving()
-    result["checkpoints"] = sorted(p.name for p in (where / "run" / "checkpoints").iterdir())
-    continued = [step(2), step(3)]
-    state = policy.load(checkpoint.latest(where / "run"))
-    assert state == {"step": 2}
-    resumed = [step(2, first=True), step(3)]  # the pass that the first mini-batch is spared changes nothing
-    result["vetoed"] = veto()
-    before = weights()
-    result |= {"steps": steps, "continued": continued, "resumed": resumed}
-    one_broken = exchange.build_batch(
-        [TrainSequence(0, np.arange(5, dtype=np.int32), np.arange(5) > 1, np.zeros(5, np.float32), float("nan"))]
-        if topo.rank == 0
-        else [],
-        topo,
-        mini_batches=1,
-        group_size=GROUP,
-        packing=exchange.PackingRule.of(cfg),
-        weight_rule=rule,
-    )
-    broken = metrics.merge(topo.gather(policy.update(policy.with_old_logprobs(one_broken))))
-    result["skipped"] = broken["grad/skipped_steps"].value()
-    result["unchanged"] = weights() == before
-    try:
-        policy.update(policy.with_old_logprobs(one_broken))
-    except FloatingPointError as e:
-        result["ceiling"] = str(e)
-    if topo.rank == 0:
+    result["checkpoints"] = sorted(p.name for p in checkpoints.iterdir())
+    result["continued"] = [learner.step(2), learner.step(3)]
+    assert policy.load(checkpoint.latest(where / "run")) == {"step": 2}
+    # the pass that the first mini-batch is spared changes nothing
+    result["resumed"] = [learner.step(2, first=True), learner.step(3)]
+    result["vetoed"] = learner.veto()
+    result |= learner.break_twice()
+    if is_main:
         (where / "result.json").write_text(json.dumps(result))
-    topo.destroy()
+    learner.topo.destroy()
 
 
 if __name__ == "__main__":
