@@ -20,6 +20,7 @@ import numpy as np
 from megasapo import config
 from megasapo.algo.passk import pass_at_k
 from megasapo.config import Config, ConfigError
+from megasapo.placed import placed
 from megasapo.rewards.model import RewardModel
 from megasapo.rollout.episode import Completer, Decode
 from megasapo.types import Prompt, SamplingParams
@@ -102,11 +103,11 @@ def main(argv: list[str]) -> int:
     figures, rows = _measure(cfg)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if args.out:
-        unfinished = args.out.with_name(args.out.name + ".new")
-        unfinished.write_text(json.dumps(figures) + "\n")
-        unfinished.replace(args.out)
+        with placed(args.out) as unfinished:
+            unfinished.write_text(json.dumps(figures) + "\n")
     if args.responses:
-        args.responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with placed(args.responses) as unfinished:
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 0
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from megasapo import config, launch, layout, lock
 from megasapo.config import Config, ConfigError
+from megasapo.placed import placed
 
 STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
 
@@ -75,10 +76,8 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
 
 def ask_to_stop(run_dir: Path) -> None:
     """Make RUN/stop for the ranks of this attempt, whether they look already or have yet to start."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"stop.{os.getpid()}"
-    temporary.write_text(f"{STOP_FOR}{launch.attempt()}\n")
-    os.replace(temporary, run_dir / "stop")
+    with placed(run_dir / "stop") as unfinished:
+        unfinished.write_text(f"{STOP_FOR}{launch.attempt()}\n")
 
 
 def refuse_other_command(command: str, cfg: Config) -> None:
@@ -113,9 +112,8 @@ class RunDir:
     def finish(self, command: str, step: int) -> None:
         """Write `done`: the run has ended by itself."""
         if self._is_main:
-            temporary = self.path / "done.new"
-            temporary.write_text(json.dumps({"command": command, "step": step}))
-            os.replace(temporary, self.path / "done")
+            with placed(self.path / "done") as unfinished:
+                unfinished.write_text(json.dumps({"command": command, "step": step}))
 
     def _save_config(self, cfg: Config) -> None:
         path = self.path / "config.yaml"

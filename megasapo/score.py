@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from megasapo.config import Config, ConfigError
 from megasapo.data.files import DataError, read_records
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout
+from megasapo.placed import placed
 
 if TYPE_CHECKING:
     from megasapo.mcore.topology import Topology
@@ -152,7 +152,5 @@ def used(choices: np.ndarray, forced: np.ndarray | None) -> np.ndarray:
 
 
 def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
-    temporary = out.with_name(out.name + ".new")
-    with temporary.open("w") as f:
+    with placed(out) as unfinished, unfinished.open("w") as f:
         f.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(temporary, out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from megasapo.debug.samples import Dumped, choose, read_samples
 from megasapo.debug.weights import find
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout, fewest_ranks
+from megasapo.placed import placed
 from megasapo.sections import PrecisionConfig
 
 
@@ -141,9 +141,8 @@ def _report(plan: Plan, passes: Passes, out: Path | None) -> None:
     record = _record(plan, passes)
     print(text.render(record, lambda ids: tokenizer.decode(ids)), flush=True)
     if out is not None:
-        temporary = out.with_name(out.name + ".new")
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, out)
+        with placed(out) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         print(f"everything: {out}")
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from megasapo.launch import Place
+from megasapo.placed import placed
 
 log = logging.getLogger(__name__)
 SHORTEST_S = 1.0  # between two writes: file systems of clusters dislike many small ones
@@ -27,10 +28,8 @@ BETWEEN = "other"  # the phase outside all phases
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Replace a small file in one move: a reader sees the old or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(record))
-    os.replace(temporary, path)
+    with placed(path) as unfinished:
+        unfinished.write_text(json.dumps(record))
 
 
 class Heartbeat:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megasapo.placed import placed
 from megasapo.types import Group, Sample
 
 
@@ -24,17 +24,11 @@ def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group], *, shard: 
     index, num_shards = shard
     suffix = "" if num_shards == 1 else f".part-{index}-of-{num_shards}"
     path = run_dir / "rollouts" / f"step_{step:08d}{suffix}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, default=str) + "\n" for row in _rows(groups))
-        unfinished.replace(path)
-        for other in path.parent.glob(f"step_{step:08d}*.jsonl"):  # of an undone step of another layout
-            if not other.name.endswith(f"-of-{num_shards}.jsonl") and other != path:
-                other.unlink(missing_ok=True)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with placed(path) as unfinished, unfinished.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, default=str) + "\n" for row in _rows(groups))
+    for other in path.parent.glob(f"step_{step:08d}*.jsonl"):  # of an undone step of another layout
+        if not other.name.endswith(f"-of-{num_shards}.jsonl") and other != path:
+            other.unlink(missing_ok=True)
     return path
 
 

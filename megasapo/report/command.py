@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from megasapo.errors import UserError
+from megasapo.placed import placed
 from megasapo.report.page import render
 from megasapo.report.read import read_runs
 
@@ -26,11 +26,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out {out} is a directory: name a file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}")
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with placed(out) as unfinished:
         unfinished.write_text(render(runs), encoding="utf-8")
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
     return 0

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megasapo.errors import UserError
+from megasapo.placed import placed
 from megasapo.routing.validate import smallest
 from megasapo.types import Completion, Group, Prompt, Sample
 
@@ -30,16 +31,13 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
     `shard`: index and number of leaders.
     """
     folder, checkpoints = run_dir / "in_flight", run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     index, num = shard
     part = "" if num == 1 else f".part-{index}-of-{num}"
     path = folder / f"step_{step:08d}{part}.jsonl"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8") as f:
+    with placed(path) as unfinished, unfinished.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(_encode(group)) + "\n" for group in groups)
         f.flush()
         os.fsync(f.fileno())
-    unfinished.replace(path)
     kept = {p.name[:13] for p in checkpoints.glob("step_????????*")}
     before = sorted(p for p in folder.glob(f"step_????????{part}.jsonl") if p.name < path.name)
     for old in before[:-1]:  # the last one's checkpoint may still be on its way

@@ -6,15 +6,14 @@ Written by train, read by report and whoever wants to (docs/routing.md). Both fi
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megasapo.errors import UserError
+from megasapo.placed import placed
 from megasapo.routing.decompose import Decomposition, gate
 from megasapo.routing.flips import flips
 from megasapo.routing.scored import ScoredSequence
@@ -77,11 +76,11 @@ def write_diagnosis(
 
     versions = {"behaviour_version": behaviour_version, "current_version": current_version}
     document = {"step": step} | versions | decomposition.to_json()
-    with _placed(_tokens_path(run_dir, step)) as unfinished:
+    with placed(_tokens_path(run_dir, step)) as unfinished:
         table = pa.concat_tables([pa.table(dict(columns)) for columns in rows]) if rows else pa.table({})
         parquet.write_table(table, unfinished, compression="zstd")
     path = _folder(run_dir) / f"step_{step:08d}.json"
-    with _placed(path) as unfinished:
+    with placed(path) as unfinished:
         unfinished.write_text(json.dumps(document, allow_nan=False))
     return path
 
@@ -129,15 +128,3 @@ def _folder(run_dir: Path) -> Path:
 
 def _tokens_path(run_dir: Path, step: int) -> Path:
     return _folder(run_dir) / f"step_{step:08d}.tokens.parquet"
-
-
-@contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

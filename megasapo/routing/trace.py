@@ -13,7 +13,6 @@ num_layers columns are of, and the number of experts, stand as JSON under `megas
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megasapo.metrics import Metric, Sum
+from megasapo.placed import placed
 from megasapo.routing.validate import UNKNOWN
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,10 @@ def is_traced(uid: int, rate: float, seed: int) -> bool:
     """Whether a sequence is in the trace: the same answer on every rank, for both sources, and after a resume."""
     drawn = int.from_bytes(hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest(), "big")
     return drawn < rate * 2**64
+
+
+class _BudgetUsed(Exception):
+    """A file is more than routing.trace_budget_mb has left."""
 
 
 class TraceWriter:
@@ -196,13 +200,15 @@ class TraceWriter:
         stem = f"steps_{chunk[0][0]:08d}-{chunk[-1][0]:08d}.part-{self._part}"
         numbered = (self._directory / f"{stem}.{i:03d}.parquet" for i in itertools.count())  # a step can fill several
         path = next(p for p in numbered if not p.exists())
-        with _written_beside(path) as unfinished:
-            size = _write(_table(chunk, self._schema), unfinished)
-            if size <= self._left_bytes:
-                unfinished.replace(path)
-                self._left_bytes -= size
-                return
-        self._is_full = True
+        try:
+            with placed(path) as unfinished:
+                size = _write(_table(chunk, self._schema), unfinished)
+                if size > self._left_bytes:
+                    raise _BudgetUsed
+            self._left_bytes -= size
+            return
+        except _BudgetUsed:
+            self._is_full = True
         log.warning(
             "the routing trace in %s ends at step %d: routing.trace_budget_mb=%g is used up; raise it or lower "
             "routing.trace_rate for more",
@@ -255,9 +261,8 @@ def _cut_after(directory: Path, step: int) -> None:
             file.path.unlink()
         elif file.last > step:
             table = pq.read_table(file.path, filters=[("step", "<=", step)])
-            with _written_beside(file.path) as unfinished:
+            with placed(file.path) as unfinished:
                 _write(table, unfinished)
-                unfinished.replace(file.path)
 
 
 def _schema(layers: Sequence[int], num_experts: int, top_k: int) -> pa.Schema:
@@ -298,16 +303,6 @@ def _write(table: pa.Table, path: Path) -> int:
         f.flush()
         os.fsync(f.fileno())
         return f.tell()
-
-
-@contextlib.contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
-    """A name for what is to be renamed to `path` when it is complete; gone afterwards if it was not."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _row(table: pa.Table, number: int) -> tuple[int, TraceRow]:

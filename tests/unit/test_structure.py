@@ -27,6 +27,7 @@ LAYERS = [
         "layout",
         "contradictions",
         "overrides",
+        "placed",
         "",
     },
     {"algo", "launch", "fp8", "sinks", "extensions"},
