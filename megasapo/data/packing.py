@@ -73,9 +73,9 @@ class Layout:
     own: np.ndarray  # [Tl] those of them that are this rank's in the loss
 
     @staticmethod
-    def of(slots: Sequence[int], shard: Shard, pad_to: int = 1) -> Layout:
+    def of(slots: Sequence[int], shard: Shard) -> Layout:
         """The pack of sequences that take so many slots each (`Shard.slots_for`)."""
-        multiple = math.lcm(pad_to, shard.pack_multiple)
+        multiple = shard.pack_multiple
         padding = -sum(slots) % multiple if slots else multiple
         lengths = np.array([*slots, padding] if padding else slots, dtype=np.int64)
         bounds = np.concatenate([[0], lengths.cumsum()])
@@ -90,25 +90,19 @@ class Layout:
 
 
 def pack(
-    sequences: Sequence[TrainSequence],
-    weights: Sequence[float] | np.ndarray,
-    *,
-    shard: Shard = WHOLE,
-    pad_to: int = 1,
+    sequences: Sequence[TrainSequence], weights: Sequence[float] | np.ndarray, *, shard: Shard = WHOLE
 ) -> MicroBatch:
     """This shard of the sequences end to end, every field aligned with the input token (on the CPU).
 
     weights [S]: what each loss token of each sequence weighs (`algo.weights.token_weights`). The whole pack is padded
-    to a multiple of pad_to and of what the shard needs. No sequences at all give one such multiple of padding with
-    weight 0, for a rank that must run without samples. ValueError for a sequence whose fields disagree.
+    to a multiple of what the shard needs. No sequences at all give one such multiple of padding with weight 0, for a
+    rank that must run without samples. ValueError for a sequence whose fields disagree.
     """
     if len(sequences) != len(weights):
         raise ValueError(f"{len(sequences)} sequences and {len(weights)} weights: one weight for each sequence")
-    if pad_to < 1:
-        raise ValueError(f"pad_to={pad_to} must be at least 1")
     for sequence in sequences:
         _check(sequence)
-    layout = Layout.of([shard.slots_for(len(s.tokens)) for s in sequences], shard, pad_to)
+    layout = Layout.of([shard.slots_for(len(s.tokens)) for s in sequences], shard)
     bounds, held = layout.bounds, layout.held
 
     def row(parts: Iterable[np.ndarray], dtype: type, fill: float = 0.0) -> np.ndarray:

@@ -40,7 +40,6 @@ class Topology:
     dp: int
     tp_rank: int
     pp_rank: int
-    ep_rank: int
     cp_rank: int
     dp_rank: int
     is_first_stage: bool
@@ -50,7 +49,6 @@ class Topology:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    ep_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     tokens_group: dist.ProcessGroup  # the tp x cp ranks of a stage that share the sequences of a micro-batch
     replica_group: dist.ProcessGroup  # gloo; the tp x cp x pp ranks that share a dp_rank, the leader is its rank 0
@@ -223,7 +221,6 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
         dp=dp,
         tp_rank=tp_rank,
         pp_rank=pp_rank,
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         cp_rank=cp_rank,
         dp_rank=dp_rank,
         is_first_stage=pp_rank == 0,
@@ -233,7 +230,6 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        ep_group=parallel_state.get_expert_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         tokens_group=parallel_state.get_tensor_and_context_parallel_group(),
         replica_group=replica_group,

@@ -75,14 +75,14 @@ def _check_tp2_dp2_ep4() -> None:
     import torch.distributed as dist
 
     from megasapo.sections import ParallelConfig
-    from megasapo.mcore.topology import Topology
+    from megasapo.mcore.topology import Topology, parallel_state
 
     topo = Topology.init(ParallelConfig(tp=2, ep=4))
-    assert (topo.dp, topo.tp_rank, topo.dp_rank, topo.ep_rank) == (2, topo.rank % 2, topo.rank // 2, topo.rank)
+    assert (topo.dp, topo.tp_rank, topo.dp_rank) == (2, topo.rank % 2, topo.rank // 2)
     assert topo.is_leader == (topo.tp_rank == 0)
     assert dist.get_process_group_ranks(topo.replica_group) == [2 * topo.dp_rank, 2 * topo.dp_rank + 1]
     assert dist.get_process_group_ranks(topo.dp_group) == [topo.tp_rank, topo.tp_rank + 2]
-    assert dist.get_process_group_ranks(topo.ep_group) == [0, 1, 2, 3]
+    assert dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group()) == [0, 1, 2, 3]
     if topo.is_leader:
         assert topo.leaders_group is not None
         assert dist.get_process_group_ranks(topo.leaders_group) == [0, 2]

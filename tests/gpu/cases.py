@@ -102,7 +102,7 @@ class Model:
         assert self.precision.use_te == (spec == "te"), f"asked for the {spec} spec, got {self.precision}"
         self.ddp: list[Any] = wrap_ddp(self.chunks)
         self.replay = RoutingReplay(self.ddp) if getattr(self._hf, "num_experts", 0) else None
-        packed = partial(pack, shard=topo.shard, pad_to=self.precision.cfg.rows)
+        packed = partial(pack, shard=replace(topo.shard, rows=self.precision.cfg.rows))
         self.micro = [packed(rows(), given.token_weights()).to(topo.device), packed([], []).to(topo.device)]
 
     def logprobs(self, micro: list[MicroBatch] | None = None, routed: step.Routed = step.natively) -> Values:

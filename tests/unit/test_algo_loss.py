@@ -13,7 +13,7 @@ from megasapo.algo.settings import resolve
 from megasapo.algo.weights import token_weights
 from megasapo.config import from_dict
 from megasapo.data.balance import plan
-from megasapo.data.packing import join, pack, pieces, sequence_mean
+from megasapo.data.packing import Shard, join, pack, pieces, sequence_mean
 from megasapo.types import TrainSequence
 
 OBJECTIVES = ["sapo", "grpo", "gspo", "dapo", "dr_grpo", "cispo", "gmpo", "reinforce"]
@@ -63,7 +63,7 @@ def loss_of(algo, mb, model, old, ref):
     )
 
 
-def step(algo, splits, pad_to=1):
+def step(algo, splits, multiple=1):
     """The summed loss, its gradient and the merged statistics of one optimizer step cut as given."""
     sequences = rows()
     model, old, ref = table(1).requires_grad_(), table(1) + table(2, 0.1), table(3)
@@ -78,7 +78,7 @@ def step(algo, splits, pad_to=1):
             num_loss_tokens=loss_tokens,
             constant_length=algo.constant_length,
         )
-        loss, stats = loss_of(algo, pack(chosen, weights, pad_to=pad_to), model, old, ref)
+        loss, stats = loss_of(algo, pack(chosen, weights, shard=Shard(rows=multiple)), model, old, ref)
         loss.backward()
         total += loss.item()
         parts.append(metrics.to_host(stats))
@@ -133,8 +133,8 @@ def test_a_step_has_one_gradient_however_it_is_cut(objective):
     algo = settings(objective=objective, kl_coef=0.05, entropy_coef=0.01, tis_cap=1.5)
     expected_loss, expected_grad = by_hand(algo)
     for name, split in SPLITS.items():
-        for pad_to in (1, 8):
-            loss, grad, _ = step(algo, split, pad_to)
+        for multiple in (1, 8):
+            loss, grad, _ = step(algo, split, multiple)
             # weights are fp32: 6e-8 each
             assert loss == pytest.approx(expected_loss, rel=1e-6, abs=1e-7), name
             torch.testing.assert_close(grad, expected_grad, rtol=2e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
@@ -145,7 +145,7 @@ def test_statistics_do_not_depend_on_the_cut(objective):
     algo = settings(objective=objective, kl_coef=0.05)
     _, _, whole = step(algo, SPLITS["one row"])
     for split in SPLITS.values():
-        _, _, merged = step(algo, split, pad_to=4)
+        _, _, merged = step(algo, split, multiple=4)
         assert metrics.scalars(merged) == pytest.approx(metrics.scalars(whole), rel=1e-9, abs=1e-15)
         for name, metric in whole.items():
             if isinstance(metric, metrics.Hist):
@@ -247,7 +247,7 @@ def test_everything_is_finite_with_an_extreme_token(objective, d):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_micro_batch_without_loss_tokens_still_runs_backward(objective):
     algo = settings(objective=objective)
-    mb = pack([], [], pad_to=4)
+    mb = pack([], [], shard=Shard(rows=4))
     logp = torch.full((4,), math.nan, requires_grad=True)
     loss, stats = policy_loss(
         algo, logp=logp, old_logp=logp.detach(), rollout_logp=mb.rollout_logp, advantages=mb.advantage,
@@ -284,7 +284,7 @@ def test_coefficients_without_their_inputs_are_refused():
 
 def test_values_come_back_by_sequence():
     sequences = rows()
-    mb = pack(sequences, [0.1] * 7, pad_to=16)
+    mb = pack(sequences, [0.1] * 7, shard=Shard(rows=16))
     values = join([pieces(mb, mb.targets)])
     assert {uid: v.tolist() for uid, v in values.items()} == {s.uid: s.tokens[1:].tolist() for s in sequences}
 

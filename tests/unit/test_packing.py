@@ -15,14 +15,13 @@ def sequence(uid, tokens, prompt, advantage=1.0):
     return TrainSequence(uid, np.array(tokens, dtype=np.int32), mask, logp, advantage)
 
 
-def two(pad_to=1):
-    return pack(
-        [sequence(7, [11, 12, 13, 14], 2, 0.5), sequence(9, [21, 22, 23], 1, -2.0)], [0.25, 0.125], pad_to=pad_to
-    )
+def two(rows=1):
+    both = [sequence(7, [11, 12, 13, 14], 2, 0.5), sequence(9, [21, 22, 23], 1, -2.0)]
+    return pack(both, [0.25, 0.125], shard=Shard(rows=rows))
 
 
 def test_layout_of_two_sequences_and_padding():
-    mb = two(pad_to=4)
+    mb = two(rows=4)
     assert mb.tokens.tolist() == [11, 12, 13, 21, 22, 0, 0, 0]
     assert mb.targets.tolist() == [12, 13, 14, 22, 23, 0, 0, 0]
     assert mb.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
@@ -44,25 +43,25 @@ def test_layout_of_two_sequences_and_padding():
 
 
 def test_no_padding_sequence_when_none_is_needed():
-    assert two(pad_to=5).cu_seqlens.tolist() == [0, 3, 5]
+    assert two(rows=5).cu_seqlens.tolist() == [0, 3, 5]
 
 
 def test_padding_longer_than_the_sequences_counts_as_longest():
-    assert two(pad_to=32).max_seqlen == 27
+    assert two(rows=32).max_seqlen == 27
 
 
-@pytest.mark.parametrize("pad_to", [1, 4])
-def test_a_rank_without_samples_gets_padding_only(pad_to):
-    mb = pack([], [], pad_to=pad_to)
-    assert mb.tokens.shape == mb.weight.shape == (pad_to,)
-    assert mb.cu_seqlens.tolist() == [0, pad_to]
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_rank_without_samples_gets_padding_only(rows):
+    mb = pack([], [], shard=Shard(rows=rows))
+    assert mb.tokens.shape == mb.weight.shape == (rows,)
+    assert mb.cu_seqlens.tolist() == [0, rows]
     assert not mb.loss_mask.any()
     assert mb.uids == ()
-    assert sequence_mean(mb)(torch.full((pad_to,), torch.nan)).tolist() == [0] * pad_to
+    assert sequence_mean(mb)(torch.full((rows,), torch.nan)).tolist() == [0] * rows
 
 
 def test_sequence_mean_is_over_loss_tokens_and_passes_gradient_to_them():
-    mb = two(pad_to=4)
+    mb = two(rows=4)
     x = torch.tensor([100.0, 1, 3, 5, 9, 100, 100, 100], requires_grad=True)
     mean = sequence_mean(mb)(x)
     assert mean.tolist() == [2, 2, 2, 7, 7, 0, 0, 0]
@@ -71,7 +70,7 @@ def test_sequence_mean_is_over_loss_tokens_and_passes_gradient_to_them():
 
 
 def test_values_by_sequence():
-    mb = two(pad_to=4)
+    mb = two(rows=4)
     values = join([pieces(mb, torch.arange(8, dtype=torch.bfloat16))])
     assert {uid: v.tolist() for uid, v in values.items()} == {7: [0, 1, 2], 9: [3, 4]}
     routing = join([pieces(mb, torch.zeros(8, 3, 2, dtype=torch.uint8))])
