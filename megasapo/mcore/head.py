@@ -42,10 +42,10 @@ def token_logprobs(
     Both are [T / tp]: consecutive slice number `tp_rank` of the tokens, all of them without `tp_group`. The loss is the
     sum of what the ranks make of their slices; each rank's must use the results, or backward waits for it forever.
     targets [T] int64 below `vocab_size`, the same on all ranks of `tp_group`; weight [V_padded / tp, H], this rank's
-    slice of the rows, of which those from `vocab_size` on are padding and take no part; hidden of the weight's dtype,
-    [T, H] or this rank's slice [T / tp, H] (sequence parallel), whose gradient is summed over `tp_group` and has its
-    shape. `where` [T] bool, the same on all ranks: only these tokens are computed, the others get 0 and no gradient;
-    on the host it spares a wait for the device. Tokens without gradient cost nothing in backward.
+    slice of the rows, of which those from `vocab_size` on are padding and take no part; hidden [T / tp, H] of the
+    weight's dtype, this rank's slice (sequence parallel). `where` [T] bool, the same on all ranks: only these tokens
+    are computed, the others get 0 and no gradient; on the host it spares a wait for the device. Tokens without gradient
+    cost nothing in backward.
     A weight wrapped in megatron-core's DDP gets its gradient added to `weight.main_grad`. fp64 stays fp64.
     kernel: what works on rows of logits, "torch" or "triton" (head_rows.py); matrix products are torch's in both.
     """
@@ -65,7 +65,6 @@ def token_logprobs(
         tp=tp,
         rank=rank,
         group=tp_group if tp > 1 else None,
-        by_tokens=hidden.shape[0] != targets.shape[0],
     )
     logp, entropy = _LinearLogProb.apply(hidden, weight, targets, where, cut, with_entropy)
     return logp, entropy
@@ -78,8 +77,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, where: Tensor | None
         raise ValueError(f"{shapes}: expected [T, H], [V, H] and [T]")
     if tokens % tp:
         raise ValueError(f"{tokens} targets do not divide by tp={tp}: pad the tokens to a multiple of it")
-    if hidden.shape[0] != tokens and hidden.shape[0] * tp != tokens:
-        raise ValueError(f"{shapes} with tp={tp}: hidden must have all {tokens} tokens, or one {tp}th of them")
+    if hidden.shape[0] * tp != tokens:
+        raise ValueError(f"{shapes} with tp={tp}: hidden must have one {tp}th of {tokens} tokens")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
     if where is not None and (where.shape != targets.shape or where.dtype != torch.bool):
@@ -98,7 +97,6 @@ class _Cut:
     tp: int
     rank: int
     group: dist.ProcessGroup | None  # None when nothing is cut
-    by_tokens: bool  # hidden states are this rank's slice of the tokens
     kernel: RowKernel
 
     def own(self, per_token: Tensor) -> Tensor:
@@ -106,7 +104,7 @@ class _Cut:
         return per_token.chunk(self.tp)[self.rank] if self.tp > 1 else per_token
 
     def all_tokens(self, hidden: Tensor) -> Tensor:
-        if not self.by_tokens:
+        if self.group is None:
             return hidden
         out = hidden.new_empty(hidden.shape[0] * self.tp, hidden.shape[1])
         dist.all_gather_into_tensor(out, hidden.contiguous(), group=self.group)
@@ -114,13 +112,11 @@ class _Cut:
 
     def own_tokens(self, grad: Tensor) -> Tensor:
         """This rank's slice of the hidden states' gradient, summed over the ranks' columns."""
-        if self.by_tokens:
-            out = grad.new_empty(grad.shape[0] // self.tp, grad.shape[1])
-            dist.reduce_scatter_tensor(out, grad, group=self.group)
-            return out
-        if self.group is not None:
-            dist.all_reduce(grad, group=self.group)
-        return grad
+        if self.group is None:
+            return grad
+        out = grad.new_empty(grad.shape[0] // self.tp, grad.shape[1])
+        dist.reduce_scatter_tensor(out, grad, group=self.group)
+        return out
 
     def combine(self, sums: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """[4, T] sums over this rank's columns -> four [T / tp] over all columns, of this rank's slice of the tokens.

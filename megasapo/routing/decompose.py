@@ -18,7 +18,7 @@ from megasapo.metrics import Hist
 from megasapo.routing import figures
 from megasapo.routing.axes import MOVES, POSITION_EDGES, ROUTINGS, SEEN, SIGNS, TERM_EDGES, Axes
 from megasapo.routing.flips import Flips, flips
-from megasapo.routing.scored import TERMS, ScoredSequence, check, check_identity
+from megasapo.routing.scored import TERMS, ScoredSequence, check
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def decompose(
     `terms`: those of the sequences, TERMS_WITH_FP8 of a learner that quantises.
 
     A loss token with a log-probability that is NaN, infinite or beyond -1e6 is counted as broken and left out.
-    ValueError naming the sequence: other terms, shapes or expert ids that do not fit, a sweep that is missing or whose
-    ends are not the log-probabilities that it connects, terms that do not sum to the log-ratio.
+    ValueError naming the sequence: other terms, shapes or expert ids that do not fit, a sweep that is missing.
     """
     axes = Axes(terms, layers, num_experts, sweep_groups, tau_pos, tau_neg, grpo_clip, gspo_clip)
     sums = _zeros(axes)
@@ -103,7 +102,6 @@ def _add(sums: dict[str, np.ndarray], sequence: ScoredSequence, axes: Axes) -> N
         return
     sums["sequences"] += 1
     terms = sequence.terms()[counted]  # [N, terms]
-    check_identity(sequence, terms, counted)
     d = terms.sum(axis=1)
     _add_tokens(sums, sequence, axes, d, terms)
     routing = {name: getattr(sequence, f"routing_{name}")[counted] for name in ROUTINGS}  # [N, L, K]

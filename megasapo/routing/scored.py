@@ -11,7 +11,6 @@ import numpy as np
 
 TERMS = ("engine", "mismatch", "update", "drift")
 TERMS_WITH_FP8 = ("engine", "fp8", "mismatch", "update", "drift")  # of a learner that quantises
-TOLERANCE = 1e-5  # of the sum of the terms against the log-ratio, a token
 LARGEST_LOGP = 1e6  # beyond it a log-probability is a broken number
 
 
@@ -91,39 +90,9 @@ def check(
             raise ValueError(f"{who}: {name} has shape {ids.shape}, not {(n, num_layers, top_k)}")
         if ids.size and not (lowest <= ids.min() and ids.max() < num_experts):
             raise ValueError(f"{who}: {name} has experts {ids.min()} to {ids.max()}, not {lowest} to {num_experts - 1}")
-    _check_sweep(who, "mismatch_sweep", sequence.mismatch_sweep, num_groups, sequence, "behaviour")
-    _check_sweep(who, "drift_sweep", sequence.drift_sweep, num_groups, sequence, "current")
-
-
-def check_identity(sequence: ScoredSequence, terms: np.ndarray, counted: np.ndarray) -> None:
-    """ValueError naming the first counted token whose terms [N, terms] do not sum to its log-ratio within TOLERANCE."""
-    log_ratio = sequence.current[counted].astype(np.float64) - sequence.rollout_logp[counted]
-    wrong = ~(np.abs(terms.sum(axis=1) - log_ratio) <= TOLERANCE)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ValueError(
-            f"sequence {sequence.uid}, position {sequence.positions()[counted][i]} of the response: the terms "
-            f"{dict(zip(sequence.term_names, terms[i].tolist()))} sum to {terms[i].sum()}, but the log-ratio is "
-            f"{log_ratio[i]}"
-        )
-
-
-def _check_sweep(
-    who: str, name: str, sweep: np.ndarray | None, num_groups: int | None, sequence: ScoredSequence, free: str
-) -> None:
-    """The sweep's ends are the two log-probabilities between which it goes."""
     if num_groups is None:
         return
-    if sweep is None or sweep.shape != (num_groups + 1, len(sequence.tokens)):
-        found = None if sweep is None else sweep.shape
-        raise ValueError(f"{who}: {name} has shape {found}, not {(num_groups + 1, len(sequence.tokens))}")
-    counted = sequence.counted()
-    for row, end in ((0, free), (num_groups, f"{free}_replayed")):
-        with np.errstate(invalid="ignore"):  # of broken tokens
-            wrong = counted & ~(np.abs(sweep[row] - getattr(sequence, end)) <= TOLERANCE)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise ValueError(
-                f"{who}, position {sequence.positions()[at]} of the response: row {row} of {name} is "
-                f"{sweep[row, at]}, but {end} is {getattr(sequence, end)[at]}"
-            )
+    for name in ("mismatch_sweep", "drift_sweep"):
+        found = getattr(getattr(sequence, name), "shape", None)
+        if found != (num_groups + 1, n):
+            raise ValueError(f"{who}: {name} has shape {found}, not {(num_groups + 1, n)}")

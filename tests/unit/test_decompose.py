@@ -15,7 +15,7 @@ from megasapo.algo import objectives
 from megasapo.routing.axes import FLIP_EDGES, POSITION_EDGES
 from megasapo.routing.decompose import Decomposition, ScoredSequence, decompose
 from megasapo.routing.flips import flips
-from megasapo.routing.scored import LOGPS, TERMS, TERMS_WITH_FP8, check_identity
+from megasapo.routing.scored import LOGPS, TERMS, TERMS_WITH_FP8
 
 TAUS = {"tau_pos": 1.0, "tau_neg": 1.05}
 NUM_EXPERTS, GROUPS = 6, ((1, 2), (4,))
@@ -391,21 +391,12 @@ def test_nothing_to_decompose() -> None:
         ({"routing_current": np.full((40, 3, 2), 6)}, "routing_current has experts 6 to 6, not 0 to 5"),
         ({"routing_behaviour": np.full((40, 3, 2), -1)}, "routing_behaviour has experts -1 to -1, not 0 to 5"),
         ({"drift_sweep": None}, r"drift_sweep has shape None, not \(3, 40\)"),
-        ({"mismatch_sweep": np.zeros((3, 40))}, r"sequence 5, position \d+ .*: row 0 of mismatch_sweep is 0"),
+        ({"mismatch_sweep": np.zeros((2, 40))}, r"mismatch_sweep has shape \(2, 40\), not \(3, 40\)"),
     ],
 )
 def test_what_cannot_be_right_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decompose_random([dataclasses.replace(random_sequence(5, broken=False), **change)])
-
-
-def test_terms_that_do_not_sum_are_refused() -> None:
-    s = by_hand()
-    terms = s.terms()[s.counted()]
-    check_identity(s, terms, s.counted())
-    terms[2, 1] += 2e-5
-    with pytest.raises(ValueError, match=r"sequence 7, position 2 of the response: .* but the log-ratio is 0\.25"):
-        check_identity(s, terms, s.counted())
 
 
 @pytest.mark.parametrize("num_experts", [8, 256, 300])
