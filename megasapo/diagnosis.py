@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megasapo.config import Config
 from megasapo.metrics import Hist, Metrics
@@ -205,7 +204,7 @@ class Diagnosis:
             for one in scored
             if one.uid in shown
         ]
-        parts = self._to_first((part, rows))
+        parts = self._topo.to_main((part, rows))
         if parts is None:
             return Figures(self._topo.first(None))
         whole = reduce(Decomposition.merge, (own for own, _ in parts))
@@ -213,14 +212,6 @@ class Diagnosis:
         write_diagnosis(self._run_dir, step, whole, everyones, behaviour_version=version, current_version=step)
         images = {"routing/flips": flip_map(read_diagnosis(self._run_dir, newest=MAX_SHOWN))}
         return Figures(self._topo.first(whole.scalars()), whole.histograms(), images)
-
-    def _to_first(self, part: Any) -> list[Any] | None:
-        """Every leader's part on rank 0, None elsewhere. Collective over the leaders."""
-        if self._topo.leaders_group is None:
-            return None
-        parts: list[Any] | None = [None] * self._topo.dp if self._topo.rank == 0 else None
-        dist.gather_object(part, parts, dst=0, group=self._topo.leaders_group)
-        return parts
 
 
 def open_trace(

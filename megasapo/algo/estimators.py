@@ -1,7 +1,6 @@
-"""Estimators beside the objectives: KL, train/inference correction, effective sample size, pass@k.
+"""Estimators beside the objectives: KL and train/inference correction (pass@k is in `passk`, without torch).
 
-Called by the loss and by reports. Tensors and numbers in and out; no masks over ranks, no config. pass@k lives in
-`passk`, which does without torch.
+Called by the loss. Tensors and numbers in and out; no masks over ranks, no config.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megasapo.algo.numerics import LARGEST, bounded_exp, log_ratio, with_slope
-from megasapo.algo.passk import pass_at_k as pass_at_k
 from megasapo.algo.scales import MAX_LOG_RATIO
 
 
@@ -45,11 +43,3 @@ def mismatch_kl(old_logp: Tensor, rollout_logp: Tensor) -> Tensor:
     Tokens are sampled by the rollout server, so the mean over tokens is unbiased. Detached; held as in k3.
     """
     return k3(rollout_logp.detach(), old_logp.detach())
-
-
-def effective_sample_size(log_ratios: Tensor) -> Tensor:
-    """(sum r)^2 / (n sum r^2), in (0, 1], of r = exp(log_ratios), for any finite log-ratios; 0-dim."""
-    if log_ratios.numel() == 0:
-        raise ValueError("the effective sample size of no ratios is not defined")
-    r = (log_ratios - log_ratios.max()).exp()
-    return r.sum().square() / (r.numel() * r.square().sum())

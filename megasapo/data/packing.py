@@ -167,6 +167,14 @@ def pieces(mb: MicroBatch, values: Tensor) -> Pieces:
     return found
 
 
+def all_pieces(micro: Iterable[MicroBatch], values: Iterable[Tensor | None]) -> Pieces:
+    """Those of several micro-batches; None: values that another pipeline stage has."""
+    found: Pieces = {}
+    for mb, value in zip(micro, values, strict=True):
+        found |= {} if value is None else pieces(mb, value)
+    return found
+
+
 def join(parts: Iterable[Mapping[int, tuple[np.ndarray, np.ndarray]]]) -> dict[int, np.ndarray]:
     """[n - 1, ...] values of each sequence from the pieces of all ranks, in order of position."""
     by_uid: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -180,6 +188,20 @@ def join(parts: Iterable[Mapping[int, tuple[np.ndarray, np.ndarray]]]) -> dict[i
         assert (positions[order] == np.arange(len(order))).all(), f"sequence {uid}: positions {positions[order]}"
         joined[uid] = np.concatenate([v for _, v in found])[order]
     return joined
+
+
+def join_layers(parts: Iterable[tuple[tuple[int, ...], Pieces]], num_layers: int) -> dict[int, np.ndarray]:
+    """[n - 1, layers, ...] values of each sequence, from which columns each rank has and their pieces."""
+    by_columns: dict[tuple[int, ...], list[Pieces]] = {}
+    for columns, found in parts:
+        if columns:  # a stage without such layers has nothing to say
+            by_columns.setdefault(columns, []).append(found)
+    whole: dict[int, np.ndarray] = {}
+    for columns, same in by_columns.items():
+        for uid, own in join(same).items():
+            row = whole.setdefault(uid, np.empty((len(own), num_layers, *own.shape[2:]), dtype=own.dtype))
+            row[:, list(columns)] = own
+    return whole
 
 
 def _check(s: TrainSequence) -> None:

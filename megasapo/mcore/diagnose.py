@@ -6,22 +6,17 @@ Called by diagnosis.py after an update. What the numbers mean is routing/decompo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megasapo.data.packing import Pieces, join, pieces
+from megasapo.data.packing import Pieces, all_pieces, join, join_layers
 from megasapo.mcore.policy import Logprobs, Policy, Weights
 from megasapo.mcore.topology import Topology
 from megasapo.routing.scored import ScoredSequence
 from megasapo.routing.validate import UNKNOWN
 from megasapo.types import MicroBatch, MiniBatch
-
-# of each micro-batch: rollout's, behaviour's and current routing [Tl, 3, L of this rank, K] int16
-Routings = list[Tensor]
 
 
 def sweep_groups(num_layers: int, groups: int) -> list[list[int]]:
@@ -55,23 +50,11 @@ def score_routings(
     current, chosen = policy.natural_logprobs(micro)
     drift = [policy.routed_logprobs(micro, _held_below(chosen_0, columns, cut)) for cut in cuts]
     passes = [*unquantised, behaviour, *mismatch, held, current, *drift, still]
-    routings = [torch.stack([z.short() for z in three], dim=1) for three in zip(rollout, chosen_0, chosen, strict=True)]
-    parts = _to_leader(
-        {
-            "columns": columns,
-            "scores": _by_sequence(micro, _scores(micro, passes, topo)) if topo.is_last_stage else {},
-            "routing": _by_sequence(micro, routings),
-        },
-        topo,
-    )
-    if parts is None:
-        return []
-    return _scored_sequences(
-        parts,
-        num_groups=len(groups),
-        num_layers=len(policy.routing_layout.layers),
-        quantises=policy.quantises,
-    )
+    routings = [torch.stack([z.short() for z in three], dim=2) for three in zip(rollout, chosen_0, chosen, strict=True)]
+    own_scores = all_pieces(micro, _scores(micro, passes, topo)) if topo.is_last_stage else {}
+    parts = topo.to_leader((own_scores, (columns, all_pieces(micro, routings))))
+    num_layers = len(policy.routing_layout.layers)
+    return _scored_sequences(parts or [], num_layers, len(groups), quantises=policy.quantises)
 
 
 def _known(routing: Tensor | None) -> Tensor:
@@ -96,38 +79,17 @@ def _scores(micro: Sequence[MicroBatch], passes: Sequence[Logprobs], topo: Topol
     return found
 
 
-def _by_sequence(micro: Sequence[MicroBatch], values: Sequence[Tensor]) -> Pieces:
-    own: Pieces = {}
-    for mb, value in zip(micro, values, strict=True):
-        own |= pieces(mb, value)
-    return own
-
-
-def _to_leader(part: dict[str, Any], topo: Topology) -> list[dict[str, Any]] | None:
-    """Collective over a replica. Everybody's parts on its leader."""
-    parts: list[Any] | None = [None] * dist.get_world_size(topo.replica_group) if topo.is_leader else None
-    leader = dist.get_global_rank(topo.replica_group, 0)
-    dist.gather_object(part, parts, dst=leader, group=topo.replica_group)
-    return parts
-
-
 def _scored_sequences(
-    parts: list[dict[str, Any]], *, num_groups: int, num_layers: int, quantises: bool
+    parts: Sequence[tuple[Pieces, tuple[tuple[int, ...], Pieces]]], num_layers: int, num_groups: int, *, quantises: bool
 ) -> list[ScoredSequence]:
-    scores = join(part["scores"] for part in parts)
-    by_columns: dict[tuple[int, ...], list[Pieces]] = {}
-    for part in parts:
-        if part["columns"]:  # stages without experts have nothing to say
-            by_columns.setdefault(part["columns"], []).append(part["routing"])
-    routing: dict[int, np.ndarray] = {}
-    for columns, found in by_columns.items():
-        for uid, own in join(found).items():
-            whole = routing.setdefault(uid, np.empty((len(own), 3, num_layers, own.shape[-1]), dtype=np.int16))
-            whole[:, :, list(columns)] = own
+    """From every rank's scores, and its columns and routings."""
+    scores = join(own for own, _ in parts)
+    routing = join_layers((own for _, own in parts), num_layers)
     return [_scored(uid, scores[uid], routing[uid], num_groups, quantises) for uid in sorted(scores)]
 
 
 def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int, quantises: bool) -> ScoredSequence:
+    """`scores` as `_scores` has them; `routing` [n - 1, L, 3, K]: the rollout's, the behaviour's and the current."""
     targets, mask, advantage, rollout = scores[:, :4].T
     passes = scores[:, 4:].T.astype(np.float32)
     mismatch, drift = np.split(passes[int(quantises) :], 2)  # [2 + cuts, n - 1] each
@@ -141,9 +103,9 @@ def _scored(uid: int, scores: np.ndarray, routing: np.ndarray, num_groups: int, 
         behaviour=mismatch[0],
         current_replayed=drift[-1],
         current=drift[0],
-        routing_rollout=routing[:, 0],
-        routing_behaviour=routing[:, 1],
-        routing_current=routing[:, 2],
+        routing_rollout=routing[:, :, 0],
+        routing_behaviour=routing[:, :, 1],
+        routing_current=routing[:, :, 2],
         mismatch_sweep=mismatch if num_groups else None,
         drift_sweep=drift if num_groups else None,
         unquantised_replayed=passes[0] if quantises else None,

@@ -118,9 +118,7 @@ def _pack(
 
 def _share_headers(mine: Sequence[TrainSequence], topo: Topology, *, with_routing: bool) -> list[Header]:
     local = [_header(row, topo, with_routing) for row in mine]
-    everyones: list[list[Header]] = [[] for _ in range(topo.world_size)]
-    dist.all_gather_object(everyones, local, group=topo.world_group_cpu)
-    headers = sorted(h for one in everyones for h in one)
+    headers: list[Header] = sorted(h for one in topo.gather(local) for h in one)
     uids = [h.uid for h in headers]
     assert len(set(uids)) == len(uids), "two leaders hold the same sequence"
     return headers

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megasapo.config import Config, ConfigError
-from megasapo.data.packing import Pieces, join, pack, pieces
+from megasapo.data.packing import all_pieces, join, join_layers, pack
 from megasapo.geometry import read_geometry
 from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.replay import RoutingReplay
@@ -50,6 +50,7 @@ class Scorer:
         self._replay = RoutingReplay(self._chunks) if has_experts else None
         own = self._replay.layers if self._replay else ()
         self.layers: list[int] = sorted({layer for part in topo.gather(own) for layer in part})  # of the MoE layers
+        self._columns = tuple(map(self.layers.index, own))  # those of this rank
 
     def load(self, weights: Path) -> None:
         """The weights of an HF directory or of a training checkpoint, which may come from another layout."""
@@ -81,35 +82,19 @@ class Scorer:
         elif self._replay is not None and with_routing:
             routed = self._replay.record
         logps = step.logprobs(self._chunks, micro, self._topo, temperature=self._cfg.rollout.temperature, routed=routed)
-        logp = self._whole(micro, logps if self._topo.is_last_stage else None)
+        logp = join(self._topo.gather(all_pieces(micro, logps)))
         found = [Scored(logp[i]) if i in logp else NOTHING for i in range(len(sequences))]
         if not with_routing or self._replay is None:
             return found
-        choices = self._over_stages(micro, self._replay.take())
+        choices = self._over_layers(micro, self._replay.take())
         given_up = {}
         if routing is not None:
-            given_up = self._over_stages(micro, self._replay.take_given_up())
+            given_up = self._over_layers(micro, self._replay.take_given_up())
         return [Scored(s.logp, choices.get(i), given_up.get(i)) for i, s in enumerate(found)]
 
-    def _whole(self, micro: list[MicroBatch], values: Sequence[torch.Tensor | None] | None) -> dict[int, np.ndarray]:
-        """Per-token values of whole sequences, from every rank that has some."""
-        mine: Pieces = {}
-        for mb, value in zip(micro, values or [], strict=values is not None):
-            assert value is not None, "a stage has the values of all its micro-batches or of none"
-            mine |= pieces(mb, value)
-        return join(self._topo.gather(mine))
-
-    def _over_stages(self, micro: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, np.ndarray]:
+    def _over_layers(self, micro: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, np.ndarray]:
         """[n - 1, L, ...] of whole sequences from [Tl, L of this stage, ...]."""
-        assert self._replay is not None
-        stages = []
-        columns: list[int] = []
-        for stage in range(self._topo.pp):
-            here = stage == self._topo.pp_rank
-            stages.append(self._whole(micro, values if here else None))
-            columns += next(own for own in self._topo.gather(self._replay.layers if here else None) if own is not None)
-        order = np.argsort(columns)
-        return {uid: np.concatenate([stage[uid] for stage in stages], axis=1)[:, order] for uid in stages[0]}
+        return join_layers(self._topo.gather((self._columns, all_pieces(micro, values))), len(self.layers))
 
     def _cut(self, mb: MicroBatch, routing: Sequence[np.ndarray | None]) -> torch.Tensor:
         assert self._replay is not None
@@ -118,7 +103,7 @@ class Scorer:
             mb.slots,
             mb.sequence.cpu().numpy(),
             mb.position.cpu().numpy(),
-            layers=[self.layers.index(layer) for layer in self._replay.layers],
+            layers=self._columns,
             num_experts=self._replay.num_experts,
             top_k=self._replay.top_k,
         )

@@ -66,16 +66,7 @@ class Topology:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(parallel, world_size)
         device = _init_process_group(world_size)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
-            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        _make_groups(parallel, seed, distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60))
         return replace(_read_parallel_state(parallel, device), rows=rows)
 
     @property
@@ -117,6 +108,14 @@ class Topology:
         dist.all_gather_object(values, value, group=self.world_group_cpu)
         return values
 
+    def to_leader(self, value: Any) -> list[Any] | None:
+        """Collective over a replica: its ranks' (picklable) values on its leader, None elsewhere."""
+        return _to_first(value, self.replica_group)
+
+    def to_main(self, value: Any) -> list[Any] | None:
+        """Collective over the leaders: their (picklable) values on rank 0, None elsewhere, also on other ranks."""
+        return None if self.leaders_group is None else _to_first(value, self.leaders_group)
+
     def leave(self) -> None:
         """Give the layout up and stay in the process group: the same ranks may `init` another layout."""
         parallel_state.destroy_model_parallel()
@@ -157,21 +156,20 @@ def imagined(parallel: ParallelConfig, rank: int) -> Iterator[Imagined]:
     parallel = parallel.model_copy(update={"cp": 1})
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=fewest_ranks(parallel))
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
-            create_gloo_process_groups=False,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        _make_groups(parallel, seed=1, create_gloo_process_groups=False)
         stage = parallel_state.get_pipeline_model_parallel_rank()
         degrees = {name: getattr(parallel, name) for name in ("tp", "pp", "ep", "cp", "etp", "vpp")}
         yield Imagined(rank, **degrees, is_first_stage=stage == 0, is_last_stage=stage == parallel.pp - 1, device=META)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _to_first(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
+    first = dist.get_global_rank(group, 0)
+    values: list[Any] | None = [None] * group.size() if dist.get_rank() == first else None
+    dist.gather_object(value, values, dst=first, group=group)
+    return values
 
 
 def _init_process_group(world_size: int) -> torch.device:
@@ -192,6 +190,19 @@ def _init_process_group(world_size: int) -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     return device
+
+
+def _make_groups(parallel: ParallelConfig, seed: int, **options: Any) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        **options,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topology:

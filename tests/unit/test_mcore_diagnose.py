@@ -17,17 +17,16 @@ from megasapo.mcore.scorer import Scorer
 def test_stages_without_experts_have_no_part_in_the_routing() -> None:
     n, uid = 3, 7
     positions = np.arange(n)
-    ids = np.arange(n * 3 * 2 * 2).reshape(n, 3, 2, 2).astype(np.int16)  # [tokens, routings, layers, K]
+    ids = np.arange(n * 2 * 3 * 2).reshape(n, 2, 3, 2).astype(np.int16)  # [tokens, layers, routings, K]
     scores = np.column_stack([np.full(n, x) for x in (11, 1, 0.5, -1.0, -1.1, -1.2, -1.3, -1.4)])
     parts = []
     for columns in ((), (0,), (), (1,)):
-        routing = {uid: (positions, ids[:, :, list(columns)])}
-        parts.append({"columns": columns, "scores": {}, "routing": routing})
-    parts[-1]["scores"] = {uid: (positions, scores)}
-    (one,) = _scored_sequences(parts, num_groups=0, num_layers=2, quantises=False)
-    np.testing.assert_array_equal(one.routing_rollout, ids[:, 0])
-    np.testing.assert_array_equal(one.routing_behaviour, ids[:, 1])
-    np.testing.assert_array_equal(one.routing_current, ids[:, 2])
+        own_scores = {uid: (positions, scores)} if columns == (1,) else {}
+        parts.append((own_scores, (columns, {uid: (positions, ids[:, list(columns)])})))
+    (one,) = _scored_sequences(parts, 2, 0, quantises=False)
+    np.testing.assert_array_equal(one.routing_rollout, ids[:, :, 0])
+    np.testing.assert_array_equal(one.routing_behaviour, ids[:, :, 1])
+    np.testing.assert_array_equal(one.routing_current, ids[:, :, 2])
     assert (one.uid, one.advantage, one.mismatch_sweep) == (uid, 0.5, None)
     np.testing.assert_allclose(one.behaviour, -1.1, rtol=1e-6)
     np.testing.assert_allclose(one.behaviour_replayed, -1.2, rtol=1e-6)
@@ -47,9 +46,8 @@ def test_the_pass_without_fp8_comes_before_the_sweeps() -> None:
     # rollout, unquantised, three at theta_0, three at theta
     logps = (-1.0, -1.05, -1.1, -1.15, -1.2, -1.3, -1.35, -1.4)
     scores = np.column_stack([np.full(n, x) for x in (11, 1, 0.5, *logps)])
-    ids = np.zeros((n, 3, 2, 2), dtype=np.int16)
-    part = {"columns": (0, 1), "scores": {uid: (positions, scores)}, "routing": {uid: (positions, ids)}}
-    (one,) = _scored_sequences([part], num_groups=2, num_layers=2, quantises=True)
+    part = {uid: (positions, scores)}, ((0, 1), {uid: (positions, np.zeros((n, 2, 3, 2), dtype=np.int16))})
+    (one,) = _scored_sequences([part], 2, 2, quantises=True)
     assert one.unquantised_replayed is not None
     assert one.mismatch_sweep is not None
     found = [float(getattr(one, name)[0]) for name in one.logps]
