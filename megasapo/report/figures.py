@@ -187,15 +187,15 @@ def categories(figure: Figure, *, rows: int) -> Figure:
 
 
 def mark_events(figure: Figure, runs: Sequence[Run]) -> Figure:
-    """Dotted vertical lines at the steps that the instability watch named."""
-    shapes = [
+    """Dotted vertical lines at the steps that the instability watch named; none where steps are names, not numbers."""
+    if figure["layout"]["xaxis"].get("type") == "category":
+        return figure
+    marks = {i: sorted({event["step"] for event in run.events}) for i, run in enumerate(runs) if run.events}
+    figure["layout"]["shapes"] = [
         {
-            "type": "line",
-            "x0": step,
-            "x1": step,
+            "type": "path",  # one of all steps: thousands of shapes would make a page that no browser scrolls
+            "path": "".join(f"M{step},0V1" for step in steps),
             "yref": "paper",
-            "y0": 0,
-            "y1": 1,
             "layer": "below",
             "line": {
                 "color": RUN_COLOURS[i % len(RUN_COLOURS)] if len(runs) > 1 else "#c0392b",
@@ -203,10 +203,8 @@ def mark_events(figure: Figure, runs: Sequence[Run]) -> Figure:
                 "dash": "dot",
             },
         }
-        for i, run in enumerate(runs)
-        for step in sorted({event["step"] for event in run.events})
+        for i, steps in marks.items()
     ]
-    figure["layout"]["shapes"] = shapes
     return figure
 
 

@@ -71,7 +71,7 @@ def _seconds(run: Run) -> dict[str, Points]:
     """Of every phase at every step, 0 where a step did not have it, and the rest of the step."""
     steps = [row["step"] for row in run.rows]
     found = {name: [row.get(f"time/{name}_s") or 0.0 for row in run.rows] for name in _names(run)}
-    known = [sum(values) for values in zip(*found.values(), strict=True)]
+    known = [sum(values[i] for values in found.values()) for i in range(len(steps))]
     found["other"] = [max(0.0, (row.get("time/step_s") or k) - k) for row, k in zip(run.rows, known, strict=True)]
     return {NAMES.get(name, name): (steps, values) for name, values in found.items()}
 
