@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -34,20 +35,24 @@ CONSOLE = (  # label, metric, format: what the console shows, where a step has i
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step has to say."""
+
+    number: int
+    scalars: Mapping[str, float]
+    histograms: Mapping[str, Hist] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)  # [H, W, 3] uint8
+
+
 class Sink(Protocol):
-    """Takes the numbers, histograms, texts and images of one step; `close` makes them safe on disk.
+    """Takes steps; `close` makes them safe on disk.
 
     `rewind`: the run went back to `last_step`, for the `rollback`-th time and for a reason `why`.
     """
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, Hist],
-        texts: Mapping[str, str],
-        images: Mapping[str, np.ndarray],  # [H, W, 3] uint8
-    ) -> None: ...
+    def log(self, step: Step) -> None: ...
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None: ...
 
@@ -62,14 +67,15 @@ class Log:
 
     def __call__(
         self,
-        step: int,
+        number: int,
         scalars: Mapping[str, float],
         histograms: Mapping[str, Hist] | None = None,
         texts: Mapping[str, str] | None = None,
         images: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        step = Step(number, scalars, histograms or {}, texts or {}, images or {})
         for sink in self._sinks:
-            sink.log(step, scalars, histograms or {}, texts or {}, images or {})
+            sink.log(step)
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None:
         """Every sink goes back to `last_step`; see Sink."""
@@ -128,27 +134,20 @@ class ConsoleSink:
         if stream.isatty():
             self._bar = tqdm(total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, Hist],
-        texts: Mapping[str, str],
-        images: Mapping[str, np.ndarray],
-    ) -> None:
-        now = {label: format(scalars[name], spec) for label, name, spec in CONSOLE if name in scalars}
+    def log(self, step: Step) -> None:
+        now = {label: format(step.scalars[name], spec) for label, name, spec in CONSOLE if name in step.scalars}
         if self._bar is not None:
             self._shown |= now  # what only some steps have, such as an evaluation, stays in sight
             self._bar.set_postfix(self._shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(step.number - self._bar.n)
             self._bar.refresh()
             return
-        is_special = step == self._total or "pass@1" in now
+        is_special = step.number == self._total or "pass@1" in now
         if time.monotonic() - self._last_line_at < self._line_every_s and not is_special:
             return
         self._last_line_at = time.monotonic()
         values = "  ".join(f"{label} {value}" for label, value in now.items())
-        self._stream.write(f"{self._who}{self._progress(step)}  {values}".rstrip() + "\n")
+        self._stream.write(f"{self._who}{self._progress(step.number)}  {values}".rstrip() + "\n")
         self._stream.flush()
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None:
@@ -181,15 +180,8 @@ class JsonlSink:
             cut_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, Hist],
-        texts: Mapping[str, str],
-        images: Mapping[str, np.ndarray],
-    ) -> None:
-        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+    def log(self, step: Step) -> None:
+        row = {"step": step.number} | {name: x if math.isfinite(x) else None for name, x in step.scalars.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -216,22 +208,15 @@ class TensorBoardSink:
         self._open = lambda purge_step: SummaryWriter(str(directory), purge_step=purge_step)
         self._writer = self._open(purge_from)
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, Hist],
-        texts: Mapping[str, str],
-        images: Mapping[str, np.ndarray],
-    ) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        for name, hist in histograms.items():
-            self._add_histogram(name, hist, step)
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
-        for name, pixels in images.items():
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+    def log(self, step: Step) -> None:
+        for name, value in step.scalars.items():
+            self._writer.add_scalar(name, value, step.number)
+        for name, hist in step.histograms.items():
+            self._add_histogram(name, hist, step.number)
+        for name, text in step.texts.items():
+            self._writer.add_text(name, text, step.number)
+        for name, pixels in step.images.items():
+            self._writer.add_image(name, pixels, step.number, dataformats="HWC")
         self._writer.flush()
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from megasapo.log.rollouts import sample_texts, write_rollouts
-from megasapo.log.sinks import ConsoleSink, make_log
+from megasapo.log.sinks import ConsoleSink, Step, make_log
 from megasapo.metrics import Hist
 from megasapo.sections import LogConfig
 from megasapo.types import Completion, Group, Prompt, Sample
@@ -75,8 +75,8 @@ def test_console_line_without_a_terminal() -> None:
         "sapo/gate_mean_neg": 0.99012,
         "perf/tokens_per_s": 1834.2,
     }
-    sink.log(10, {**shown, "grad/norm": 3.0}, {}, {}, {})
-    sink.log(11, {}, {}, {}, {})
+    sink.log(Step(10, {**shown, "grad/norm": 3.0}))
+    sink.log(Step(11, {}))
     sink.close()
     first, second = stream.getvalue().splitlines()
     assert first == (
@@ -89,7 +89,7 @@ def test_console_line_of_a_job_names_node_and_attempt(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     stream = io.StringIO()
-    ConsoleSink(total_steps=None, start=0, stream=stream).log(3, {"reward/mean": 0.5}, {}, {}, {})
+    ConsoleSink(total_steps=None, start=0, stream=stream).log(Step(3, {"reward/mean": 0.5}))
     assert stream.getvalue() == f"{socket.gethostname()} attempt 2 step 3  reward 0.500\n"
 
 
@@ -97,7 +97,7 @@ def test_console_thins_out_quick_steps_but_shows_evaluations_and_the_end() -> No
     stream = io.StringIO()
     sink = ConsoleSink(total_steps=40, start=0, stream=stream, line_every_s=3600.0)
     for step in range(1, 41):
-        sink.log(step, {"eval/pass@1": 0.5} if step == 20 else {}, {}, {}, {})
+        sink.log(Step(step, {"eval/pass@1": 0.5} if step == 20 else {}))
     assert [line.split("step ")[1] for line in stream.getvalue().splitlines()] == [
         " 1/40",
         "20/40  pass@1 0.500",
@@ -112,8 +112,8 @@ def test_console_bar_on_a_terminal() -> None:
 
     stream = Terminal()
     sink = ConsoleSink(total_steps=4, start=2, stream=stream)
-    sink.log(3, {"reward/mean": 0.25, "eval/pass@1": 0.5}, {}, {}, {})
-    sink.log(4, {"reward/mean": 0.75}, {}, {}, {})
+    sink.log(Step(3, {"reward/mean": 0.25, "eval/pass@1": 0.5}))
+    sink.log(Step(4, {"reward/mean": 0.75}))
     sink.close()
     last = stream.getvalue().split("\r")[-1]
     assert "4/4" in last

@@ -2,7 +2,6 @@
 
 import pytest
 
-from megasapo.rollout.local.app import CONTROL_PATHS
 from tests.serving import serving
 from tests.tiny import make_model
 
@@ -242,5 +241,5 @@ def test_keys(model_dir, keys, given, generate, control):
 def test_every_endpoint_that_changes_state_needs_the_admin_key(model_dir):
     with serving(model_dir, admin_api_key="a") as s:
         posts = {r.path for r in s.routes if "POST" in (r.methods or ())} - {"/generate"}
-        assert posts == CONTROL_PATHS
+        assert posts == s.asgi.control_paths
         assert {path: s.post(path).status_code for path in posts} == dict.fromkeys(posts, 401)

@@ -34,25 +34,6 @@ from megasapo.rollout.local.weights import WeightError
 
 log = logging.getLogger("megasapo.serve")
 HEALTH_TIMEOUT_S = 20.0
-# Paths that the admin key protects where there is one.
-CONTROL_PATHS = frozenset(
-    {
-        "/flush_cache",
-        "/update_weights_from_disk",
-        "/init_weights_update_group",
-        "/destroy_weights_update_group",
-        "/begin_weight_update",
-        "/end_weight_update",
-        "/update_weights_from_distributed",
-        "/update_weights_from_tensor",
-        "/update_weight_version",
-        "/get_weights_by_name",
-        "/weights_checker",
-        "/abort_request",
-        "/pause_generation",
-        "/continue_generation",
-    }
-)
 
 
 class App:
@@ -70,40 +51,37 @@ class App:
 
     def asgi(self) -> ASGIApp:
         c = self._control
-        posts: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
-            "/update_weights_from_disk": c.update_from_disk,
-            "/begin_weight_update": c.begin_update,
-            "/end_weight_update": c.end_update,
-            "/init_weights_update_group": c.init_group,
-            "/destroy_weights_update_group": c.destroy_group,
-            "/update_weights_from_distributed": c.update_from_distributed,
-            "/update_weight_version": c.update_version,
-        }
-        routes = [Route(path, self._weights(fn), methods=["POST"]) for path, fn in posts.items()]
-        routes += [
-            Route("/weights_checker", self._weights(c.checksum), methods=["GET", "POST"]),
-            Route("/get_weights_by_name", self._plain(c.get_weight), methods=["GET", "POST"]),
-            Route("/update_weights_from_tensor", self._weights(c.update_from_tensor), methods=["POST"]),
-            Route("/pause_generation", self._plain(c.pause), methods=["POST"]),
-            Route("/continue_generation", self._plain(c.resume), methods=["POST"]),
-            Route("/abort_request", self._abort, methods=["POST"]),
-            Route("/flush_cache", self._flush, methods=["GET", "POST"]),
+        post, both = ["POST"], ["GET", "POST"]
+        control = [
+            Route("/update_weights_from_disk", self._weights(c.update_from_disk), methods=post),
+            Route("/begin_weight_update", self._weights(c.begin_update), methods=post),
+            Route("/end_weight_update", self._weights(c.end_update), methods=post),
+            Route("/init_weights_update_group", self._weights(c.init_group), methods=post),
+            Route("/destroy_weights_update_group", self._weights(c.destroy_group), methods=post),
+            Route("/update_weights_from_distributed", self._weights(c.update_from_distributed), methods=post),
+            Route("/update_weights_from_tensor", self._weights(c.update_from_tensor), methods=post),
+            Route("/update_weight_version", self._weights(c.update_version), methods=post),
+            Route("/weights_checker", self._weights(c.checksum), methods=both),
+            Route("/get_weights_by_name", self._plain(c.get_weight), methods=both),
+            Route("/pause_generation", self._plain(c.pause), methods=post),
+            Route("/continue_generation", self._plain(c.resume), methods=post),
+            Route("/abort_request", self._abort, methods=post),
+            Route("/flush_cache", self._flush, methods=both),
+        ]
+        others = [
             Route("/generate", self._generate, methods=["POST", "PUT"]),
-            Route("/health", self._health),
-            Route("/health_generate", self._health),
+            *(Route(path, self._health) for path in ("/health", "/health_generate")),
+            *(Route(path, self._model_info) for path in ("/model_info", "/get_model_info")),
+            *(Route(path, self._server_info) for path in ("/server_info", "/get_server_info")),
             Route("/v1/loads", self._loads),
         ]
-        routes += [Route(path, self._model_info) for path in ("/model_info", "/get_model_info")]
-        routes += [Route(path, self._server_info) for path in ("/server_info", "/get_server_info")]
         handlers: dict[Any, Any] = {
             HTTPException: lambda _, e: _error(e.status_code, str(e.detail)),
-            protocol.BadRequest: lambda _, e: _error(400, str(e)),
-            Refused: lambda _, e: _error(400, str(e)),
-            WeightError: lambda _, e: _error(400, str(e)),
             EngineError: lambda _, e: _error(500, str(e)),
+            **dict.fromkeys((protocol.BadRequest, Refused, WeightError), lambda _, e: _error(400, str(e))),
         }
-        app = Starlette(routes=routes, exception_handlers=handlers)
-        return Guard(app, self._options)
+        app = Starlette(routes=[*control, *others], exception_handlers=handlers)
+        return Guard(app, self._options, frozenset(route.path for route in control))
 
     def close(self) -> None:
         """When the last request has been answered."""
@@ -265,11 +243,15 @@ class App:
 
 
 class Guard:
-    """Keys, body size and what no handler caught, in front of the application."""
+    """Keys, body size and what no handler caught, in front of the application.
 
-    def __init__(self, app: ASGIApp, options: Options) -> None:
+    `control_paths` are those that the admin key protects where there is one.
+    """
+
+    def __init__(self, app: ASGIApp, options: Options, control_paths: frozenset[str]) -> None:
         self._app = app
         self._options = options
+        self.control_paths = control_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -294,7 +276,7 @@ class Guard:
         if path.startswith("/health"):
             return True
         key = self._options.api_key
-        if path in CONTROL_PATHS and self._options.admin_api_key is not None:
+        if path in self.control_paths and self._options.admin_api_key is not None:
             key = self._options.admin_api_key
         if key is None:
             return True

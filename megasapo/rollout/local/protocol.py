@@ -21,60 +21,32 @@ from megasapo.rollout.local.sequence import Sampling, Sequence
 TOP_K_ALL = 1 << 30
 MAX_SEQUENCES = 4096  # of one request
 
+# fmt: off
+FIELDS = frozenset((
+    "rid", "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "return_text_in_logprobs",
+    "stream", "return_routed_experts", "routed_experts_start_len",
+))
+SAMPLING_FIELDS = frozenset((
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "min_new_tokens", "n", "stop", "stop_token_ids",
+    "ignore_eos", "skip_special_tokens", "no_stop_trim", "sampling_seed",
+))
 # Fields of SGLang's that do not change what is generated.
-HARMLESS = frozenset(
-    {
-        "log_metrics",
-        "no_logs",
-        "priority",
-        "routing_key",
-        "conversation_id",
-        "custom_labels",
-        "external_trace_header",
-        "received_time",
-        "modalities",
-        "extra_key",
-        "cache_salt",
-        "background",
-        "http_worker_ipc",
-        "data_parallel_rank",
-        "routed_dp_rank",
-        "lora_id",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-        "kv_hints",
-    }
-)
-# Fields that are accepted at these values only.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    name: (None, False, 0, [], "")
-    for name in {
-        "input_embeds",
-        "image_data",
-        "video_data",
-        "audio_data",
-        "top_logprobs_num",
-        "token_ids_logprob",
-        "return_sampling_mask",
-        "sampling_logprobs_mode",
-        "return_hidden_states",
-        "return_indexer_topk",
-        "session_params",
-        "lora_path",
-        "return_bytes",
-        "custom_logit_processor",
-        "positional_embed_overrides",
-        "return_entropy",
-        "return_prompt_token_ids",
-        "require_reasoning",
-        "max_thinking_tokens",
-        "return_flat_raw_top_logprobs",
-        "return_flat_raw_top_logprobs_b64",
-        "model",  # sglang-router's
-    }
-}
-NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+HARMLESS = frozenset((
+    "log_metrics", "no_logs", "priority", "routing_key", "conversation_id", "custom_labels", "external_trace_header",
+    "received_time", "modalities", "extra_key", "cache_salt", "background", "http_worker_ipc", "data_parallel_rank",
+    "routed_dp_rank", "lora_id", "bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_hints",
+))
+# Fields that are accepted at these values only; `model` is sglang-router's.
+NEUTRAL: dict[str, tuple[Any, ...]] = dict.fromkeys((
+    "input_embeds", "image_data", "video_data", "audio_data", "top_logprobs_num", "token_ids_logprob",
+    "return_sampling_mask", "sampling_logprobs_mode", "return_hidden_states", "return_indexer_topk", "session_params",
+    "lora_path", "return_bytes", "custom_logit_processor", "positional_embed_overrides", "return_entropy",
+    "return_prompt_token_ids", "require_reasoning", "max_thinking_tokens", "return_flat_raw_top_logprobs",
+    "return_flat_raw_top_logprobs_b64", "model",
+), (None, False, 0, [], ""))
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = dict.fromkeys((
+    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params",
+), (None, "", [], {})) | {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "repetition_penalty": (None, 1),
@@ -82,42 +54,8 @@ NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
     "beam_width": (None, 1),
     "spaces_between_special_tokens": (None, True),
     "stream_interval": (None, 1),
-    **{
-        name: (None, "", [], {})
-        for name in ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params")
-    },
 }
-FIELDS = frozenset(
-    {
-        "rid",
-        "text",
-        "input_ids",
-        "sampling_params",
-        "return_logprob",
-        "logprob_start_len",
-        "return_text_in_logprobs",
-        "stream",
-        "return_routed_experts",
-        "routed_experts_start_len",
-    }
-)
-SAMPLING_FIELDS = frozenset(
-    {
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "min_new_tokens",
-        "n",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "skip_special_tokens",
-        "no_stop_trim",
-        "sampling_seed",
-    }
-)
+# fmt: on
 
 
 class BadRequest(ValueError):
