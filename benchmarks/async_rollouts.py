@@ -6,7 +6,7 @@ turns so that a busy machine slows both. Requests mix freely in both (rollout.de
 Learner and server share this machine's cores: what is gained is the time in which one of them waits. Servers on other
 hardware, which is what one step off is for, are not measured.
 
-    python -m benchmarks.async_rollouts [--steps 20] [--seeds 3] [--nproc 1]
+    python -m benchmarks.async_rollouts [--steps 60] [--seeds 3] [--nproc 1]
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ HEADER = (
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", type=Path, default=EXAMPLE / "out", help="the example's directory, with cold-start/")
-    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--steps", type=int, default=60)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--nproc", type=int, default=1)
     args = p.parse_args()
