@@ -116,7 +116,7 @@ class Snapshot:
 
 def read(run_dir: Path, now: float | None = None) -> Snapshot:
     """All that is known of a run; `now` is for tests."""
-    ranks, world = _current([json.loads(p.read_text()) for p in (run_dir / "logs" / "ranks").glob("rank_*.json")])
+    ranks, world = _current([_parse(p.read_bytes(), p) for p in (run_dir / "logs" / "ranks").glob("rank_*.json")])
     pointer = run_dir / "checkpoints" / "latest"
     return Snapshot(
         run_dir,
@@ -148,7 +148,15 @@ def _current(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return _parse(path.read_bytes(), path) if path.exists() else None
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    """An object of a file that is written whole: what cannot be read is damage, as of a machine that lost power."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} holds {text[:60]!r}, which is no JSON object: damaged; repair or remove it") from e
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
@@ -159,7 +167,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
         start = max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES)
         f.seek(start)
         lines = f.read().splitlines(keepends=True)
-    return [json.loads(line) for line in lines[start > 0 :] if line.endswith(b"\n")]
+    return [_parse(line, path) for line in lines[start > 0 :] if line.endswith(b"\n")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,16 @@ def test_exit_codes_of_once(run_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("logs/ranks/rank_1.json", ""), ("metrics.jsonl", "\0\0\n"), ("done", "3")]
+)
+def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str) -> None:
+    put(run_dir, rank(0))
+    (run_dir / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^{run_dir / name} holds .*: damaged"):
+        watch.main([str(run_dir), "--once"])
+
+
 def test_wrong_directories(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"nothing: no such directory; runs in {tmp_path}: run$"):
         watch.main([str(tmp_path / "nothing"), "--once"])
