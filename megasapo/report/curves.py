@@ -17,7 +17,7 @@ from megasapo.report.figures import (
     Series,
     curves,
     diagnosed,
-    layout,
+    figure_of,
     line,
     mark_events,
     metric,
@@ -33,7 +33,7 @@ class Curve:
     look: str
     y: str
     series: tuple[Series, ...]
-    missing: str
+    missing: str = "only runs of megasapo train have it."
     log: bool = False
     unit: bool = False
 
@@ -111,7 +111,7 @@ def _quantiles(runs: Sequence[Run]) -> Chart | None:
 
 def _bands(quantiles: dict[str, Points], y: str) -> Figure:
     if not quantiles["50"][0]:
-        return {"data": [], "layout": layout(x=STEP, y=y)}
+        return figure_of([], x=STEP, y=y)
     data = []
     blue = RUN_COLOURS[0]
     for low, high, name, fill in (("01", "99", "98 %", "0.15"), ("05", "95", "90 %", "0.32")):
@@ -123,7 +123,7 @@ def _bands(quantiles: dict[str, Points], y: str) -> Figure:
                 trace |= {"fill": "tonexty", "fillcolor": f"rgba(0,114,178,{fill})"}
             data.append(trace)
     data.append(line(*quantiles["50"], "median", blue) | {"hovertemplate": "%{y:.3~g}", "meta": {"run": 0}})
-    return {"data": data, "layout": layout(x=STEP, y=y)}
+    return figure_of(data, x=STEP, y=y)
 
 
 SFT = Curve(
@@ -147,7 +147,6 @@ LEARNING = [
         "Should rise. A sudden fall that does not recover is a collapse: look at the same step in the charts below.",
         "mean reward of a response",
         (Series("reward", metric("reward/mean")),),
-        "only runs of megasapo train have rewards.",
     ),
     Curve(
         "Groups that teach nothing",
@@ -155,7 +154,6 @@ LEARNING = [
         "or too hard (rollout.drop_zero_variance draws others).",
         "share of groups",
         (Series("groups", metric("groups/zero_variance_frac")),),
-        "only runs of megasapo train have groups.",
         unit=True,
     ),
     Curve(
@@ -163,14 +161,12 @@ LEARNING = [
         "Growth with reward is the model taking room to think; growth without reward is rambling.",
         "tokens of a response",
         (Series("mean", metric("response/length_mean")), Series("longest", metric("response/length_max"))),
-        "only runs of megasapo train have responses.",
     ),
     Curve(
         "Truncated responses",
         "Cut off at rollout.max_new_tokens, so mostly scored as wrong: above a few percent the limit shapes learning.",
         "share of responses",
         (Series("truncated", metric("response/truncated_frac")),),
-        "only runs of megasapo train have responses.",
         unit=True,
     ),
 ]
@@ -192,7 +188,6 @@ UPDATE = [
         "The section on variance says what it consists of.",
         "Var(d) over tokens (nats²)",
         (Series("Var(d)", metric("ratio/log_var")),),
-        "only runs of megasapo train have importance ratios.",
         log=True,
     ),
     Curve(
@@ -200,7 +195,6 @@ UPDATE = [
         "(Σr)² / (n Σr²): 100 % when every token counts alike; at 50 % half of the batch is lost to a few big ratios.",
         "share of the tokens",
         (Series("effective", metric("ratio/ess")),),
-        "only runs of megasapo train have importance ratios.",
         unit=True,
     ),
     Curve(
@@ -220,7 +214,6 @@ UPDATE = [
             Series("KL(rollout ‖ learner)", metric("mismatch/kl")),
             Series("mean |difference|", metric("mismatch/logprob_abs_diff")),
         ),
-        "only runs of megasapo train have rollout log-probabilities.",
         log=True,
     ),
     GRADIENT,
@@ -244,7 +237,6 @@ UPDATE = [
         "Versions of the weights between sampling and learning; 0 is on-policy.",
         "weight versions",
         (Series("mean", metric("staleness/mean")), Series("most", metric("staleness/max"))),
-        "only runs of megasapo train have it.",
     ),
 ]
 NO_DIAGNOSIS = "set routing.diagnose_every to the number of steps between diagnoses."

@@ -7,7 +7,7 @@ from typing import Any
 
 from megasapo.report.blocks import Chart, Part, Section, Table
 from megasapo.report.curves import NO_DIAGNOSIS, Curve, curve_part
-from megasapo.report.figures import Figure, Series, categories, diagnosed, heat_map, layout
+from megasapo.report.figures import Figure, Series, categories, diagnosed, figure_of, heat_map
 from megasapo.report.ratios import SEQUENTIAL
 from megasapo.report.read import Run
 
@@ -106,7 +106,7 @@ def _switched(traces: list[Figure], diagnosis: dict[str, Any]) -> Figure:
         **{"bgcolor": "#f3f4f6", "bordercolor": "#d4d8de", "font": {"size": 12}},
         "buttons": buttons,
     }
-    figure: Figure = {"data": traces, "layout": layout(x="expert", y="decoder layer", updatemenus=[menu])}
+    figure = figure_of(traces, x="expert", y="decoder layer", updatemenus=[menu])
     figure = categories(figure, rows=len(diagnosis["layers"]))
     figure["layout"]["margin"] |= {"t": 56}
     figure["layout"]["height"] += 22

@@ -83,12 +83,10 @@ def curves(runs: Sequence[Run], series: Sequence[Series], *, y: str, log: bool =
     known = [value for trace in data for value in trace["y"] if value is not None]
     if data and len(runs) > 1 and len(series) > 1:
         data += _dash_legend([s.label for s in series])
-    figure: Figure = {"data": data, "layout": layout(x=STEP, y=y)}
+    figure = figure_of(data, x=STEP, y=y, percent=unit)
     if all(value >= 0 for value in known):
         figure["layout"]["yaxis"]["rangemode"] = "nonnegative"
-    if unit:
-        figure["layout"]["yaxis"] |= {"tickformat": ",~%"}
-    elif log and known and max(known) > 30 * min(known) > 0:
+    if log and not unit and known and max(known) > 30 * min(known) > 0:
         figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1}
     return figure
 
@@ -112,13 +110,14 @@ def line(xs: Sequence[Any], ys: Sequence[Any], name: str, colour: str, dash: str
     }
 
 
-def bars(xs: Sequence[Any], ys: Sequence[Any], name: str, colour: str, **more: Any) -> Figure:
+def bars(xs: Sequence[Any], ys: Sequence[Any], name: str, colour: str, hover: str, **more: Any) -> Figure:
     return {
         "type": "bar",
         "x": list(xs),
         "y": rounded(ys),
         "name": label(name),
         "marker": {"color": colour, "line": {"width": 0}},
+        "hovertemplate": hover,
         **more,
     }
 
@@ -137,9 +136,10 @@ def heat_map(
     }
 
 
-def layout(*, x: str, y: str, height: int = 330, **more: Any) -> Figure:
-    return {
-        "height": height,
+def figure_of(data: list[Figure], *, x: str, y: str, names: bool = False, percent: bool = False, **more: Any) -> Figure:
+    """Traces on the page's one look; `names`: x is an axis of names, `percent`: y is a share; `more` of the layout."""
+    layout = {
+        "height": 330,
         "margin": {"l": 64, "r": 18, "t": 34, "b": 52},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "#ffffff",
@@ -148,20 +148,17 @@ def layout(*, x: str, y: str, height: int = 330, **more: Any) -> Figure:
             "size": 13,
             "color": INK,
         },
-        "xaxis": _axis(x),
-        "yaxis": _axis(y),
+        "xaxis": _axis(x) | ({"type": "category"} if names else {}),
+        "yaxis": _axis(y) | ({"tickformat": ",~%"} if percent else {}),
         "hovermode": "x unified",
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b4bac3", "activecolor": INK},
         "legend": {
             "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
+            **{"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
             "traceorder": "normal",
         },
-        **more,
     }
+    return {"data": data, "layout": layout | more}
 
 
 def _axis(title: str) -> Figure:

@@ -14,8 +14,8 @@ from megasapo.report.figures import (
     Points,
     Series,
     bars,
+    figure_of,
     label,
-    layout,
     line,
     mark_events,
     metric,
@@ -79,12 +79,12 @@ def _seconds(run: Run) -> dict[str, Points]:
 def _over_steps(run: Run) -> Figure:
     data = []
     for (name, (steps, values)), colour in zip(_seconds(run).items(), _colours()):
-        trace = bars(steps, values, name, colour, hovertemplate="%{y:.3~g} s")
+        trace = bars(steps, values, name, colour, "%{y:.3~g} s")
         if len(steps) > 150:  # bars would be thinner than a pixel or two
             trace = line(steps, trace["y"], name, colour) | {"mode": "lines", "stackgroup": "all", "fillcolor": colour}
             trace |= {"line": {"width": 0, "color": colour}, "hovertemplate": "%{y:.3~g} s"}
         data.append(trace)
-    return {"data": data, "layout": layout(x=STEP, y="seconds", barmode="stack", bargap=0.08)}
+    return figure_of(data, x=STEP, y="seconds", barmode="stack", bargap=0.08)
 
 
 def _medians(runs: Sequence[Run]) -> Figure:
@@ -93,10 +93,10 @@ def _medians(runs: Sequence[Run]) -> Figure:
     data = []
     for name, colour in zip(names, _colours()):
         values = [median(y or 0.0 for y in seconds[name][1]) if name in seconds else 0.0 for seconds in found]
-        trace = bars(values, [], name, colour, orientation="h", hovertemplate="%{x:.3~g} s")
+        trace = bars(values, [], name, colour, "%{x:.3~g} s", orientation="h")
         data.append(trace | {"y": [label(run.label) for run in runs]})
-    figure: Figure = {"data": data, "layout": layout(x="seconds", y="", barmode="stack")}
-    figure["layout"] |= {"hovermode": "y unified", "height": 190 + 42 * len(runs)}
+    height = 190 + 42 * len(runs)
+    figure = figure_of(data, x="seconds", y="", barmode="stack", hovermode="y unified", height=height)
     figure["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed"}
     return figure
 

@@ -14,13 +14,12 @@ from megasapo.report.curves import COUNTERFACTUALS, NO_DIAGNOSIS, Curve, curve_p
 from megasapo.report.figures import (
     STEP,
     TERM_COLOURS,
-    Figure,
     Series,
     bars,
     categories,
     diagnosed,
+    figure_of,
     heat_map,
-    layout,
     line,
     mark_events,
     rounded,
@@ -75,13 +74,10 @@ def _terms(run: Run) -> dict[str, str]:
 def _shares(run: Run) -> Chart:
     steps = [d["step"] for d in run.diagnoses]
     data = [
-        bars(steps, [d["share"].get(term) for d in run.diagnoses], term, colour, hovertemplate="%{y:.3~%}")
+        bars(steps, [d["share"].get(term) for d in run.diagnoses], term, colour, "%{y:.3~%}")
         for term, colour in _terms(run).items()
     ]
-    figure: Figure = {"data": data, "layout": layout(x=STEP, y=SHARE, barmode="relative", bargap=0.12)}
-    figure["layout"]["yaxis"]["tickformat"] = ",~%"
-    if len(steps) == 1:
-        figure["layout"]["xaxis"] |= {"type": "category"}
+    figure = figure_of(data, x=STEP, y=SHARE, names=len(steps) == 1, percent=True, barmode="relative", bargap=0.12)
     look = (
         "Blue is learning itself. Growing pink or orange means that the ratios measure flipped experts: replay the "
         "learner's routing (algo.routing_replay: R2) against drift, the server's (R3) against mismatch."
@@ -101,8 +97,8 @@ def _variances(run: Run) -> Chart:
         # a logarithm has no place for 0, and rounding errors would make the rest a flat line
         trace["y"] = [y if y is not None and y > 1e-8 * largest else None for y in trace["y"]]
         trace["hovertemplate"] = "%{y:.3~g}"
-    figure: Figure = {"data": data, "layout": layout(x=STEP, y="variance over tokens (nats²)")}
-    figure["layout"]["yaxis"] |= {"type": "log"}
+    figure = figure_of(data, x=STEP, y="variance over tokens (nats²)")
+    figure["layout"]["yaxis"]["type"] = "log"
     look = (
         "The same in absolute size, on a logarithmic axis: shares alone hide whether there is anything to worry about."
     )
@@ -143,12 +139,12 @@ FLIP_MAPS = (
 )
 
 
-def _flips(run: Run, figure_of: str, term: str, title: str, unit: str, look: str) -> Chart:
+def _flips(run: Run, kind: str, term: str, title: str, unit: str, look: str) -> Chart:
     layers = run.diagnoses[-1]["layers"]
     steps = [d["step"] for d in run.diagnoses]
-    z = [[d[figure_of][term][i] for d in run.diagnoses] for i in range(len(layers))]
-    known = [x for d in run.diagnoses for t in ("mismatch", "drift") for x in d[figure_of][t] if x is not None]
-    is_rate = figure_of == "flip_rate"
+    z = [[d[kind][term][i] for d in run.diagnoses] for i in range(len(layers))]
+    known = [x for d in run.diagnoses for t in ("mismatch", "drift") for x in d[kind][t] if x is not None]
+    is_rate = kind == "flip_rate"
     limits = {"zmin": 0, "zmax": max([*known, 1e-9])} if is_rate else {"zmin": min([*known, 1 - 1e-9]), "zmax": 1}
     colours = SEQUENTIAL if is_rate else [(1.0 - at, colour) for at, colour in reversed(SEQUENTIAL)]
     shown = "%{z:.3~%}" if is_rate else "%{z:.4~g}"
@@ -156,14 +152,11 @@ def _flips(run: Run, figure_of: str, term: str, title: str, unit: str, look: str
     trace["hovertemplate"] = f"step %{{x}}, layer %{{y}}: {shown}<extra></extra>"
     if is_rate:
         trace["colorbar"]["tickformat"] = ".2~%"
-    figure = {"data": [trace], "layout": layout(x=STEP, y="decoder layer")}
-    unknown = max(d["unknown_rows"] or 0 for d in run.diagnoses)
-    note = (
-        f"Up to {unknown:.2%} of the server's choices are unknown and left out."
-        if unknown and term == "mismatch"
-        else ""
-    )
-    return Chart(title, look, categories(figure, rows=len(layers)), note=note)
+    note = ""
+    if term == "mismatch" and (unknown := max(d["unknown_rows"] or 0 for d in run.diagnoses)):
+        note = f"Up to {unknown:.2%} of the server's choices are unknown and left out."
+    figure = categories(figure_of([trace], x=STEP, y="decoder layer"), rows=len(layers))
+    return Chart(title, look, figure, note=note)
 
 
 SEQUENTIAL = ((0.0, "#fbfbfd"), (0.25, "#d5cbe6"), (0.5, "#a58cc7"), (0.75, "#6f4ba0"), (1.0, "#3b1a6b"))
@@ -187,18 +180,18 @@ def _bins(diagnosis: dict[str, Any], which: str) -> Chart:
     rows = [row for row in diagnosis[which] if row["tokens"]]
     names = [_span(row["from"], row["to"]) for row in rows]
     total = sum(row["tokens"] for row in rows)
-    tokens = [[row["tokens"], row["variance"]] for row in rows]
+    hover = "%{y:.3~%} (%{customdata[0]} tokens, variance %{customdata[1]:.3~g})"
+    more = {"customdata": [[row["tokens"], row["variance"]] for row in rows]}
     data = [
-        bars(names, [row["tokens"] / total for row in rows], "share of the tokens", "#b4bac3"),
-        bars(names, [row["share"] for row in rows], SHARE, "#E69F00"),
+        bars(names, [row["tokens"] / total for row in rows], "share of the tokens", "#b4bac3", hover, **more),
+        bars(names, [row["share"] for row in rows], SHARE, "#E69F00", hover, **more),
     ]
-    for trace in data:
-        trace |= {"customdata": tokens}
-        trace["hovertemplate"] = "%{y:.3~%} (%{customdata[0]} tokens, variance %{customdata[1]:.3~g})"
-    figure: Figure = {"data": data, "layout": layout(x=x, y="share", barmode="group", bargap=0.25)}
-    figure["layout"]["xaxis"]["type"] = "category"
-    figure["layout"]["yaxis"]["tickformat"] = ",~%"
-    return Chart(title, look, figure, note=f"Step {diagnosis['step']}, the latest diagnosis.")
+    figure = figure_of(data, x=x, y="share", names=True, percent=True, barmode="group", bargap=0.25)
+    return Chart(title, look, figure, note=_latest(diagnosis))
+
+
+def _latest(diagnosis: dict[str, Any]) -> str:
+    return f"Step {diagnosis['step']}, the latest diagnosis."
 
 
 def _span(start: int, end: int | None) -> str:
@@ -213,22 +206,14 @@ def _by_sign(diagnosis: dict[str, Any]) -> Chart:
     labels = {"positive": "A > 0", "negative": "A < 0", "zero": "A = 0"}
     names = [f"{labels[name]}: {of['tokens']} tokens" for name, of in signs]
     data = [
-        bars(names, [_product(of["share"][term], of["variance"]) for _, of in signs], term, colour)
+        bars(names, [_product(of["share"][term], of["variance"]) for _, of in signs], term, colour, "%{y:.3~g}")
         for term, colour in TERM_COLOURS.items()
         if term in diagnosis["share"]
     ]
-    for trace in data:
-        trace["hovertemplate"] = "%{y:.3~g}"
-    figure: Figure = {
-        "data": data,
-        "layout": layout(x="advantage of the response", y="variance (nats²)", barmode="relative"),
-    }
-    figure["layout"] |= {"bargap": 0.45}
-    figure["layout"]["xaxis"]["type"] = "category"
+    x = "advantage of the response"
+    figure = figure_of(data, x=x, y="variance (nats²)", names=True, barmode="relative", bargap=0.45)
     look = "Height is the variance among tokens of one sign, colours what it consists of: is either sign out of line?"
-    return Chart(
-        "Variance by sign of the advantage", look, figure, note=f"Step {diagnosis['step']}, the latest diagnosis."
-    )
+    return Chart("Variance by sign of the advantage", look, figure, note=_latest(diagnosis))
 
 
 def _product(share: float | None, variance: float | None) -> float | None:
@@ -238,21 +223,14 @@ def _product(share: float | None, variance: float | None) -> float | None:
 def _sweep(diagnosis: dict[str, Any]) -> Chart:
     sweep = diagnosis["sweep"]
     names = [_layers(group) for group in sweep["groups"]]
-    data = [
-        bars(names, sweep["share"][term], term, TERM_COLOURS[term], hovertemplate="%{y:.3~%}")
-        for term in ("mismatch", "drift")
-    ]
-    figure: Figure = {
-        "data": data,
-        "layout": layout(x="decoder layers set free", y=SHARE, barmode="group", bargap=0.25),
-    }
-    figure["layout"]["xaxis"]["type"] = "category"
-    figure["layout"]["yaxis"]["tickformat"] = ",~%"
+    data = [bars(names, sweep["share"][term], term, TERM_COLOURS[term], "%{y:.3~%}") for term in ("mismatch", "drift")]
+    x = "decoder layers set free"
+    figure = figure_of(data, x=x, y=SHARE, names=True, percent=True, barmode="group", bargap=0.25)
     look = (
         "Experts are held below a layer and free from it on; the difference from group to group is what that group of "
         "layers contributes. The tall bars name the layers to look at."
     )
-    return Chart("Which layers' flips matter", look, figure, note=f"Step {diagnosis['step']}, the latest diagnosis.")
+    return Chart("Which layers' flips matter", look, figure, note=_latest(diagnosis))
 
 
 def _layers(group: Sequence[int]) -> str:
