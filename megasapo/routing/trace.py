@@ -18,10 +18,10 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
-import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -99,22 +99,22 @@ class TraceWriter:
         kept = sum(f.path.stat().st_size for f in _files(directory) if f.first <= keep)
         self._left_bytes = max(0, budget_bytes - kept) // part[1]
         self._file_bytes = min(FILE_BYTES, max(1, self._left_bytes // 4))
-        self._budget_bytes, self._is_full = budget_bytes, False
-        self._dropped, self._dropped_lock = 0, threading.Lock()
+        self._budget_bytes, self._is_full, self._is_closed = budget_bytes, False, False
+        self._dropped = 0
         self._chunk: list[tuple[int, TraceRow]] = []
         self._chunk_bytes = 0
-        self._error: BaseException | None = None
-        self._queue: queue.Queue[tuple[int, TraceRow] | threading.Event | None] = queue.Queue()
-        self._queued_bytes, self._room = 0, threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="routing-trace", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, "routing-trace")
+        self._writing: deque[tuple[int, Future[int]]] = deque()  # bytes and, once written, rows that were left out
 
     def add(self, *, step: int, sequences: Sequence[TraceRow]) -> None:
         """Write those of `sequences` that are in the sample; steps never decrease. Waits where the writer is behind.
 
         Keeps the arrays: they must not be changed afterwards. ValueError for a routing of another model.
         """
-        self._raise()
+        if self._is_closed:
+            raise RuntimeError(f"the routing trace in {self._directory} is closed")
+        while self._writing and self._writing[0][1].done():
+            self._settle()
         for row in sequences:
             if row.routing.ndim != 3 or row.routing.shape[1:] != self._shape:
                 raise ValueError(
@@ -122,81 +122,51 @@ class TraceWriter:
                     f"top-k {self._shape[1]}]"
                 )
             if is_traced(row.uid, self._rate, self._seed):
-                self._put((step, row))
+                is_large = self._chunk_bytes + row.routing.nbytes > self._file_bytes
+                if self._chunk and (is_large or step - self._chunk[0][0] >= FILE_STEPS):
+                    self._send()
+                self._chunk.append((step, row))
+                self._chunk_bytes += row.routing.nbytes
 
     def flush(self) -> None:
         """Return when everything added so far is on disk."""
-        self._raise()
-        written = threading.Event()
-        self._put(written)
-        written.wait()
-        self._raise()
+        self._send()
+        while self._writing:
+            self._settle()
 
     def close(self) -> None:
         """Write the rest and end the thread. Twice is once."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._raise()
+        self._is_closed = True
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
 
     def take_metrics(self) -> dict[str, Metric]:
         """routing/trace_dropped: sequences of the sample that the budget left out since the last call."""
-        with self._dropped_lock:
-            dropped, self._dropped = self._dropped, 0
+        dropped, self._dropped = self._dropped, 0
         return {"routing/trace_dropped": Sum(float(dropped))}
 
-    def _put(self, item: tuple[int, TraceRow] | threading.Event) -> None:
-        if not self._thread.is_alive():
-            raise RuntimeError(f"the routing trace in {self._directory} is closed")
-        size = _size(item)
-        with self._room:
-            self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES)
-            self._queued_bytes += size
-        self._queue.put(item)
+    def _send(self) -> None:
+        """Have the thread write what was collected, once no more than QUEUED_BYTES wait for it."""
+        size, chunk, self._chunk, self._chunk_bytes = self._chunk_bytes, self._chunk, [], 0
+        while self._writing and size + sum(waiting for waiting, _ in self._writing) > QUEUED_BYTES:
+            self._settle()
+        if chunk:
+            self._writing.append((size, self._thread.submit(self._write_file, chunk)))
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            self._is_full = True  # told once; nothing more is written
-            raise RuntimeError(f"the routing trace in {self._directory} cannot be written: {error}") from error
+    def _settle(self) -> None:
+        """Wait for the oldest file."""
+        _, written = self._writing.popleft()
+        try:
+            self._dropped += written.result()
+        except Exception as e:
+            raise RuntimeError(f"the routing trace in {self._directory} cannot be written: {e}") from e
 
-    # --- in the thread ---
-
-    def _run(self) -> None:
-        while True:
-            item = self._queue.get()
-            if self._error is None:  # afterwards the queue only has to stay empty, so that nobody waits for it
-                try:
-                    self._take(item)
-                except BaseException as e:
-                    self._error = e
-            with self._room:
-                self._queued_bytes -= _size(item)
-                self._room.notify()
-            if isinstance(item, threading.Event):
-                item.set()
-            elif item is None:
-                return
-
-    def _take(self, item: tuple[int, TraceRow] | threading.Event | None) -> None:
-        if not isinstance(item, tuple):
-            return self._write_chunk()
+    def _write_file(self, chunk: Sequence[tuple[int, TraceRow]]) -> int:
+        """In the thread: one file, unless it is more than the budget has left. Rows left out."""
         if self._is_full:
-            return self._drop(1)
-        step, row = item
-        is_large = self._chunk_bytes + row.routing.nbytes > self._file_bytes
-        if self._chunk and (is_large or step - self._chunk[0][0] >= FILE_STEPS):
-            self._write_chunk()
-        self._chunk.append(item)
-        self._chunk_bytes += row.routing.nbytes
-
-    def _write_chunk(self) -> None:
-        """One file of what was collected, unless it is more than the budget has left."""
-        if not self._chunk:
-            return
-        chunk, self._chunk, self._chunk_bytes = self._chunk, [], 0
-        if self._is_full:
-            return self._drop(len(chunk))
+            return len(chunk)
         stem = f"steps_{chunk[0][0]:08d}-{chunk[-1][0]:08d}.part-{self._part}"
         numbered = (self._directory / f"{stem}.{i:03d}.parquet" for i in itertools.count())  # a step can fill several
         path = next(p for p in numbered if not p.exists())
@@ -205,26 +175,21 @@ class TraceWriter:
                 size = _write(_table(chunk, self._schema), unfinished)
                 if size > self._left_bytes:
                     raise _BudgetUsed
-            self._left_bytes -= size
-            return
         except _BudgetUsed:
             self._is_full = True
-        log.warning(
-            "the routing trace in %s ends at step %d: routing.trace_budget_mb=%g is used up; raise it or lower "
-            "routing.trace_rate for more",
-            self._directory,
-            chunk[0][0],
-            self._budget_bytes / 2**20,
-        )
-        self._drop(len(chunk))
-
-    def _drop(self, rows: int) -> None:
-        with self._dropped_lock:
-            self._dropped += rows
-
-
-def _size(item: tuple[int, TraceRow] | threading.Event | None) -> int:
-    return item[1].routing.nbytes if isinstance(item, tuple) else 0
+            log.warning(
+                "the routing trace in %s ends at step %d: routing.trace_budget_mb=%g is used up; raise it or lower "
+                "routing.trace_rate for more",
+                self._directory,
+                chunk[0][0],
+                self._budget_bytes / 2**20,
+            )
+            return len(chunk)
+        except BaseException:
+            self._is_full = True  # told once; nothing more is written
+            raise
+        self._left_bytes -= size
+        return 0
 
 
 def read_trace(directory: Path, step: int | None = None, uid: int | None = None) -> list[tuple[int, TraceRow]]:

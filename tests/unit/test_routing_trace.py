@@ -258,14 +258,14 @@ def test_a_slow_disk_loses_nothing_and_holds_whoever_adds(
     most, write = 0, trace._write
 
     def slow(table: Any, path: Path) -> int:
-        nonlocal most
         time.sleep(0.01)
-        most = max(most, w._queued_bytes)
         return write(table, path)
 
     monkeypatch.setattr(trace, "_write", slow)
     w = writer(tmp_path)
-    w.add(step=1, sequences=[row(uid) for uid in range(30)])  # 30 bytes each
+    for uid in range(30):
+        w.add(step=1, sequences=[row(uid)])  # 30 bytes
+        most = max(most, sum(size for size, _ in w._writing))
     w.close()
     assert [uid for _, uid, _ in steps_and_uids(tmp_path)] == list(range(30))
     assert dropped(w) == 0
