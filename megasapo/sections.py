@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -385,7 +385,8 @@ class StabilityRule(Section):
 class StabilityConfig(Section):
     """The instability watch (docs/stability.md)."""
 
-    mode: Literal["off", "warn", "act"] = "warn"
+    # YAML 1.1 reads off as false
+    mode: Annotated[Literal["off", "warn", "act"], BeforeValidator(lambda x: "off" if x is False else x)] = "warn"
     """warn: rules only warn, whatever their action; act: they act."""
     window: PositiveInt = 50
     """Steps that a z-score compares with: the last ones that broke no rule on the metric."""

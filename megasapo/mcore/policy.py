@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.nn.functional import all_reduce
+import torch.distributed as dist
 
 from megasapo import metrics
 from megasapo.algo.loss import policy_loss
@@ -179,8 +179,7 @@ class Policy:
         )
 
     def _sum_over_shards(self, sums: torch.Tensor) -> torch.Tensor:
-        """Differentiable: what each rank makes of the sum sends its gradient to all of them."""
-        return all_reduce(sums, group=self._topo.tokens_group)
+        return _SumOverRanks.apply(sums, self._topo.tokens_group)
 
     def summary(self) -> list[str]:
         """For people, at the start: number formats, and fused kernels."""
@@ -248,6 +247,20 @@ class Policy:
         for chunk, values in zip(self._chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
                 parameter.copy_(values[name])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """What each rank makes of the sum sends its gradient to all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, total = group, own.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _SumOverRanks.apply(grad, ctx.group), None
 
 
 def _with_logprobs(mini: MiniBatch, old: Logprobs, reference: Logprobs, routing: Routings) -> MiniBatch:

@@ -28,6 +28,15 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
     assert cfg.data.eval == "x.jsonl"
 
 
+def test_words_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    assert config.from_dict(MODEL, ["stability.mode=off"]).stability.mode == "off"
+    (tmp_path / "c.yaml").write_text("model: {path: m}\nstability: {mode: off}\n")
+    cfg = config.load(tmp_path / "c.yaml")
+    config.save(cfg, tmp_path / "again.yaml")
+    assert config.load(tmp_path / "again.yaml") == cfg
+    assert "stability.mode=True" in refused(["stability.mode=on"])
+
+
 def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
     cfg = config.from_dict(MODEL, ["reward.rewards=[{name: math, weight: 2}]", "algo.tis_mask=[0.5, 2]"])
     config.save(cfg, tmp_path / "config.yaml")
