@@ -157,7 +157,7 @@ def _settle_servers(cfg: Config, args: argparse.Namespace) -> tuple[Config, int]
     return cfg.model_copy(update={"rollout": rollout}), tp
 
 
-def _check_sharing(rollout: config.RolloutConfig, flags: tuple[str, ...]) -> None:
+def _check_sharing(rollout: config.sections.RolloutConfig, flags: tuple[str, ...]) -> None:
     if rollout.publish != "disk":
         raise ConfigError(
             f"rollout.publish={rollout.publish}: learner and server share their GPUs, which NCCL refuses: use disk"

@@ -14,45 +14,28 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from megasapo import contradictions
+from megasapo import contradictions, sections
 from megasapo.errors import ConfigError as ConfigError
 from megasapo.overrides import apply_override, numbers
-from megasapo.sections import (
-    AlgoConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RewardConfig,
-    RolloutConfig,
-    RoutingConfig,
-    RunConfig,
-    Section,
-    SftConfig,
-    StabilityConfig,
-    TrainConfig,
-)
+from megasapo.sections import Section
 
 
 class Config(Section):
-    run: RunConfig = RunConfig()
-    model: ModelConfig
-    precision: PrecisionConfig = PrecisionConfig()
-    data: DataConfig = DataConfig()
-    reward: RewardConfig = RewardConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    algo: AlgoConfig = AlgoConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    sft: SftConfig = SftConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
-    routing: RoutingConfig = RoutingConfig()
-    stability: StabilityConfig = StabilityConfig()
+    run: sections.RunConfig = sections.RunConfig()
+    model: sections.ModelConfig
+    precision: sections.PrecisionConfig = sections.PrecisionConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    reward: sections.RewardConfig = sections.RewardConfig()
+    rollout: sections.RolloutConfig = sections.RolloutConfig()
+    algo: sections.AlgoConfig = sections.AlgoConfig()
+    parallel: sections.ParallelConfig = sections.ParallelConfig()
+    optim: sections.OptimConfig = sections.OptimConfig()
+    train: sections.TrainConfig = sections.TrainConfig()
+    sft: sections.SftConfig = sections.SftConfig()
+    eval: sections.EvalConfig = sections.EvalConfig()
+    log: sections.LogConfig = sections.LogConfig()
+    routing: sections.RoutingConfig = sections.RoutingConfig()
+    stability: sections.StabilityConfig = sections.StabilityConfig()
 
     @property
     def asks_for_routing(self) -> bool:
@@ -134,6 +117,6 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*map(str, loc[:-1]), close[0]])!r}?"
-    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
-    elsewhere = [f"{name}.{loc[-1]}" for name, section in sections.items() if loc[-1] in section.model_fields]
+    every: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    elsewhere = [f"{name}.{loc[-1]}" for name, section in every.items() if loc[-1] in section.model_fields]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known keys: {', '.join(names)}"

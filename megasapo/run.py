@@ -46,7 +46,7 @@ def check_files(cfg: Config) -> None:
             raise ConfigError(f"{name}={path}: no such file")
 
 
-def world_size(parallel: config.ParallelConfig, nproc: int | None) -> int:
+def world_size(parallel: config.sections.ParallelConfig, nproc: int | None) -> int:
     """How many ranks there will be: as torchrun or srun says, as was asked for, or as few as the layout needs."""
     if launch.is_rank():
         return int(os.environ["WORLD_SIZE"])

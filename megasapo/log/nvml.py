@@ -10,10 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megasapo import launch
 from megasapo.metrics import Mean, Metric, Sum
+from megasapo.types import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -63,16 +64,6 @@ COUNTED: dict[str, Reading] = {  # what has been counted since the driver was lo
     "nvlink_replay_errors": _field("NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL"),
     "nvlink_recovery_errors": _field("NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL"),
 }
-
-
-class Ranks(Protocol):
-    """What this module needs to know of the layout (mcore.topology.Topology has it)."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 class Card:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,24 +28,11 @@ from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.sampler import Sampler
 from megasapo.routing.trace import is_traced
-from megasapo.types import Group, Prompt
+from megasapo.types import Group, Prompt, Ranks
 
 T = TypeVar("T")
 POLL_S = 0.05
 MAX_DRAWN = 20  # batches' worth of prompts for one step before drop_zero_variance gives up
-
-
-class Ranks(Protocol):
-    """What this module needs to know of the layout (mcore.topology.Topology has it)."""
-
-    @property
-    def dp(self) -> int: ...
-    @property
-    def dp_rank(self) -> int: ...
-    @property
-    def is_leader(self) -> bool: ...
-    @property
-    def world_group_cpu(self) -> Any: ...
 
 
 class LoopThread:

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from megasapo.log.sinks import ROLLED_BACK, append_lines, keep_lines
 from megasapo.routing.validate import smallest
 from megasapo.sections import StabilityConfig
 from megasapo.stability.watch import DEFAULT_RULES, Event, Watch
-from megasapo.types import Group
+from megasapo.types import Group, Ranks
 
 log = logging.getLogger(__name__)
 EVENTS = "events.jsonl"
@@ -29,20 +29,6 @@ EVENTS = "events.jsonl"
 
 class Unstable(UserError, RuntimeError):
     """The rules of `stability` end the run; the message names the rule, the values and what is left of it."""
-
-
-class Ranks(Protocol):
-    """What this module needs to know of the layout (mcore.topology.Topology has it)."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def dp(self) -> int: ...
-    @property
-    def dp_rank(self) -> int: ...
-    @property
-    def is_leader(self) -> bool: ...
-    def barrier(self) -> None: ...
 
 
 class Guard:
