@@ -25,6 +25,7 @@ def refuse(cfg: Config) -> None:
         _check_mini_batches,
         _check_algo,
         _check_rollout,
+        _check_optim,
         _check_eval,
         _check_profile,
         _check_stability,
@@ -162,6 +163,13 @@ def _check_servers(cfg: Config) -> None:
         raise ValueError(
             f"rollout.hedge_after_s={r.hedge_after_s:g} asks a second server, and rollout.router={r.router} lets "
             "nobody choose which: leave one of them empty"
+        )
+
+
+def _check_optim(cfg: Config) -> None:
+    if cfg.optim.min_lr > cfg.optim.lr:
+        raise ValueError(
+            f"optim.min_lr={cfg.optim.min_lr} is more than optim.lr={cfg.optim.lr}: lower the first or raise the second"
         )
 
 

@@ -259,8 +259,8 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """In optimizer steps."""
     weight_decay: NonNegativeFloat = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.95
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm; 0: off."""

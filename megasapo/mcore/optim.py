@@ -72,7 +72,7 @@ class Optimizer:
             self._inner,
             init_lr=0.0 if cfg.warmup_steps else cfg.lr,
             max_lr=cfg.lr,
-            min_lr=min(cfg.min_lr, cfg.lr),
+            min_lr=cfg.min_lr,
             lr_warmup_steps=cfg.warmup_steps,
             lr_decay_steps=max(total_steps, cfg.warmup_steps) + 1,  # so that the last step still moves
             lr_decay_style=cfg.schedule,
@@ -190,7 +190,7 @@ class Optimizer:
         # load_state_dict steps from where the object stands; it must start from 0
         self._schedule.num_steps = 0
         for group in self._inner.param_groups:  # the configuration wins over what the run began with
-            group["max_lr"], group["min_lr"] = self._cfg.lr, min(self._cfg.min_lr, self._cfg.lr)
+            group["max_lr"], group["min_lr"] = self._cfg.lr, self._cfg.min_lr
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
 
@@ -233,7 +233,7 @@ def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) ->
     values: dict[str, Any] = {
         "optimizer": "adam",
         "lr": cfg.lr,
-        "min_lr": min(cfg.min_lr, cfg.lr),
+        "min_lr": cfg.min_lr,
         "weight_decay": cfg.weight_decay,
         "adam_beta1": cfg.beta1,
         "adam_beta2": cfg.beta2,

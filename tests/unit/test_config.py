@@ -90,6 +90,8 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
         ),
         (["rollout.publish_changed_only=true"], "a directory is always whole"),
         (["rollout.top_k=0"], "rollout.top_k=0"),
+        (["optim.lr=1e-6", "optim.min_lr=1e-5"], "optim.min_lr=1e-05 is more than optim.lr=1e-06"),
+        (["optim.beta2=1"], "optim.beta2=1"),
         (["eval.k=[8]", "eval.samples=4"], "needs at least that many eval.samples"),
     ],
 )
