@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megasapo.config import ConfigError
 from megasapo.mcore.fusions import implementation
+from megasapo.mcore.slices import own_pieces
 from megasapo.sections import OptimConfig
 
 # what a checkpoint decides of an Adam; the rest of its settings belong to the implementation that runs here
@@ -123,19 +124,16 @@ class Optimizer:
         return float(self._inner.param_groups[0]["lr"]) if self._inner.param_groups else float("nan")
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """Masters and moments of every parameter under names that depend on no layout, to save or to load into."""
+        """Masters and moments under names that depend on no layout: to save this rank's own, to load whole ones."""
+        self._allocate_state(is_loading)
+        if not is_loading:
+            return {str(i): own_pieces(part, model_state) for i, part in enumerate(self._parts)}
         metadata = {
             # of the formats that survive a change of layout this is the one neither 0.16 nor 0.19 deprecates
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,  # how many optimizers share the parameters depends on the layout
         }
-        self._allocate_state(is_loading)
-        if (
-            not is_loading
-        ):  # without the full garbage collections of sharded_state_dict, which take longer than all else
-            saved = [part.sharded_param_state_fully_reshardable(model_state, False, metadata) for part in self._parts]
-            return {str(i): state for i, state in enumerate(saved)}
         state = self._inner.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
         wanted = [state] if len(self._parts) == 1 else [state[i] for i in range(len(self._parts))]
         return {str(i): part["param_state"] for i, part in enumerate(wanted)}

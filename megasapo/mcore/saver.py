@@ -11,6 +11,7 @@ import datetime
 import logging
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +20,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as write_shards
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megasapo import checkpoints
 from megasapo.checkpoints import CheckpointError
+from megasapo.mcore import slices
 from megasapo.mcore.topology import Topology
 from megasapo.sections import TrainConfig
 
@@ -81,7 +88,7 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         # every rank's part is compared with the others' once: it does not change while a process lives
         sharded, common = save_preprocess(state, first)
-        kept = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)[0]
+        kept = _own_parts(sharded)
         self._settle(kept)
         job = Job(folder, step, torch_dist.mcore_to_pyt_state_dict(kept), common, record, aside)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save step {step}", daemon=True)
@@ -121,8 +128,7 @@ class Saver:
             source = part.data.detach()
             if "dequantize" in type(source).__dict__:  # Transformer Engine's FP8, which torch cannot write
                 source = source.dequantize()
-            # masters and moments were gathered for this checkpoint, on the host
-            if self._cfg.async_save and not name.startswith("optimizer.state."):
+            if self._cfg.async_save:
                 buffer = self._buffers.get((name, i))
                 if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
                     buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_gpu)
@@ -149,7 +155,7 @@ class Saver:
         try:
             self._together(partial(_prepare, job) if is_main else _nothing)
             writer = _Writer(job.temporary, thread_count=WRITERS, per_thread_copy_ahead=0)
-            planner = torch_dist.MCoreSavePlanner(flatten_state_dict=False)
+            planner = _Planner(flatten_state_dict=False)
             write_shards(job.shards, storage_writer=writer, planner=planner, process_group=self._group)
             self._together(partial(_add_common, job) if is_main else _nothing)
             own = self._together(partial(_digests, job.temporary, self._topo.rank, self._topo.world_size))
@@ -182,6 +188,23 @@ class Saver:
         return [result for result, _ in found]
 
 
+class _Planner(torch_dist.MCoreSavePlanner):
+    """Checks that the ranks' parts make up every tensor, in a time about proportional to their number.
+
+    torch's own check (2.9 to 2.13) compares every expert's part with every other one's at each checkpoint, in rank 0's
+    interpreter, which the training needs.
+    """
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for name, tensor in metadata.state_dict_metadata.items():
+            if isinstance(tensor, TensorStorageMetadata) and not slices.make_up(tensor.size, tensor.chunks):
+                raise ValueError(
+                    f"the ranks' parts of {name} do not make up {tuple(tensor.size)}: {tensor.chunks[:20]}"
+                )
+        return plans, metadata
+
+
 class _Writer(FileSystemWriter):
     """Names the reason why a file cannot be written, which torch hides behind its own complaint about the file."""
 
@@ -193,6 +216,15 @@ class _Writer(FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or e from None
+
+
+def _own_parts(sharded: dict[str, Any]) -> dict[str, list[Any]]:
+    """What this rank writes, by its key in the checkpoint; of what several ranks hold, one of them."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for part in nested_values(sharded):
+        if is_main_replica(part.replica_id):
+            found[part.unique_key if isinstance(part, ShardedObject) else part.key].append(part)
+    return found
 
 
 def _nothing() -> None:
