@@ -1,13 +1,16 @@
 """Groups that were sampled and scored but wait for their step, kept on disk with a checkpoint.
 
-RUN/in_flight/step_00000040[.part-I-of-N].jsonl, a group a line, written by each data-parallel leader before the
-checkpoint of that step is; the checkpoint's own record says which prompts are under way. Called by the rollout source.
+RUN/in_flight/step_00000040[.part-I-of-N].jsonl, a group a line with its SHA-256, written by each data-parallel leader
+before the checkpoint of that step is; the checkpoint's own record says which prompts are under way. Called by the
+rollout source.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from megasapo.errors import UserError
 from megasapo.placed import placed
 from megasapo.routing.validate import smallest
 from megasapo.types import Completion, Group, Prompt, Sample
 
-
-class WaitingError(UserError, RuntimeError):
-    """A file of waiting groups cannot be read; the message names it and says what to do."""
+log = logging.getLogger(__name__)
 
 
 def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int, int]) -> None:
@@ -35,7 +35,8 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
     part = "" if num == 1 else f".part-{index}-of-{num}"
     path = folder / f"step_{step:08d}{part}.jsonl"
     with placed(path) as unfinished, unfinished.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(_encode(group)) + "\n" for group in groups)
+        for rest in (json.dumps(_encode(group)).removeprefix("{") for group in groups):
+            f.write(f"{_signed(rest.encode()).decode()}\n")
         f.flush()
         os.fsync(f.fileno())
     kept = {p.name[:13] for p in checkpoints.glob("step_????????*")}
@@ -46,20 +47,28 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
 
 
 def read(run_dir: Path, step: int, prompts: Mapping[int, Prompt]) -> list[Group]:
-    """The groups of `prompts`, by uid, that waited at a checkpoint, whichever leader wrote them."""
+    """The groups of `prompts`, by uid, that waited at a checkpoint, whichever leader wrote them.
+
+    What is not as it was written is left out, with a warning: its prompts are sampled again.
+    """
     found = []
     for path in sorted((run_dir / "in_flight").glob(f"step_{step:08d}*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                if record["uid"] in prompts:
-                    found.append(_decode(record, prompts[record["uid"]]))
-            except (ValueError, KeyError, TypeError) as e:
-                raise WaitingError(
-                    f"{path}:{number} cannot be read ({type(e).__name__}: {e}): remove the file, and its prompts are "
-                    "sampled again"
-                ) from e
+        damaged = 0
+        for line in path.read_bytes().splitlines():
+            if line != _signed(line[len(_signed(b"")) :]):
+                damaged += 1
+                continue
+            record = json.loads(line)
+            if record["uid"] in prompts:
+                found.append(_decode(record, prompts[record["uid"]]))
+        if damaged:
+            log.warning("%s is damaged: the groups of %d of its lines are sampled again", path, damaged)
     return found
+
+
+def _signed(rest: bytes) -> bytes:
+    """A line: a JSON object of which the first value is the SHA-256 of what follows it."""
+    return b'{"sha256": "%s", %s' % (hashlib.sha256(rest).hexdigest().encode(), rest)
 
 
 def _encode(group: Group) -> dict[str, Any]:

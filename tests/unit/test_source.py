@@ -197,9 +197,30 @@ def test_a_waiting_group_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert sample.reward_parts == {"math": 0.5}
     for field in dataclasses.fields(Completion):
         np.testing.assert_array_equal(getattr(sample.completion, field.name), getattr(completion, field.name))
-    (tmp_path / "in_flight" / "step_00000004.part-1-of-2.jsonl").write_text('{"uid": 6')
-    with pytest.raises(waiting.WaitingError, match="remove the file"):
-        waiting.read(tmp_path, 4, {6: prompt})
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "binary", "without digest"])
+def test_a_damaged_waiting_group_is_left_out_with_a_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def group(uid: int) -> Group:
+        completion = Completion((7, 8), np.array([-0.5, -1], np.float32), "stop", 3, 3)
+        return Group(uid, prompt, (Sample(completion, "x", 0.5, {}),))
+
+    prompt = Prompt(5, (1, 2), "p", "a")
+    waiting.write(tmp_path, 4, map(group, (6, 7)), shard=(0, 1))
+    path = tmp_path / "in_flight" / "step_00000004.jsonl"
+    first, second = path.read_bytes().splitlines()
+    worse = {
+        "flip": second.replace(b'"reward": 0.5', b'"reward": 0.7'),
+        "cut": second[:-9],
+        "binary": b"\xff\x00" + second,
+        "without digest": b"{" + second[79:],
+    }
+    assert worse[damage] != second
+    path.write_bytes(first + b"\n" + worse[damage])
+    assert [found.uid for found in waiting.read(tmp_path, 4, {6: prompt, 7: prompt})] == [6]
+    assert f"{path} is damaged: the groups of 1 of its lines are sampled again" in caplog.text
 
 
 def test_waiting_groups_stay_as_long_as_their_checkpoint(tmp_path: Path) -> None:
