@@ -2,7 +2,8 @@
 
 Called by train.py, sft.py and, before ranks are started, by run.py. The lock is flock's: the kernel drops it with the
 process, however that ends. File systems of clusters may not pass it on to other machines: there the signs of life of
-the job that the file names decide (log/heartbeat.py).
+the job that the file names decide (log/heartbeat.py). A requeued Slurm job waits until its earlier attempt is gone: to
+be refused would cost it one of the attempts that it has.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megasapo.log.heartbeat import LONGEST_S
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without a lock daemon
 CLOCK_S = 5  # by which a machine may correct its clock, and with it when a process began
 PATIENCE_S = 3 * LONGEST_S  # a process that lives has written a sign of life by then
+DYING_S = 300  # that Slurm and a file system may take to be rid of a job's earlier attempt
 
 
 class InUse(UserError, RuntimeError):
@@ -40,10 +42,11 @@ def hold(run_dir: Path, place: Place, patience_s: float = PATIENCE_S) -> Iterato
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "lock").open("a+") as file:
-        works = _lock(file, run_dir)
+        works = _lock(file, run_dir, place)
         before = _owner(file)
-        if before is not None:
-            _refuse_living(before, run_dir, place, works, patience_s)
+        end = time.monotonic() + DYING_S
+        while before is not None and _lives(before, run_dir, place, works, patience_s):
+            _wait_for(before, run_dir, place, end)
         mine = {"host": place.host, "pid": os.getpid(), "since": _began(os.getpid()), "job": place.job}
         file.truncate(0)
         json.dump(mine | {"attempt": place.attempt}, file)
@@ -54,38 +57,47 @@ def hold(run_dir: Path, place: Place, patience_s: float = PATIENCE_S) -> Iterato
             file.truncate(0)
 
 
-def refuse_held(run_dir: Path) -> None:
+def refuse_held(run_dir: Path, place: Place) -> None:
     """Raises InUse if another process of a machine that shares locks with this one holds the directory."""
     path = run_dir / "lock"
     if path.exists():
         with path.open("a+") as file:
-            _lock(file, run_dir)
+            _lock(file, run_dir, place)
 
 
-def _lock(file: TextIO, run_dir: Path) -> bool:
+def _lock(file: TextIO, run_dir: Path, place: Place) -> bool:
     """Take the lock until `file` is closed; False where the file system has none. Raises InUse."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise InUse(_message(run_dir, _owner(file))) from e
-    except OSError as e:
-        if e.errno not in NO_LOCKS:
-            raise
-        return False
-    return True
+    end = time.monotonic() + DYING_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            _wait_for(_owner(file), run_dir, place, end)
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            return False
 
 
-def _refuse_living(owner: dict[str, Any], run_dir: Path, place: Place, works: bool, patience_s: float) -> None:
-    """Raises InUse if the job that wrote `owner` is alive, though the lock could be taken or there is none."""
+def _wait_for(owner: dict[str, Any] | None, run_dir: Path, place: Place, end: float) -> None:
+    """A while, for the end of an earlier attempt of this job. Raises InUse for any other owner, and after `end`."""
+    ours = owner is not None and place.job and owner["job"] == place.job and owner["attempt"] < place.attempt
+    if not ours or time.monotonic() > end:
+        raise InUse(_message(run_dir, owner))
+    print(f"{run_dir} is still held by an earlier attempt of job {place.job}: waiting for it to be gone", flush=True)
+    time.sleep(DYING_S / 30)
+
+
+def _lives(owner: dict[str, Any], run_dir: Path, place: Place, works: bool, patience_s: float) -> bool:
+    """Whether the job that wrote `owner` is alive, though the lock could be taken or there is none."""
     if owner["host"] == place.host:
         began = None if works else _began(owner["pid"])
-        if began is not None and abs(began - owner["since"]) < CLOCK_S:
-            raise InUse(_message(run_dir, owner))
-        return
+        return began is not None and abs(began - owner["since"]) < CLOCK_S
     sign = run_dir / "logs" / "ranks" / "rank_0.json"
     first = _read(sign)
     if first is None or first["state"] != "running":
-        return
+        return False
     print(
         f"{run_dir} was last used on {owner['host']}: looking for signs of life there for {patience_s:.0f} s",
         flush=True,
@@ -95,7 +107,8 @@ def _refuse_living(owner: dict[str, Any], run_dir: Path, place: Place, works: bo
         time.sleep(min(1.0, patience_s / 10))
         now = _read(sign)
         if now is not None and now["written"] != first["written"]:
-            raise InUse(_message(run_dir, owner))
+            return True
+    return False
 
 
 def _message(run_dir: Path, owner: dict[str, Any] | None) -> str:

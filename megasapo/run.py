@@ -70,7 +70,7 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
     if nproc == 1:
         return None
     if run_dir is not None:
-        lock.refuse_held(run_dir)  # again by rank 0, for all that it writes
+        lock.refuse_held(run_dir, here)  # again by rank 0, for all that it writes
     return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None)
 
 

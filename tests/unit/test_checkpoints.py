@@ -231,16 +231,44 @@ def test_a_run_directory_is_held_until_its_process_ends_however_it_does(tmp_path
             with pytest.raises(lock.InUse, match=said), lock.hold(tmp_path, place):
                 pass
         with pytest.raises(lock.InUse, match=said):
-            lock.refuse_held(tmp_path)
+            lock.refuse_held(tmp_path, HERE)
         with lock.hold(tmp_path, Place("here", 1, 2, "", 0)):  # rank 0 holds it for all
             pass
     finally:
         holder.kill()
         holder.wait()
-    lock.refuse_held(tmp_path)
+    lock.refuse_held(tmp_path, HERE)
     with lock.hold(tmp_path, HERE):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert (tmp_path / "lock").read_text() == ""
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_requeued_job_waits_for_its_earlier_attempt(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which Slurm may not be rid of yet: to be refused would count as a crash of this attempt."""
+    monkeypatch.setattr(lock, "DYING_S", 30 if gone else 1)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for other in (Place("there", 0, 1, "18", 1), Place("there", 0, 1, "17", 0)):  # neither job nor attempt is later
+            with pytest.raises(lock.InUse), lock.hold(tmp_path, other):
+                pass
+        assert "waiting" not in capsys.readouterr().out
+        requeued = Place("there", 0, 1, "17", 1)
+        if gone:
+            threading.Timer(1.5, holder.kill).start()
+            with lock.hold(tmp_path, requeued):
+                assert json.loads((tmp_path / "lock").read_text())["attempt"] == 1
+        else:
+            with pytest.raises(lock.InUse, match="Slurm job 17"), lock.hold(tmp_path, requeued):
+                pass
+        assert "is still held by an earlier attempt of job 17" in capsys.readouterr().out
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 @pytest.mark.parametrize("alive", [True, False])
