@@ -21,12 +21,29 @@ def try_publish(publish: Callable[[int], None], version: int) -> RolloutError | 
     return None
 
 
+def try_evaluate(
+    evaluate: Callable[[int], dict[str, float]], version: int, source: RolloutSource
+) -> tuple[dict[str, float], Exception | None]:
+    """What was measured, or nothing and why: no server for too long, or graders that fail, on every rank."""
+    try:
+        return evaluate(version), None
+    except Exception as e:
+        if not _is_shared(e, source):
+            raise
+        return {}, e
+
+
 @contextmanager
 def saving_first(source: RolloutSource, save: Callable[[], None]) -> Iterator[None]:
     """No server for too long, or graders that fail, end the run on every rank: after the collective `save`."""
     try:
         yield
     except Exception as e:
-        if isinstance(e, RolloutError) or source.failed:  # which all ranks know, unlike other errors
+        if _is_shared(e, source):
             save()
         raise
+
+
+def _is_shared(error: Exception, source: RolloutSource) -> bool:
+    """Whether all ranks know of it, unlike of other errors."""
+    return isinstance(error, RolloutError) or source.failed

@@ -112,12 +112,14 @@ def loop(p: Parts, step: int) -> int:
         sampled = metrics.merge([group_stats(groups, step, dropped), routing_stats(sequences)])
         step += 1
         with phases("publish"):
-            unpublished = ceiling.try_publish(p.publish, step)
+            failure: Exception | None = ceiling.try_publish(p.publish, step)
         with phases("diagnose"):
             diagnosed = p.diagnosis(step, groups, sequences)
             p.diagnosis.keep(step)
-        with phases("evaluate"), ceiling.saving_first(p.source, partial(save_and_wait, p, step)):
-            held_out = p.evaluate(step) if _every(p.cfg.train.eval_every, step) and not unpublished else {}
+        held_out: dict[str, float] = {}
+        with phases("evaluate"):
+            if _every(p.cfg.train.eval_every, step) and failure is None:
+                held_out, failure = ceiling.try_evaluate(p.evaluate, step, p.source)
         own = [sampled, learned, p.source.take_metrics(), p.diagnosis.take_metrics(), p.meter.take(batch)]
         stats = metrics.merge(p.topo.gather(metrics.merge(own)))
         also = diagnosed.scalars | held_out | metrics.quantiles(stats, "ratio/log_hist", "ratio/log")
@@ -128,15 +130,15 @@ def loop(p: Parts, step: int) -> int:
             step = roll_back(p, events)
             continue
         asked = p.stop() or p.directory.stop_requested()
-        ending = p.topo.any(asked or unpublished is not None or p.policy.saving_failed)
+        ending = p.topo.any(asked or failure is not None or p.policy.saving_failed)
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
                 save(p, step)
         if _every(p.cfg.train.export_every, step):
             with p.heartbeat.phase("export"):
                 p.policy.save_hf(p.directory.path / f"hf_{step:08d}")
-        if unpublished is not None:
-            raise unpublished
+        if failure is not None:
+            raise failure
         if ending:
             break
     p.profiler.close()

@@ -86,6 +86,19 @@ def test_a_run_without_any_server_left_saves_and_the_same_command_continues(
     assert_as_unbroken(tmp_path / "run", unbroken)
 
 
+def test_a_step_whose_evaluation_fails_is_written_and_saved(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "held out"}) + "\n")
+    made = settings(tmp_path)
+    made["data"]["eval"] = str(tmp_path / "eval.jsonl")
+    made["reward"] = {"rewards": [{"name": "tests.e2e.graders:digits_unless_held_out"}], "on_error": "error"}
+    made["train"] |= {"steps": 3, "save_every": 1000, "eval_every": 2}
+    with running("train", write_config(tmp_path / "config.yaml", made), log=tmp_path / "log") as run:
+        assert run.wait() != 0
+        assert "no grader for what is held out" in run.output()
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
 def test_kill_everything(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
     config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes("")))
     finish(tmp_path, config)
