@@ -9,7 +9,6 @@ import importlib
 import sys
 
 from megasapo import __version__
-from megasapo.errors import UserError
 
 RANKS = "CONFIG.yaml [a.b=c ...] [--nproc N]"
 COMMANDS = {
@@ -74,11 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(argv[1:]) or 0)
-    except UserError as e:
-        print(f"megasapo {argv[0]}: {e}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as e:
+        from megasapo import failures
+
+        return failures.report(argv[0], e)
 
 
 if __name__ == "__main__":

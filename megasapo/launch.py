@@ -106,8 +106,9 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
         elastic_launch(config, sys.executable)("-m", "megasapo.cli", command, *argv)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
-        how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
-        print(f"megasapo {command}: rank {rank} of {nproc} {how}; its own message is above", file=sys.stderr)
+        killed = failure.exitcode < 0
+        how = f"was killed by {_signal(-failure.exitcode)}" if killed else "failed; its own message is above"
+        print(f"megasapo {command}: rank {rank} of {nproc} {how}", file=sys.stderr)
         return 1
     except SignalException as e:
         print(f"megasapo {command}: stopped by signal {int(e.sigval)}", file=sys.stderr)
@@ -115,6 +116,11 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
     finally:
         del os.environ[LAUNCHER]
     return 0
+
+
+def _signal(number: int) -> str:
+    hint = ", as Linux does when memory runs out" if number == signal.SIGKILL else ""
+    return f"{signal.Signals(number).name}{hint}"
 
 
 def die_with_parent() -> None:
@@ -129,13 +135,22 @@ def die_with_parent() -> None:
         sys.exit(f"the launcher, process {launcher}, is gone")
 
 
-def stop_flag() -> Callable[[], bool]:
-    """Install handlers for SIGTERM and SIGUSR1; the returned function says whether one has arrived."""
-    received: list[int] = []
+class StopFlag:
+    """Whether SIGTERM or SIGUSR1 has arrived: called, it says so."""
 
-    def remember(number: int, _frame: object) -> None:
-        received.append(number)
+    def __init__(self) -> None:
+        self._received: list[int] = []
 
+    def remember(self, number: int, _frame: object) -> None:
+        self._received.append(number)
+
+    def __call__(self) -> bool:
+        return bool(self._received)
+
+
+def stop_flag() -> StopFlag:
+    """Install handlers for both signals."""
+    flag = StopFlag()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, remember)
-    return lambda: bool(received)
+        signal.signal(number, flag.remember)
+    return flag

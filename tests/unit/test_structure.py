@@ -30,7 +30,7 @@ LAYERS = [
         "placed",
         "",
     },
-    {"algo", "launch", "fp8", "sinks", "extensions"},
+    {"algo", "launch", "failures", "fp8", "sinks", "extensions"},
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "ceiling", "lock", "stability", "diagnosis", "convert"},

@@ -1,0 +1,45 @@
+"""What a process says when it fails, and its exit code: of many ranks the one that is to blame speaks, once.
+
+Called by cli. The launcher ends the other ranks as soon as one has ended, which is while they still hold their tongues.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from megasapo.errors import UserError
+from megasapo.launch import StopFlag
+
+PEER_GONE = (  # gloo's words and NCCL's
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited or there was a network error",
+)
+SAME_S = 5.0  # what rank 0 finds wrong, the others mostly do too
+PEER_S = 10.0  # longer: the rank that is to blame may be one of those
+
+
+def report(command: str, error: Exception) -> int:
+    """Print to stderr what a user needs of `error`; the exit code. Raises what must be seen with its traceback."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, UserError):
+        if rank != "0":
+            _let_others_speak(SAME_S)
+        print(f"megasapo {command}: {error}", file=sys.stderr)
+        return 2
+    if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)):
+        raise error
+    _let_others_speak(PEER_S)
+    print(f"megasapo {command}: rank {rank} lost another rank, whose message says why: {error}", file=sys.stderr)
+    return 1
+
+
+def _let_others_speak(seconds: float) -> None:
+    """Wait for the launcher's SIGTERM, which comes when the rank that is to blame has ended; it may have come."""
+    flag = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not (isinstance(flag, StopFlag) and flag()):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(seconds)

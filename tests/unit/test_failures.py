@@ -1,0 +1,60 @@
+"""Of many ranks the one that is to blame speaks, once, and in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megasapo import failures
+
+RANK = """
+import os, signal, sys, time
+from megasapo import failures, launch
+from megasapo.errors import UserError
+if "--handled" in sys.argv:
+    flag = launch.stop_flag()
+    os.kill(os.getpid(), signal.SIGTERM)
+print("begins", flush=True)
+error = UserError("no such thing") if "--user" in sys.argv else RuntimeError("gloo: Connection closed by peer")
+sys.exit(failures.report("train", error))
+"""
+
+
+def rank(number: int, *flags: str) -> subprocess.Popen[str]:
+    env = {"PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path), "RANK": str(number)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANK, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+def test_rank_0_says_what_is_wrong_and_the_others_are_ended_before_they_repeat_it() -> None:
+    first, second = rank(0, "--user"), rank(1, "--user")
+    assert first.communicate() == ("", "megasapo train: no such thing\n")
+    assert first.returncode == 2
+    time.sleep(0.5)  # until it waits
+    second.terminate()  # as torchrun does
+    assert second.communicate() == ("", "")
+
+
+def test_a_rank_speaks_for_itself_where_nobody_ends_it() -> None:
+    alone = rank(1, "--user")
+    assert alone.communicate()[1] == "megasapo train: no such thing\n"
+    assert alone.returncode == 2
+
+
+def test_a_rank_that_lost_another_says_so_in_a_line() -> None:
+    alone = rank(3, "--handled")  # the launcher's SIGTERM has come: nothing to wait for
+    said = alone.communicate()[1]
+    assert said == "megasapo train: rank 3 lost another rank, whose message says why: gloo: Connection closed by peer\n"
+    assert alone.returncode == 1
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        failures.report("train", RuntimeError("shapes do not fit"))
