@@ -129,6 +129,9 @@ def _check_rollout(cfg: Config) -> None:
 
 def _check_servers(cfg: Config) -> None:
     r = cfg.rollout
+    for url in (*r.servers, *([r.router] if r.router else [])):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"rollout.servers and rollout.router: {url!r} is no URL: write http://{url}")
     named = [flag for flag in (*r.spawn_command, *r.server_args) if flag.split("=")[0] in KEY_FLAGS]
     if named:
         raise ValueError(

@@ -21,6 +21,7 @@ from megasapo import config
 from megasapo.algo.passk import pass_at_k
 from megasapo.config import Config, ConfigError
 from megasapo.placed import placed
+from megasapo.rewards import model as rewards
 from megasapo.rewards.model import RewardModel
 from megasapo.rollout.episode import Completer, Decode
 from megasapo.types import Prompt, SamplingParams
@@ -84,10 +85,13 @@ def _sampling(cfg: Config, prompt: Prompt, index: int) -> SamplingParams:
 def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
     """The problems of data.eval, at most eval.max_problems of them."""
     from megasapo.data.prompts import PromptDataset
+    from megasapo.rollout.limits import check_prompts
 
     if cfg.data.eval is None:
         raise ConfigError("data.eval is required to evaluate: JSONL or parquet with prompt (or messages) and answer")
-    return PromptDataset(cfg.data.eval, tokenizer, cfg.data).prompts[: cfg.eval.max_problems]
+    dataset = PromptDataset(cfg.data.eval, tokenizer, cfg.data)
+    check_prompts(cfg.model.path, dataset, cfg.rollout.max_new_tokens)
+    return dataset.prompts[: cfg.eval.max_problems]
 
 
 def main(argv: list[str]) -> int:
@@ -100,6 +104,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")
     args = parser.parse_args(argv)
     cfg = _config(args)
+    rewards.check(cfg.reward)
     figures, rows = _measure(cfg)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if args.out:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from megasapo.errors import UserError
+from megasapo.errors import ConfigError, UserError
 from megasapo.launch import Place
 from megasapo.log.heartbeat import LONGEST_S
 
@@ -40,8 +40,7 @@ def hold(run_dir: Path, place: Place, patience_s: float = PATIENCE_S) -> Iterato
     if place.rank != 0:
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("a+") as file:
+    with _open(run_dir) as file:
         works = _lock(file, run_dir, place)
         before = _owner(file)
         end = time.monotonic() + DYING_S
@@ -58,11 +57,20 @@ def hold(run_dir: Path, place: Place, patience_s: float = PATIENCE_S) -> Iterato
 
 
 def refuse_held(run_dir: Path, place: Place) -> None:
-    """Raises InUse if another process of a machine that shares locks with this one holds the directory."""
-    path = run_dir / "lock"
-    if path.exists():
-        with path.open("a+") as file:
-            _lock(file, run_dir, place)
+    """Raises InUse if another process of a machine that shares locks with this one holds the directory.
+
+    Raises ConfigError where nothing can be written.
+    """
+    with _open(run_dir) as file:
+        _lock(file, run_dir, place)
+
+
+def _open(run_dir: Path) -> TextIO:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return (run_dir / "lock").open("a+")
+    except OSError as e:
+        raise ConfigError(f"run.dir={run_dir.parent}, run.name={run_dir.name}: cannot write there: {e}") from e
 
 
 def _lock(file: TextIO, run_dir: Path, place: Place) -> bool:

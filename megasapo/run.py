@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -43,7 +44,8 @@ def check_files(cfg: Config) -> None:
     files = {"data.train": cfg.data.train, "data.eval": cfg.data.eval, "sft.data": cfg.sft.data}
     for name, path in files.items():
         if path is not None and not Path(path).is_file():
-            raise ConfigError(f"{name}={path}: no such file")
+            where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+            raise ConfigError(f"{name}={path}: no such file{where}")
 
 
 def world_size(parallel: config.sections.ParallelConfig, nproc: int | None) -> int:
@@ -69,9 +71,13 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
         return None
     if nproc == 1:
         return None
-    if run_dir is not None:
-        lock.refuse_held(run_dir, here)  # again by rank 0, for all that it writes
-    return launch.run(command, argv, nproc, partial(ask_to_stop, run_dir) if run_dir else None)
+    if run_dir is None:
+        return launch.run(command, argv, nproc)
+    lock.refuse_held(run_dir, here)  # again by rank 0, for all that it writes
+    code = launch.run(command, argv, nproc, partial(ask_to_stop, run_dir))
+    if code and (latest := run_dir / "checkpoints" / "latest").exists():
+        print(f"the same command continues from {latest.with_name(latest.read_text().strip())}", file=sys.stderr)
+    return code
 
 
 def ask_to_stop(run_dir: Path) -> None:
@@ -96,6 +102,12 @@ def refuse_other_command(command: str, cfg: Config) -> None:
             raise ConfigError(f"{cfg.run_dir} belongs to `megasapo {owner}`: choose another run.name for {command}")
 
 
+def finished(cfg: Config) -> bool:
+    """Whether `megasapo train` has taken all steps that are asked for now."""
+    done = cfg.run_dir / "done"
+    return done.exists() and json.loads(done.read_text())["step"] >= cfg.train.steps
+
+
 class RunDir:
     """The directory of one run; README.md says what is where."""
 
@@ -117,7 +129,7 @@ class RunDir:
 
     def _save_config(self, cfg: Config) -> None:
         path = self.path / "config.yaml"
-        if path.exists():
+        if path.exists() and (self.path / "checkpoints" / "latest").exists():  # else nothing of it is continued
             before = yaml.safe_load(path.read_text())
             for line in config.differences(before, cfg.model_dump(mode="json")):
                 print(f"{self.path}: setting changed since the run began: {line}", flush=True)

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
     cfg, nproc = run.parse("train", "Reinforcement learning; every setting: megasapo/sections.py.", argv)
     check(cfg)
-    if (cfg.run_dir / "done").exists() and not launch.is_rank():
-        print(f"{cfg.run_dir} has already finished: choose another run.name, or remove it")
+    if run.finished(cfg) and not launch.is_rank():
+        print(f"{cfg.run_dir} has already finished: choose another run.name, or a train.steps above {cfg.train.steps}")
         return 0
     code = run.on_ranks("train", argv, nproc, cfg.run_dir)
     if code is None:
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
 
 def check(cfg: Config) -> None:
     """Refuse a configuration that this command cannot use (ConfigError); before any rank starts."""
+    from megasapo.rewards import model as rewards
+
     if cfg.data.train is None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:
@@ -59,6 +61,7 @@ def check(cfg: Config) -> None:
     layout.check_tokens(cfg)
     settings.resolve(cfg.algo, cfg.rollout)
     run.refuse_other_command("train", cfg)
+    rewards.check(cfg.reward)
     if cfg.rollout.episode:
         from megasapo.rollout.episode import load
 
@@ -279,6 +282,10 @@ def train(cfg: Config) -> None:
             last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
             parts = _make_parts(cfg, topo, directory, stop, last, heartbeat, cleanup)
             step = resume(parts, last)
+        if last is not None and topo.rank == 0:
+            print(f"continues from {last}", flush=True)
+            if step < cfg.train.steps:
+                (directory.path / "done").unlink(missing_ok=True)  # train.steps was raised since
         step = loop(parts, step)
         with heartbeat.phase("save"):
             parts.policy.finish_saving()
@@ -322,6 +329,7 @@ def _make_parts(
     from megasapo.mcore.policy import Policy
     from megasapo.meter import Meter
     from megasapo.publish import Publisher
+    from megasapo.rollout.limits import check_prompts
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Guard
 
@@ -329,6 +337,7 @@ def _make_parts(
     dataset = PromptDataset(cfg.data.train or "", tokenizer, cfg.data)
     if dataset.num_dropped and topo.rank == 0:
         print(f"{dataset.path}: {dataset.num_dropped} prompts above data.max_prompt_tokens left out", flush=True)
+    check_prompts(cfg.model.path, dataset, cfg.rollout.max_new_tokens)
     stream = PromptStream(dataset, cfg.run.seed, cfg.data.shuffle)
     algo, steps = settings.resolve(cfg.algo, cfg.rollout), cfg.train.steps * cfg.algo.mini_batches
     policy = Policy(cfg, topo, algo, temperature=cfg.rollout.temperature, total_steps=steps)

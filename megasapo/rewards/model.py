@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
+import importlib.util
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +68,7 @@ class RewardModel:
     def __init__(self, cfg: RewardConfig, *, max_workers: int | None = None) -> None:
         self._cfg = cfg
         self._max_workers = max_workers or max(2, min(8, (os.cpu_count() or 2) // 4))
-        for spec in cfg.rewards:
-            _check(spec)
+        check(cfg)
         self._graders: list[_Grader] = []
         self._pools: list[GraderPool] = []
         self._client: Any = None
@@ -196,8 +197,15 @@ def _timed(score: Reward, timeout_s: float) -> Reward:
     return timed
 
 
+def check(cfg: RewardConfig) -> None:
+    """Raise ConfigError for an unknown reward or module, an option it does not have, or a pattern that is none."""
+    for spec in cfg.rewards:
+        _check(spec)
+
+
 def _check(spec: RewardSpec) -> None:
-    """Raise ConfigError for an unknown reward, an option it does not have, or a pattern that is none."""
+    if ":" in spec.name:
+        _check_module(spec.name.partition(":")[0])
     if ":" in spec.name or spec.name in IN_WORKER:
         return  # the worker that loads it checks its options
     if spec.name not in INLINE:
@@ -211,6 +219,22 @@ def _check(spec: RewardSpec) -> None:
             regex.compile(spec.options["pattern"])
     except (ValueError, TypeError, regex.error) as e:
         raise ConfigError(f"reward.rewards: {spec.name}: {e}") from e
+
+
+def _check_module(module: str) -> None:
+    """That python finds it; it is imported by the worker alone."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        found = False
+    finally:
+        sys.path.pop(0)
+    if not found:
+        raise ConfigError(
+            f"reward.rewards: there is no module {module!r}: it is looked for where python finds modules, and in the "
+            f"working directory {os.getcwd()}"
+        )
 
 
 def _unique(names: list[str]) -> list[str]:

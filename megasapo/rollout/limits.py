@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megasapo.data.prompts import PromptDataset
+from megasapo.errors import ConfigError
 from megasapo.geometry import read_geometry
 from megasapo.rollout.protocol import RolloutError
 from megasapo.routing.validate import RoutingRule
@@ -85,6 +87,18 @@ class ModelLimits:
                     f"prompt {i}: {len(ids)} tokens + max_new_tokens={s.max_new_tokens} exceed the model's "
                     f"max_position_embeddings={self.max_positions}"
                 )
+
+
+def check_prompts(model_path: str, dataset: PromptDataset, max_new_tokens: int) -> None:
+    """Refuse a file with a prompt that leaves the model no room for a whole response (ConfigError)."""
+    most = ModelLimits.read(model_path).max_positions
+    longest = max(dataset.prompts, key=lambda prompt: len(prompt.input_ids))
+    if len(longest.input_ids) + max_new_tokens > most:
+        raise ConfigError(
+            f"{dataset.path}:{longest.index}: the prompt's {len(longest.input_ids)} tokens + rollout.max_new_tokens="
+            f"{max_new_tokens} exceed the model's max_position_embeddings={most}: lower rollout.max_new_tokens, or "
+            "leave long prompts out with data.max_prompt_tokens and data.overlong=drop"
+        )
 
 
 def _dense_layers(config: dict[str, Any]) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ import pytest
 from megasapo.data.files import DataError, read_records
 from megasapo.data.prompts import PromptDataset, PromptStream, epoch_order
 from megasapo.data.sft import load_demonstrations
+from megasapo.errors import ConfigError
+from megasapo.rollout.limits import check_prompts
 from megasapo.sections import DataConfig, SftConfig
 
 
@@ -45,6 +47,15 @@ def write(path: Path, *rows: Any) -> Path:
 
 def dataset(path: Path, tokenizer: Any = None, **settings: Any) -> PromptDataset:
     return PromptDataset(path, tokenizer or ByteTokenizer(), DataConfig(**settings))
+
+
+def test_a_prompt_that_leaves_no_room_for_a_response_is_named_before_the_run(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "max_position_embeddings": 10, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    data = dataset(write(tmp_path / "d.jsonl", {"prompt": "1+1", "answer": 2}, {"prompt": "11+11", "answer": 22}))
+    check_prompts(str(tmp_path), data, 4)
+    with pytest.raises(ConfigError, match=r"d\.jsonl:2: the prompt's 6 tokens \+ rollout\.max_new_tokens=5 exceed"):
+        check_prompts(str(tmp_path), data, 5)
 
 
 def test_text_prompts_get_begin_token_and_keep_other_fields(tmp_path: Path) -> None:

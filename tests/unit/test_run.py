@@ -10,7 +10,7 @@ import pytest
 from megasapo import config, launch, lock, sft, train
 from megasapo.config import Config, ConfigError
 from megasapo.launch import Place
-from megasapo.run import RunDir, ask_to_stop, on_ranks, refuse_other_command
+from megasapo.run import RunDir, ask_to_stop, finished, on_ranks, refuse_other_command
 
 
 def settings(root: Path, *overrides: str) -> Config:
@@ -50,11 +50,27 @@ def test_ranks_are_not_started_where_another_job_works(tmp_path: Path) -> None:
         on_ranks("train", [], 2, tmp_path)
 
 
+def test_a_directory_that_cannot_be_written_is_refused_before_ranks_start(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ConfigError, match=r"run\.name=run: cannot write there: .*Not a directory"):
+        on_ranks("train", [], 2, tmp_path / "runs" / "run")
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "train.steps=3")
+    assert not finished(cfg)
+    RunDir(cfg, is_main=True).finish("train", 3)
+    assert finished(cfg)
+    assert not finished(settings(tmp_path, "train.steps=4"))
+
+
 def test_changed_settings_are_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunDir(settings(tmp_path), is_main=True)
-    assert capsys.readouterr().out == ""
+    RunDir(settings(tmp_path, "optim.lr=0.25"), is_main=True)
+    assert capsys.readouterr().out == "", "there is no checkpoint: nothing of the first is continued"
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000002")
     RunDir(settings(tmp_path, "optim.lr=0.5"), is_main=True)
-    assert "setting changed since the run began: optim.lr: 1e-06 -> 0.5" in capsys.readouterr().out
+    assert "setting changed since the run began: optim.lr: 0.25 -> 0.5" in capsys.readouterr().out
     assert config.load(tmp_path / "run" / "config.yaml").optim.lr == 0.5
 
 
