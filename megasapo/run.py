@@ -121,6 +121,13 @@ class RunDir:
             if not self._stop_is_ours():
                 (self.path / "stop").unlink(missing_ok=True)  # somebody asked an earlier run
 
+    def resumed(self, checkpoint: Path | None, *, finished: bool) -> None:
+        """Say where the run goes on, and that it is not done where train.steps was raised since."""
+        if self._is_main and checkpoint is not None:
+            print(f"continues from {checkpoint}", flush=True)
+            if not finished:
+                (self.path / "done").unlink(missing_ok=True)
+
     def finish(self, command: str, step: int) -> None:
         """Write `done`: the run has ended by itself."""
         if self._is_main:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megasapo import launch, layout, lock, run
 from megasapo.algo import settings
 from megasapo.config import Config, ConfigError
+from megasapo.rewards import model as rewards
 from megasapo.types import Batch, Group, TrainSequence
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ def main(argv: list[str]) -> int:
 
 def check(cfg: Config) -> None:
     """Refuse a configuration that this command cannot use (ConfigError); before any rank starts."""
-    from megasapo.rewards import model as rewards
-
     if cfg.data.train is None:
         raise ConfigError("data.train is required: JSONL or parquet with prompt (or messages) and answer")
     if cfg.train.eval_every and cfg.data.eval is None:
@@ -282,10 +281,7 @@ def train(cfg: Config) -> None:
             last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
             parts = _make_parts(cfg, topo, directory, stop, last, heartbeat, cleanup)
             step = resume(parts, last)
-        if last is not None and topo.rank == 0:
-            print(f"continues from {last}", flush=True)
-            if step < cfg.train.steps:
-                (directory.path / "done").unlink(missing_ok=True)  # train.steps was raised since
+        directory.resumed(last, finished=step >= cfg.train.steps)
         step = loop(parts, step)
         with heartbeat.phase("save"):
             parts.policy.finish_saving()

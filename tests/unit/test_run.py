@@ -59,9 +59,12 @@ def test_a_directory_that_cannot_be_written_is_refused_before_ranks_start(tmp_pa
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "train.steps=3")
     assert not finished(cfg)
-    RunDir(cfg, is_main=True).finish("train", 3)
+    directory = RunDir(cfg, is_main=True)
+    directory.finish("train", 3)
     assert finished(cfg)
     assert not finished(settings(tmp_path, "train.steps=4"))
+    directory.resumed(Path("step_00000003"), finished=False)
+    assert not (cfg.run_dir / "done").exists()
 
 
 def test_changed_settings_are_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
