@@ -152,16 +152,18 @@ def _settle_servers(cfg: Config, args: argparse.Namespace) -> tuple[Config, int]
     if rollout.engine == "sglang" and given is None and tp > 1 and (args.server_tp or not rollout.spawn_command):
         rollout = rollout.model_copy(update={"server_args": (*rollout.server_args, TP_FLAGS[0], str(tp))})
     if args.colocated and args.gpus:
-        _check_sharing(rollout, flags)
+        _check_sharing(rollout, flags, all_gpus=tp == args.gpus)
     rollout = with_routing(rollout) if cfg.asks_for_routing else rollout
     return cfg.model_copy(update={"rollout": rollout}), tp
 
 
-def _check_sharing(rollout: config.sections.RolloutConfig, flags: tuple[str, ...]) -> None:
-    if rollout.publish != "disk":
+def _check_sharing(rollout: config.sections.RolloutConfig, flags: tuple[str, ...], all_gpus: bool) -> None:
+    if rollout.publish == "distributed":
         raise ConfigError(
-            f"rollout.publish={rollout.publish}: learner and server share their GPUs, which NCCL refuses: use disk"
+            "rollout.publish=distributed: learner and server share their GPUs, which NCCL refuses: use disk"
         )
+    if rollout.publish == "tensor" and not all_gpus:
+        raise ConfigError("rollout.publish=tensor: a server would not see the GPU of the learner's rank 0: use disk")
     if rollout.engine == "sglang" and flag(flags, MEMORY_FLAG) is None:
         raise ConfigError(
             f"learner and server share their GPUs, and SGLang takes most of the memory unless told otherwise: add "

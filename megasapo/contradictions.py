@@ -5,7 +5,9 @@ Called by config.py once a configuration is complete. What depends on the model 
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from megasapo.config import Config
@@ -108,6 +110,7 @@ def _check_algo(cfg: Config) -> None:
 def _check_rollout(cfg: Config) -> None:
     r = cfg.rollout
     _check_servers(cfg)
+    _check_publish(cfg)
     if r.drop_zero_variance and r.group_size == 1:
         raise ValueError("rollout.drop_zero_variance needs groups of at least 2: a group of one has no variance")
     if r.oversample > 1 and r.repeatable:
@@ -143,11 +146,6 @@ def _check_servers(cfg: Config) -> None:
             f"rollout.hedge_after_s={r.hedge_after_s:g} needs requests that can be told apart, and a repeatable run "
             "sends one a step: use rollout.deterministic=false"
         )
-    if r.publish_changed_only and (r.publish == "disk" or r.quantization != "none"):
-        raise ValueError(
-            f"rollout.publish_changed_only=true with publish={r.publish}, quantization={r.quantization}: a directory "
-            "is always whole, and quantised weights go with their scales: use publish=distributed without quantization"
-        )
     if r.router is None:
         return
     if cfg.asks_for_routing:
@@ -174,6 +172,30 @@ def _check_optim(cfg: Config) -> None:
         raise ValueError(
             f"optim.min_lr={cfg.optim.min_lr} is more than optim.lr={cfg.optim.lr}: lower the first or raise the second"
         )
+
+
+def _check_publish(cfg: Config) -> None:
+    r = cfg.rollout
+    if r.publish_changed_only and (r.publish == "disk" or r.quantization != "none"):
+        raise ValueError(
+            f"rollout.publish_changed_only=true with publish={r.publish}, quantization={r.quantization}: a directory "
+            "is always whole, and quantised weights go with their scales: use publish=distributed or tensor, without "
+            "quantization"
+        )
+    elsewhere = [url for url in r.servers if not _on_loopback(url)]
+    if r.publish == "tensor" and elsewhere:
+        raise ValueError(
+            f"rollout.publish=tensor gives servers memory of this machine, and rollout.servers names {elsewhere[0]}: "
+            "use publish=distributed or disk, or http://127.0.0.1:PORT if it does run here"
+        )
+
+
+def _on_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_eval(cfg: Config) -> None:

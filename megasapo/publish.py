@@ -1,4 +1,4 @@
-"""Weights from the learner to the rollout servers: as an HF directory on disk, or broadcast to all of them.
+"""Weights from the learner to the rollout servers: as an HF directory, by broadcast, or through shared memory.
 
 train.py calls a Publisher on every rank; only rank 0 talks to servers, the others take part in the export. A server
 that misses an update keeps its old stamp (or "incomplete") and so is never sampled from as if it were new. It knows the
@@ -19,13 +19,15 @@ from megasapo.checksum import Checksum
 from megasapo.rollout.broadcast import Broadcast
 from megasapo.rollout.disk import DiskDelivery
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.handover import Handover
+from megasapo.rollout.online import Channel, OnlineDelivery
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import quantise_bucket
 from megasapo.rollout.watch import Server
+from megasapo.rollout.weight_files import Bucket
 from megasapo.sections import RolloutConfig
 
 log = logging.getLogger(__name__)
-Bucket = list[tuple[str, torch.Tensor]]
 ATTEMPTS = 3
 
 
@@ -73,8 +75,8 @@ class Publisher:
         """`export`: buckets on rank 0, as many empty lists elsewhere. `fleet`: the started one on rank 0, elsewhere the
         connected one or None.
 
-        `agree(x)` returns rank 0's x on every rank. `device`: of the broadcast, CUDA means NCCL. `verify`: compare the
-        embedded servers' checksum with the export's.
+        `agree(x)` returns rank 0's x on every rank. `device`: the model's; CUDA means NCCL, or CUDA IPC. `verify`:
+        compare the embedded servers' checksum with the export's.
         """
         if rank == 0 and fleet is None:
             raise ValueError("rank 0 publishes and needs the fleet that it started")
@@ -87,12 +89,8 @@ class Publisher:
             if cfg.publish == "disk":
                 self._delivery = DiskDelivery(fleet, run_dir, model_dir, quantised=self._quantise)
             else:
-                self._delivery = Broadcast(
-                    fleet,
-                    device or torch.device("cpu"),
-                    timeout_s=cfg.start_timeout_s,
-                    changed_only=cfg.publish_changed_only,
-                )
+                channel = _channel(cfg, fleet, device or torch.device("cpu"))
+                self._delivery = OnlineDelivery(fleet, channel, changed_only=cfg.publish_changed_only)
 
     def __call__(self, version: int) -> None:
         """Publish as `version`; RolloutError on every rank when no server could be given it in a few attempts.
@@ -191,3 +189,10 @@ class Publisher:
                     f"{server.url} holds other weights than were published: checksum {got[:12]}... instead of "
                     f"{wanted[:12]}...; does it keep them in another dtype than the learner's model.dtype?"
                 )
+
+
+def _channel(cfg: RolloutConfig, fleet: Fleet, device: torch.device) -> Channel:
+    if cfg.publish == "distributed":
+        return Broadcast(fleet, device, timeout_s=cfg.start_timeout_s)
+    # the embedded server maps no GPU memory of others
+    return Handover(fleet, device if cfg.engine == "sglang" else torch.device("cpu"))

@@ -183,10 +183,11 @@ class RolloutConfig(Section):
     deterministic: bool = True
     """Embedded server at max_staleness 0: a run gives the same samples bit for bit (one request a leader and step,
     seeded, run by itself). False: requests mix freely, which is faster."""
-    publish: Literal["disk", "distributed"] = "disk"
-    """How weights reach the servers: an HF directory, or broadcast over gloo (CPU) or NCCL (GPU)."""
+    publish: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach the servers: an HF directory; broadcast over gloo (CPU) or NCCL (GPU); or, to servers of the
+    learner's machine (colocated ones), through shared memory (CPU) or CUDA IPC (GPU)."""
     publish_changed_only: bool = False
-    """publish=distributed: send only tensors that differ from those that the servers have; each is hashed for it."""
+    """publish=distributed or tensor: send only tensors that are not those that servers have, by their hashes."""
     publish_bucket_mb: PositiveFloat = 256.0
     """Most bytes of full tensors gathered at once."""
     quantization: Literal["none", "fp8_block"] = "none"

@@ -160,14 +160,9 @@ class ServerClient:
     async def resume(self) -> None:
         await self._control("/continue_generation", {})
 
-    @asynccontextmanager
-    async def paused(self, mode: PauseMode = "retract") -> AsyncIterator[None]:
-        """Requests in flight wait and go on with the weights that are there afterwards, or are aborted."""
-        await self.pause(mode)
-        try:
-            yield
-        finally:  # a server left paused would keep every request waiting
-            await retrying(self.resume, what=f"resuming {self.url}", for_s=RESUME_FOR_S)
+    async def _resume_surely(self) -> None:
+        """A server left paused would keep every request waiting."""
+        await retrying(self.resume, what=f"resuming {self.url}", for_s=RESUME_FOR_S)
 
     async def abort(self, rid: str | None = None) -> None:
         """Abort one request, or all of them; their answers come with finish_reason abort."""
@@ -184,16 +179,17 @@ class ServerClient:
     # --- weights ---
 
     @asynccontextmanager
-    async def updating(self, version: int, mode: PauseMode) -> AsyncIterator[Update]:
+    async def updating(self, version: int, mode: PauseMode, *, session: bool = True) -> AsyncIterator[Update]:
         """pause -> begin -> what the caller does -> end -> flush -> stamp -> resume. `mode`: of the pause.
 
-        Whatever goes wrong, a server that may hold parts of two versions is stamped so, or stays paused when it cannot
-        be reached: it never samples under a version that it has not.
+        `session`: with begin and end, which an update from disk does without. Whatever goes wrong, a server that may
+        hold parts of two versions is stamped so, or stays paused when it cannot be reached: it never samples under a
+        version that it has not.
         """
         update = Update()
         try:
             await self.pause(mode)
-            session = await self.begin_update()
+            session = session and await self.begin_update()
             yield update
             if session:
                 await self.end_update()
@@ -205,20 +201,22 @@ class ServerClient:
                     await self.stamp(INCOMPLETE)
                 with suppress(RolloutError):  # it may have ended, or another learner's that was killed may be open
                     await self.end_update()
-                await self.resume()
+                await self._resume_surely()
             raise
-        await self.resume()
+        await self._resume_surely()
 
-    async def update_from_disk(self, path: str | Path, version: int, *, flush: bool = True) -> None:
-        """Load an HF directory that the server can read, stamp it; the old weights stay where that fails.
+    async def load_from_disk(self, directory: Path, version: int, mode: PauseMode) -> None:
+        """All of an update from an HF directory that the server can read; the old weights stay where that fails.
 
-        `flush`: and forget cached prefixes; not while requests hold them, for SGLang would die.
+        The server stamps what it loads by itself, so that it is right even if its answer never comes.
         """
-        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": flush}
-        await self._control("/update_weights_from_disk", body)
+        async with self.updating(version, mode, session=False):
+            # SGLang dies if it is to flush while requests hold the cache, as those that are paused in place do
+            body = {"model_path": str(directory), "weight_version": str(version), "flush_cache": mode != "in_place"}
+            await self._control("/update_weights_from_disk", body)
 
     async def begin_update(self) -> bool:
-        """Open a session for update_from_distributed; False where the server knows none (SGLang up to 0.5.17)."""
+        """Open a session for update_from_*; False where the server knows none (SGLang up to 0.5.17)."""
         try:
             await self._control("/begin_weight_update", {})
         except Refused as e:
@@ -261,6 +259,11 @@ class ServerClient:
             "load_format": "flattened_bucket" if flattened else None,
         }
         await self._control("/update_weights_from_distributed", body)
+
+    async def update_from_tensor(self, payloads: list[str]) -> None:
+        """Copy tensors that lie in memory of this machine; one payload for each rank of the server (see handover)."""
+        body = {"serialized_named_tensors": payloads, "load_format": None, "flush_cache": False}
+        await self._control("/update_weights_from_tensor", body)
 
     async def stamp(self, version: int | str) -> None:
         """Set the version of the weights in place; requests in flight stay."""

@@ -5,14 +5,12 @@ Used by publish on rank 0. The newest directory stays: a server that was restart
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import shutil
 from pathlib import Path
 
-from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
-from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.online import succeeded, together
 from megasapo.rollout.quantise import quantised_config
 from megasapo.rollout.watch import Server
 from megasapo.rollout.weight_files import Bucket, Writer, read_config
@@ -41,9 +39,9 @@ class DiskDelivery:
     def finish(self) -> list[Server]:
         assert self._writer is not None
         self._writer.finish(self._model_dir, self._config)
-        target = self._writer.target
-        up = self._fleet.wait_ready()
-        updated = self._fleet.run(self._load_all(up, target))
+        target, up, mode = self._writer.target, self._fleet.wait_ready(), self._fleet.cfg.on_publish
+        loads = [self._fleet.control(s).load_from_disk(target, self._version, mode) for s in up]
+        updated = succeeded(up, together(self._fleet, loads), f"load {target}")
         self.weights_dir = target
         return updated
 
@@ -61,24 +59,3 @@ class DiskDelivery:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    async def _load_all(self, servers: list[Server], directory: Path) -> list[Server]:
-        results = await asyncio.gather(
-            *(self._load(self._fleet.control(s), directory) for s in servers), return_exceptions=True
-        )
-        for server, result in zip(servers, results, strict=True):
-            if isinstance(result, BaseException) and not isinstance(result, RolloutError):
-                raise result
-            if result is not None:
-                log.warning("%s did not load version %d: %s", server.url, self._version, result)
-        updated = [s for s, result in zip(servers, results, strict=True) if result is None]
-        if not updated:
-            raise RolloutError(f"no server loaded {directory}: {results[0]}")
-        return updated
-
-    async def _load(self, client: ServerClient, directory: Path) -> None:
-        mode = self._fleet.cfg.on_publish
-        async with client.paused(mode):
-            await client.update_from_disk(directory, self._version, flush=mode != "in_place")
-            if mode == "in_place":
-                await client.flush(mode)

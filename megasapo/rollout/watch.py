@@ -1,7 +1,7 @@
 """The watch over a fleet's servers: starts them, restarts what died, knows who is up and which weights each holds.
 
 One thread with one event loop, owned by a fleet; weight and pause calls run in the same loop. A server that missed a
-publish to disk is brought up to date here; after a broadcast only a new publish can do that. The fleets of the other
+publish to disk is brought up to date here; after other ways only a new publish can do that. The fleets of the other
 data-parallel leaders have a watch that only looks.
 """
 
@@ -364,13 +364,8 @@ class Watch:
                 return
             version, weights_dir, client = self._version, self._weights_dir, self.client(server)
             log.warning("rollout server %d has version %s: loading %s", server.index, server.version, weights_dir)
-
-            async def load() -> None:
-                async with client.paused():
-                    await client.update_from_disk(weights_dir, version)
-
             try:
-                await load()
+                await client.load_from_disk(weights_dir, version, "retract")
             except Refused as e:
                 server.refused_version, server.trouble = version, str(e)
                 log.error("rollout server %d cannot load version %d and is left out: %s", server.index, version, e)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.runs import metrics, running, write_config
+from tests.e2e.runs import metrics, running, without_timing, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 Settings = Callable[..., dict[str, Any]]
@@ -38,6 +38,19 @@ def test_a_users_own_word_problems_in_bfloat16(tmp_path: Path, settings: Setting
     assert 0 < rows[-1]["mismatch/logprob_abs_diff"] < 0.1
     line = json.loads((tmp_path / "run" / "rollouts" / "step_00000001.jsonl").read_text().splitlines()[0])
     assert any(word in line["prompt"] for word in ("How", "how", "What", "what"))
+
+
+@pytest.mark.parametrize("publish", ["distributed", "tensor"])
+def test_a_run_is_the_same_however_weights_are_published(
+    tmp_path: Path, settings: Settings, unbroken: Path, publish: str
+) -> None:
+    """The unbroken run publishes to disk; samples are repeatable, so every metric is the same to the last bit."""
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    changes = [f"rollout.publish={publish}", "rollout.publish_bucket_mb=0.1", "train.steps=3", "train.save_every=3"]
+    with running("train", config, *changes, log=tmp_path / "log") as run:
+        run.succeed()
+    assert not (tmp_path / "run" / "weights").exists()
+    assert without_timing(metrics(tmp_path / "run")) == without_timing(metrics(unbroken))[:3]
 
 
 def test_asynchronous_rollouts_over_a_broadcast(tmp_path: Path, settings: Settings) -> None:

@@ -11,23 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from megasapo.geometry import read_geometry
 from megasapo.publish import Bucket, Publisher
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.online import OnlineDelivery
+from megasapo.rollout.protocol import INCOMPLETE, RolloutError
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.conftest import Contract
+from tests.sglang.reference import greedy_of, logprobs_of, routing_of
 from tests.sglang.router import routing
 
 PROMPTS = [(5, 6, 7), (300, 41, 9, 17, 400, 401, 402), (64,)]
@@ -45,38 +46,6 @@ META = {
     ),
     *("num_retractions", "input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length"),
 }
-
-
-@cache
-def load(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-@cache
-def greedy_of(directory: Path, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    ids = torch.tensor([prompt])
-    out = load(directory).generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None)
-    return tuple(out[0, len(prompt) :].tolist())
-
-
-def logprobs_of(
-    directory: Path, prompt: tuple[int, ...], output: tuple[int, ...], temperature: float = 1.0
-) -> np.ndarray:
-    """[R] teacher-forced."""
-    ids = torch.tensor([prompt + output])
-    with torch.no_grad():
-        logp = torch.log_softmax(load(directory)(ids).logits[0] / temperature, dim=-1)
-    return logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
-
-
-def routing_of(directory: Path, prompt: tuple[int, ...], output: tuple[int, ...]) -> np.ndarray:
-    """[P + R - 1, L, K], descending weight."""
-    ids = torch.tensor([(prompt + output)[:-1]])
-    with torch.no_grad():
-        logits = load(directory)(ids, output_router_logits=True).router_logits
-    return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
 
 
 def generate(
@@ -384,9 +353,8 @@ def test_a_flush_is_refused_while_requests_run(contract: Contract) -> None:
 # --- weights: these come last, for they change what the server holds ---
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
-def test_published_weights_are_the_ones_that_answer(contract: Contract, method: str) -> None:
-    base = 10 if method == "disk" else 20
+@pytest.mark.parametrize(("method", "base"), [("disk", 10), ("distributed", 20), ("tensor", 25)])
+def test_published_weights_are_the_ones_that_answer(contract: Contract, method: str, base: int) -> None:
     for version, directory in enumerate((contract.new, contract.old, contract.new), base):
         publish(contract, directory, version, method)
         assert_serves(contract, directory, version)
@@ -397,9 +365,8 @@ def test_published_weights_are_the_ones_that_answer(contract: Contract, method: 
         np.testing.assert_array_equal(np.float32(got), expected.numpy())
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
-def test_a_request_in_flight_outlives_a_publish(contract: Contract, method: str) -> None:
-    base = 30 if method == "disk" else 40
+@pytest.mark.parametrize(("method", "base"), [("disk", 30), ("distributed", 40), ("tensor", 45)])
+def test_a_request_in_flight_outlives_a_publish(contract: Contract, method: str, base: int) -> None:
     publish(contract, contract.old, base, method)
     request = InFlight(contract, "long")
     publish(contract, contract.new, base + 1, method)
@@ -450,6 +417,28 @@ def test_a_sample_in_flight_goes_on_after_a_publish_however_it_is_set(
         assert time.monotonic() < deadline + 60
         time.sleep(0.05)
     assert_serves(contract, contract.new, base + 1)
+
+
+@pytest.mark.parametrize(("method", "base"), [("distributed", 70), ("tensor", 75)])
+def test_a_publish_given_up_midway_leaves_a_server_that_says_so(
+    contract: Contract, method: str, base: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(contract, contract.old, base, method)
+    real = OnlineDelivery.send
+
+    def one_bucket(self: OnlineDelivery, bucket: Bucket) -> None:
+        if self._on_the_way:
+            raise RolloutError("scripted")
+        real(self, bucket)
+
+    monkeypatch.setattr(OnlineDelivery, "send", one_bucket)
+    with pytest.raises(RolloutError, match=r"not published in 3 attempts: .*scripted"):
+        publish(contract, contract.new, base + 1, method)
+    monkeypatch.undo()
+    assert contract.http.get("/model_info").json()["weight_version"] == INCOMPLETE
+    assert not contract.fleet.servers[0].ready
+    publish(contract, contract.new, base + 2, method)
+    assert_serves(contract, contract.new, base + 2)
 
 
 def test_a_failed_update_from_disk_leaves_weights_and_stamp(contract: Contract) -> None:

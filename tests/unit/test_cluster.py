@@ -161,6 +161,10 @@ def test_routing_and_precision_reach_the_servers(config: str) -> None:
         (["--servers", "n3"], "'n3' is not HOST:PORT"),
         (["--colocated"], "SGLang takes most of the memory unless told otherwise: add --mem-fraction-static"),
         (["--colocated", "rollout.publish=distributed"], "NCCL refuses: use disk"),
+        (
+            ["--colocated", "--server-tp", "2", "rollout.publish=tensor"],
+            "would not see the GPU of the learner's rank 0",
+        ),
         (["data.train=/nowhere"], "data.train=/nowhere: no such file"),
         (["train.eval_every=1"], "needs data.eval"),
     ],

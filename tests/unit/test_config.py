@@ -90,6 +90,10 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
             "lets nobody choose which",
         ),
         (["rollout.publish_changed_only=true"], "a directory is always whole"),
+        (
+            ["rollout.publish=tensor", "rollout.servers=[http://127.0.0.1:1, http://127.n:1]"],
+            "names http://127.n:1: use",
+        ),
         (["rollout.top_k=0"], "rollout.top_k=0"),
         (["optim.lr=1e-6", "optim.min_lr=1e-5"], "optim.min_lr=1e-05 is more than optim.lr=1e-06"),
         (["optim.beta2=1"], "optim.beta2=1"),
@@ -113,3 +117,9 @@ def test_nothing_can_be_changed_after_loading() -> None:
     cfg = config.from_dict(MODEL)
     with pytest.raises(Exception, match="frozen"):
         cfg.train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("server", ["http://127.0.0.2:1", "http://localhost:1", "http://[::1]:1"])
+def test_memory_can_be_given_to_servers_on_loopback(server: str) -> None:
+    changes = ["rollout.publish=tensor", f"rollout.servers=['{server}']", "rollout.publish_changed_only=true"]
+    assert config.from_dict(MODEL, changes).rollout.publish == "tensor"

@@ -230,7 +230,7 @@ def test_another_quantisation_is_refused(dirs: dict[str, Path], tmp_path: Path) 
 # --- whole publishes, to real server processes ---
 
 
-def fp8_config(method: Literal["disk", "distributed"] = "disk", **over: Any) -> RolloutConfig:
+def fp8_config(method: Literal["disk", "distributed", "tensor"] = "disk", **over: Any) -> RolloutConfig:
     flags = ("--threads", "1")
     return RolloutConfig(quantization="fp8_block", publish=method, server_args=flags, start_timeout_s=120.0, **over)
 
@@ -255,12 +255,12 @@ def publisher(fleet: Fleet, cfg: RolloutConfig, source: Path, run_dir: Path) -> 
 
 
 def test_a_run_starts_quantised_servers_and_publishes_to_them(dirs: dict[str, Path], tmp_path: Path) -> None:
-    """`verify` compares the server's hash with that of what was published, for both ways."""
+    """`verify` compares the server's hash with that of what was published, for all ways."""
     with Fleet.start(fp8_config(), dirs["old"], tmp_path) as fleet:
         client = fleet.control(fleet.servers[0])
         assert fleet.run(client.model_info())["model_path"] == str(tmp_path / "rollout_model")
         assert fleet.run(client.checksum()) == weights_checksum(tensors_of(dirs["old8"]))
-        for version, (method, name) in enumerate([("disk", "new"), ("distributed", "old")], 1):
+        for version, (method, name) in enumerate([("disk", "new"), ("distributed", "old"), ("tensor", "new")], 1):
             p = publisher(fleet, fp8_config(method), dirs[name], tmp_path)
             p(version)
             p.close()

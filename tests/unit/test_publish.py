@@ -1,4 +1,4 @@
-"""Weights reach real embedded servers bit for bit, from disk and by broadcast, also after a server was killed."""
+"""Weights reach real embedded servers bit for bit, in each way of publishing, also after a server was killed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from megasapo.publish import Bucket, Publisher
-from megasapo.rollout import broadcast
+from megasapo.rollout.broadcast import Broadcast
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
-from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.online import OnlineDelivery
+from megasapo.rollout.protocol import INCOMPLETE, RolloutError
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.tiny import make_model
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPTS = [(5, 6, 7), (300, 41)]
+ONLINE = pytest.mark.parametrize("method", ["distributed", "tensor"])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,12 @@ def greedy_by_transformers(directory: Path) -> list[tuple[int, ...]]:
     return out
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
+def memory_in_use() -> list[Path]:
+    """What this process shares by name."""
+    return list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+
+
+@pytest.mark.parametrize("method", ["disk", "distributed", "tensor"])
 def test_servers_have_the_learners_weights_after_a_publish(
     fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
@@ -104,6 +111,7 @@ def test_servers_have_the_learners_weights_after_a_publish(
         assert {(c.version_min, c.version_max) for c in completions} == {(version, version)}
         assert not fleet.stale()
         p.close()
+    assert memory_in_use() == []
     if method == "disk":
         assert [d.name for d in (tmp_path / "weights").iterdir()] == ["v3"]
         written = tmp_path / "weights" / "v3"
@@ -115,16 +123,42 @@ def test_a_group_serves_many_broadcasts(fleet: Fleet, models: tuple[Path, Path],
     for version in (4, 5, 6):
         p(version)
     delivery = p._delivery
-    assert isinstance(delivery, broadcast.Broadcast)
-    assert delivery._groups_made == 1
+    assert isinstance(delivery, OnlineDelivery)
+    assert isinstance(delivery._channel, Broadcast)
+    assert delivery._channel.groups_made == 1
     p.close()
 
 
+@ONLINE
+def test_servers_without_update_sessions_are_updated_too(
+    models: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    """The protocol of SGLang up to 0.5.17."""
+    command = (
+        sys.executable,
+        str(Path(__file__).with_name("older_server.py")),
+        "--model",
+        "{model}",
+        "--port",
+        "{port}",
+    )
+    cfg = RolloutConfig(engine="sglang", spawn_command=command, start_timeout_s=120.0, deterministic=False)
+    with Fleet.start(cfg, models[0], tmp_path) as fleet:
+        assert not fleet.run(fleet.control(fleet.servers[0]).begin_update())
+        p = publisher(fleet, models[1], models, tmp_path, method)
+        p(1)
+        p.close()
+        completions = generate(fleet)
+        assert tokens(completions) == greedy_by_transformers(models[1])
+        assert {c.version_min for c in completions} == {1}
+
+
+@ONLINE
 def test_a_session_that_a_killed_learner_left_open_is_closed(
-    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
     assert fleet.run(fleet.control(fleet.servers[0]).begin_update())
-    p = publisher(fleet, models[0], models, tmp_path, "distributed")
+    p = publisher(fleet, models[0], models, tmp_path, method)
     p(6)
     assert {c.version_min for c in generate(fleet)} == {6}
     p.close()
@@ -158,10 +192,11 @@ def test_a_server_killed_in_the_middle_of_a_request_loses_nothing(
     assert fleet.take_metrics()["rollout/server_restarts"].value() == 1
 
 
-def test_after_a_broadcast_a_restarted_server_is_stale_until_the_next(
-    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+@ONLINE
+def test_without_a_directory_a_restarted_server_is_stale_until_the_next_publish(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
-    p = publisher(fleet, models[1], models, tmp_path, "distributed")
+    p = publisher(fleet, models[1], models, tmp_path, method)
     p(8)
     expected = generate(fleet)
     process = fleet.servers[0].process
@@ -178,38 +213,47 @@ def test_after_a_broadcast_a_restarted_server_is_stale_until_the_next(
     p.close()
 
 
-def test_a_broadcast_that_fails_midway_is_sent_again(
-    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@ONLINE
+def test_a_publish_that_fails_midway_is_sent_again(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    sent = []
-    real = broadcast.Broadcast.send
+    sent, stamps = [], []
+    real, real_stamp = OnlineDelivery.send, ServerClient.stamp
 
-    def fail_once(self: broadcast.Broadcast, bucket: Bucket) -> None:
+    def fail_once(self: OnlineDelivery, bucket: Bucket) -> None:
         sent.append(len(bucket))
         real(self, bucket)
         if len(sent) == 2:
             raise RolloutError("scripted")
 
-    monkeypatch.setattr(broadcast.Broadcast, "send", fail_once)
-    p = publisher(fleet, models[0], models, tmp_path, "distributed")
+    async def stamp(self: ServerClient, version: int | str) -> None:
+        stamps.append(version)
+        await real_stamp(self, version)
+
+    monkeypatch.setattr(OnlineDelivery, "send", fail_once)
+    monkeypatch.setattr(ServerClient, "stamp", stamp)
+    p = publisher(fleet, models[0], models, tmp_path, method)
     p(9)
     buckets = len(list(export_of(models[0])))
     assert len(sent) == 2 + buckets
+    assert stamps == [INCOMPLETE, 9]
+    assert memory_in_use() == []
     assert tokens(generate(fleet)) == greedy_by_transformers(models[0])
     p.close()
 
 
+@ONLINE
 def test_only_changed_tensors_are_sent_and_all_of_them_to_a_server_that_was_restarted(
-    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
     tensors = dict(tensor for bucket in export_of(models[1]) for tensor in bucket)
 
     def export() -> Iterator[Bucket]:
         yield list(tensors.items())
 
-    p = publisher(fleet, models[1], models, tmp_path, "distributed", export=export, changed_only=True)
+    p = publisher(fleet, models[1], models, tmp_path, method, export=export, changed_only=True)
     delivery = p._delivery
-    assert isinstance(delivery, broadcast.Broadcast)
+    assert isinstance(delivery, OnlineDelivery)
     p(20)
     assert delivery.tensors_left_out == 0
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * 1.5
@@ -230,8 +274,9 @@ def test_only_changed_tensors_are_sent_and_all_of_them_to_a_server_that_was_rest
     p.close()
 
 
-def test_a_server_that_fails_at_the_end_of_a_broadcast_is_left_out_until_the_next(
-    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@ONLINE
+def test_a_server_that_fails_at_the_end_of_a_publish_is_left_out_until_the_next(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     cfg = RolloutConfig(spawn=2, server_args=("--threads", "1"), start_timeout_s=120.0, deterministic=False)
     with Fleet.start(cfg, models[0], tmp_path) as fleet:
@@ -243,7 +288,7 @@ def test_a_server_that_fails_at_the_end_of_a_broadcast_is_left_out_until_the_nex
             await real(self)
 
         monkeypatch.setattr(ServerClient, "end_update", end_update)
-        p = publisher(fleet, models[1], models, tmp_path, "distributed")
+        p = publisher(fleet, models[1], models, tmp_path, method)
         p(5)
         assert [s.ready for s in fleet.servers] == [True, False]
         assert {c.version_min for c in generate(fleet)} == {5}

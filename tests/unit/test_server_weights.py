@@ -1,10 +1,8 @@
 """The embedded server's weights: file names, checksum, updates from disk and by broadcast, and updates that fail."""
 
 import asyncio
-import base64
 import json
 import multiprocessing
-import pickle
 import shutil
 
 import pytest
@@ -222,18 +220,6 @@ def test_weight_by_name(server, dirs):
     answer = server.post("/get_weights_by_name", {"name": "model.norm.wait"})
     assert answer.status_code == 400
     assert "model.norm.weight" in answer.json()["error"]["message"]
-
-
-def test_pickled_tensors_are_refused_unread(server, tmp_path):
-    class Touch:
-        def __reduce__(self):
-            return open, (str(tmp_path / "run"), "w")
-
-    code = base64.b64encode(pickle.dumps(Touch())).decode()
-    answer = server.post("/update_weights_from_tensor", {"serialized_named_tensors": [code], "flush_cache": False})
-    assert answer.status_code == 400
-    assert "takes no pickled tensors" in answer.json()["message"]
-    assert not (tmp_path / "run").exists()
 
 
 def test_sessions_and_versions(server):

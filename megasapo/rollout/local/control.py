@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megasapo.rollout.local import payload
 from megasapo.rollout.local.engine import Engine
 from megasapo.rollout.local.protocol import check_known
 from megasapo.rollout.local.weights import Weights
@@ -204,20 +205,31 @@ class Control:
         # Beside the engine's thread, which goes on; and before any check, or the sender would wait for us in vain.
         async with self._receiving:
             tensors = await asyncio.to_thread(lambda: list(receive(group, specs, self._device)))
+            return await self._replace(tensors, version, body)
 
-            def replace() -> None:
-                self._weights.write(tensors)
-                self._stamp(version)
-
-            await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
-        return self._done("Succeeded to update parameter online.", version)
-
+    @takes(
+        *("serialized_named_tensors", "load_format", "weight_version", "abort_all_requests"),
+        ignored=CACHE_FIELDS,
+    )
     async def update_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
-        """SGLang's takes pickled tensors, which can run any code: refused, whatever they hold."""
-        raise Refused(
-            "the embedded server takes no pickled tensors: use /update_weights_from_disk, with a directory in /dev/shm "
-            "where both share a machine, or /update_weights_from_distributed"
-        )
+        """Tensors in shared memory of this machine. The payload is a pickle in SGLang; see payload.py for ours."""
+        if not self._session:
+            raise Refused(f"update_weights_from_tensor {SESSION}")
+        payloads = field(body, "serialized_named_tensors", list)
+        if len(payloads) != 1 or not isinstance(payloads[0], str):
+            raise Refused("serialized_named_tensors: expected one string, for this server has one rank")
+        if body.get("load_format") is not None:
+            raise Refused(f"load_format={body['load_format']!r}: expected null, a list of names and tensors")
+        version = self._version(body)
+        found = await asyncio.to_thread(payload.parse, payloads[0])
+
+        def check() -> None:
+            for name, shared in found:
+                self._weights.check(name, shared.shape, shared.dtype)
+
+        await self._on_engine(check)  # what is read then is no more than the model
+        tensors = await asyncio.to_thread(payload.read, found)
+        return await self._replace(tensors, version, body)
 
     @takes("new_version", "abort_all_requests")
     async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -249,6 +261,16 @@ class Control:
                 group.close()
             except RuntimeError as e:  # the others are to be left all the same
                 log.warning("leaving the group %r: %s", name, e)
+
+    async def _replace(
+        self, tensors: list[tuple[str, torch.Tensor]], version: str | None, body: dict[str, Any]
+    ) -> dict[str, Any]:
+        def replace() -> None:
+            self._weights.write(tensors)
+            self._stamp(version)
+
+        await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
+        return self._done("Succeeded to update parameter online.", version)
 
     def _version(self, body: dict[str, Any]) -> str | None:
         return field(body, "weight_version", str, "") or None

@@ -1,0 +1,47 @@
+"""Memory that is handed to another process: it takes what it was told of, and neither side's end disturbs the other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megasapo.rollout.handover import Shared
+from tests.gpu.receiver import receiving
+
+CPU = torch.device("cpu")
+
+
+def test_torch_in_another_process_takes_the_tensors() -> None:
+    first = Shared([("a", torch.arange(6.0).view(2, 3)), ("b", torch.tensor(2.5))], CPU)
+    with receiving() as one, receiving() as another:
+        for receiver in (one, another):
+            assert receiver.take(first.payload()) == {"a": 15.0, "b": 2.5}
+        first.payload()  # of a server that never reads it
+        file = first._file
+        assert file is not None
+        first.free()
+        assert not file.exists()
+        second = Shared([("c", torch.full((3,), 2.0, dtype=torch.bfloat16))], CPU)
+        assert one.sums() == {"a": 15.0, "b": 2.5}  # it holds the memory still, and lets go of it now
+        assert one.take(second.payload()) == {"c": 6.0}
+        assert another.sums() == {"a": 15.0, "b": 2.5}
+        second.free()
+
+
+def test_a_sender_that_is_killed_leaves_no_memory_behind() -> None:
+    code = (
+        "import os, signal, torch; from megasapo.rollout.handover import Shared\n"
+        "shared = Shared([('a', torch.ones(4))], torch.device('cpu')); shared.payload()\n"
+        "print(shared._file, shared._file.exists(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    file, existed = done.stdout.split()
+    assert existed == "True"
+    deadline = time.monotonic() + 60
+    while Path(file).exists():  # torch's manager, a process of its own, sees that it is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
