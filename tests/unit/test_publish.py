@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,39 @@ def test_servers_have_the_learners_weights_after_a_publish(
         assert [d.name for d in (tmp_path / "weights").iterdir()] == ["v3"]
         written = tmp_path / "weights" / "v3"
         assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {f.name for f in written.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("method", "update"),
+    [
+        ("disk", ["/update_weights_from_disk"]),
+        ("distributed", ["/begin_weight_update", "/update_weights_from_distributed", "/end_weight_update"]),
+        ("tensor", ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"]),
+    ],
+)
+def test_every_way_updates_a_server_in_one_order(
+    fleet: Fleet,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    update: list[str],
+) -> None:
+    calls: list[str] = []
+    real = ServerClient._call
+
+    async def call(self: ServerClient, verb: str, path: str, *args: Any, **kwargs: Any) -> bytes:
+        if verb == "POST" and "group" not in path:
+            calls.append(path)
+        return await real(self, verb, path, *args, **kwargs)
+
+    monkeypatch.setattr(ServerClient, "_call", call)
+    p = publisher(fleet, models[1], models, tmp_path, method, verify=False)
+    p(4)
+    p.close()
+    order = [path for path, _ in groupby(calls)]  # a bucket is a call
+    after = ["/flush_cache", "/update_weight_version", "/continue_generation"]
+    assert order == ["/pause_generation", *update, *after]
 
 
 def test_a_group_serves_many_broadcasts(fleet: Fleet, models: tuple[Path, Path], tmp_path: Path) -> None:
