@@ -20,6 +20,7 @@ from megasapo.publish import Bucket, Publisher
 from megasapo.rollout.broadcast import Broadcast
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.local import payload
 from megasapo.rollout.online import OnlineDelivery
 from megasapo.rollout.protocol import INCOMPLETE, RolloutError
 from megasapo.sections import RolloutConfig
@@ -150,6 +151,30 @@ def test_every_way_updates_a_server_in_one_order(
     order = [path for path, _ in groupby(calls)]  # a bucket is a call
     after = ["/flush_cache", "/update_weight_version", "/continue_generation"]
     assert order == ["/pause_generation", *update, *after]
+
+
+def test_each_rank_of_a_server_gets_a_payload_of_its_own(
+    fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"tp_size": 2, "dp_size": 1}
+    real = ServerClient.update_from_tensor
+
+    async def server_info(self: ServerClient) -> dict[str, Any]:
+        return sizes
+
+    async def update_from_tensor(self: ServerClient, payloads: list[str]) -> None:
+        first, second = payloads
+        assert payload.parse(first) == payload.parse(second)
+        await real(self, [second])
+
+    monkeypatch.setattr(ServerClient, "server_info", server_info)
+    monkeypatch.setattr(ServerClient, "update_from_tensor", update_from_tensor)
+    p = publisher(fleet, models[0], models, tmp_path, "tensor")
+    p(4)
+    assert tokens(generate(fleet)) == greedy_by_transformers(models[0])
+    sizes["dp_size"] = 2
+    with pytest.raises(RolloutError, match=r"dp_size=2, rollout\.publish=distributed and tensor need 1"):
+        p(5)
 
 
 def test_a_group_serves_many_broadcasts(fleet: Fleet, models: tuple[Path, Path], tmp_path: Path) -> None:
