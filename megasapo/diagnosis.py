@@ -13,27 +13,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megasapo.config import Config
+from megasapo.mcore.diagnose import score_routings, sweep_groups
+from megasapo.mcore.exchange import PackingRule, build_batch
+from megasapo.mcore.policy import Policy, Weights
+from megasapo.mcore.topology import Topology
 from megasapo.metrics import Hist, Metrics
 from megasapo.routing.decompose import Decomposition, decompose
 from megasapo.routing.pictures import flip_map
-from megasapo.routing.scored import TERMS, TERMS_WITH_FP8
+from megasapo.routing.scored import TERMS, TERMS_WITH_FP8, ScoredSequence
 from megasapo.routing.store import cut_diagnosis, read_diagnosis, token_rows, write_diagnosis
 from megasapo.routing.trace import TraceRow, TraceWriter
 from megasapo.routing.validate import RoutingError, RoutingRule, offset_of
 from megasapo.types import Group, TrainSequence
-
-if TYPE_CHECKING:
-    from megasapo.mcore.exchange import PackingRule
-    from megasapo.mcore.policy import Policy, Weights
-    from megasapo.mcore.topology import Topology
-    from megasapo.routing.scored import ScoredSequence
-
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 200  # diagnoses in the picture
@@ -68,12 +65,14 @@ class Diagnosis:
         packing: PackingRule,
         run_dir: Path,
         decode: Callable[[tuple[int, ...]], str],
-        open_trace: Callable[[int | None], TraceWriter | None],
+        rule: RoutingRule | None,
         resume_step: int | None,
     ):
-        """`decode`: token ids to text; `open_trace(last step to keep)`: this rank's share of the trace, if any."""
+        """`decode`: token ids to text; `rule`: that servers' routing must fit, where they are asked for it."""
         self._cfg, self._topo, self._policy, self._packing = cfg, topo, policy, packing
-        self._run_dir, self._decode, self._open_trace = run_dir, decode, open_trace
+        self._run_dir, self._decode, self._rule = run_dir, decode, rule
+        layout = policy.routing_layout  # None: nothing is diagnosed
+        self._groups = sweep_groups(len(layout.layers), cfg.routing.diagnose_sweep) if layout is not None else []
         self._begin(resume_step)
         self._weights: dict[int, Weights] = {}  # by version
 
@@ -114,7 +113,7 @@ class Diagnosis:
         """After `last_step` (None: at the beginning); what an earlier start left of later steps is removed."""
         if self._topo.rank == 0:
             cut_diagnosis(self._run_dir, last_step or 0)
-        self._trace = self._open_trace(last_step)
+        self._trace = _open_trace(self._cfg, self._topo, self._rule, self._run_dir, last_step)
 
     def close(self) -> None:
         if self._trace is not None:
@@ -159,9 +158,6 @@ class Diagnosis:
         return version, {candidates[i].uid: candidates[i] for i in chosen}
 
     def _score(self, sequences: Sequence[TrainSequence], theta_0: Weights) -> list[ScoredSequence]:
-        from megasapo.mcore.diagnose import score_routings, sweep_groups
-        from megasapo.mcore.exchange import build_batch
-
         layout = self._policy.routing_layout
         assert layout is not None
         batch = build_batch(
@@ -173,23 +169,19 @@ class Diagnosis:
             weight_rule=_no_weights,
             routing=layout,
         )
-        groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
-        return score_routings(self._policy, batch.mini[0], theta_0, self._topo, groups)
+        return score_routings(self._policy, batch.mini[0], theta_0, self._topo, self._groups)
 
     def _write(self, step: int, version: int, scored: Sequence[ScoredSequence], origins: dict[int, Origin]) -> Figures:
         """Collective. Merge the leaders' sums on rank 0, which writes them."""
-        from megasapo.mcore.diagnose import sweep_groups
-
         layout, algo = self._policy.routing_layout, self._cfg.algo
         assert layout is not None
-        groups = sweep_groups(len(layout.layers), self._cfg.routing.diagnose_sweep)
         shown = sorted(origins)[: self._cfg.routing.diagnose_samples]
         part = decompose(
             scored,
             layers=layout.layers,
             num_experts=layout.num_experts,
             terms=TERMS_WITH_FP8 if self._policy.quantises else TERMS,
-            sweep_groups=tuple(tuple(layout.layers[i] for i in group) for group in groups) or None,
+            sweep_groups=tuple(tuple(layout.layers[i] for i in group) for group in self._groups) or None,
             tau_pos=algo.tau_pos,
             tau_neg=algo.tau_neg,
         )
@@ -214,7 +206,7 @@ class Diagnosis:
         return Figures(self._topo.first(whole.scalars()), whole.histograms(), images)
 
 
-def open_trace(
+def _open_trace(
     cfg: Config, topo: Topology, rule: RoutingRule | None, run_dir: Path, resume_step: int | None
 ) -> TraceWriter | None:
     """The writer of this leader's share of RUN/routing/trace; None without one and on other ranks."""

@@ -316,7 +316,7 @@ def _make_parts(
 ) -> Parts:
     from megasapo.data.prompts import PromptDataset, PromptStream
     from megasapo.data.tokenizer import load_tokenizer
-    from megasapo.diagnosis import Diagnosis, open_trace
+    from megasapo.diagnosis import Diagnosis
     from megasapo.geometry import read_geometry
     from megasapo.log.profile import Profiler
     from megasapo.log.sinks import make_log
@@ -362,8 +362,7 @@ def _make_parts(
     meter = Meter.start(cfg, topo, old_logprobs=cfg.algo.old_logprobs == "learner", reference=bool(cfg.algo.kl_coef))
     cleanup.callback(meter.close)
     profiler = Profiler(cfg.train.profile, directory.path, topo.rank, topo.device)
-    traces = partial(open_trace, cfg, topo, rule, directory.path)
-    diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, traces, resume_step)
+    diagnosis = Diagnosis(cfg, topo, policy, packing, directory.path, tokenizer.decode, rule, resume_step)
     cleanup.callback(diagnosis.close)
     guard = Guard(cfg.stability, topo, directory.path)
     return Parts(
