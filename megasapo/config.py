@@ -58,12 +58,22 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml.load(path.read_text(), _EachKeyOnce) or {}
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
     return from_dict(raw, overrides, source=str(path))
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of two sections of one name YAML's loader would silently take the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1} - {"<<"}:
+            raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--url", help="a running rollout server instead of one started on model.path")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     cfg = _config(args)
     rewards.check(cfg.reward)
     figures, rows = _measure(cfg)

@@ -31,7 +31,7 @@ def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over the file's, values as YAML")
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand behind --nproc, too
     cfg = config.load(args.config, args.overrides)
     check_files(cfg)
     ranks = world_size(cfg.parallel, args.nproc)

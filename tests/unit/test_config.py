@@ -28,6 +28,12 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
     assert cfg.data.eval == "x.jsonl"
 
 
+def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ntrain: {steps: 3}\nrollout: {}\ntrain: {save_every: 1}\n")
+    with pytest.raises(ConfigError, match="train stands there twice"):
+        config.load(tmp_path / "c.yaml")
+
+
 def test_words_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
     assert config.from_dict(MODEL, ["stability.mode=off"]).stability.mode == "off"
     (tmp_path / "c.yaml").write_text("model: {path: m}\nstability: {mode: off}\n")

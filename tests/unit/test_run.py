@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config, launch, lock, sft, train
+from megasapo import config, evaluate, launch, lock, sft, train
 from megasapo.config import Config, ConfigError
 from megasapo.launch import Place
 from megasapo.run import RunDir, ask_to_stop, finished, on_ranks, refuse_other_command
@@ -133,6 +133,14 @@ def test_what_training_cannot_use_is_refused_before_a_rank_starts(
     train.check(settings(tmp_path, *TRAIN))  # 1024 + 1024 tokens take 2047 slots
     with pytest.raises(ConfigError, match=words):
         train.check(settings(tmp_path, *TRAIN, *overrides))
+
+
+def test_settings_may_stand_behind_an_option(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: m}")
+    file, wrong = str(tmp_path / "config.yaml"), "train.steps=0"
+    for main, option in ((train.main, "--nproc=1"), (sft.main, "--nproc=1"), (evaluate.main, "--out=x")):
+        with pytest.raises(ConfigError, match=r"train\.steps=0"):
+            main([file, option, wrong])
 
 
 def test_demonstrations_must_fit_and_rollouts_need_not(tmp_path: Path) -> None:
