@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megasapo import config, layout, run, train
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.rollout.fleet import served_model
 from megasapo.rollout.limits import ModelLimits, flag, size_of
@@ -69,10 +70,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="megasapo cluster", description="what slurm/sapo_moe.sh will start, checked")
+def _parser() -> Parser:
+    p = Parser(prog="megasapo cluster", description="what slurm/sapo_moe.sh will start, checked")
     p.add_argument("config", metavar="CONFIG.yaml")
-    p.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over the file's, values as YAML")
+    p.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML")
     p.add_argument("--learner-nodes", type=int, required=True, metavar="N")
     p.add_argument("--gpus", type=int, required=True, metavar="G", help="GPUs on each node; 0: learn on CPUs")
     p.add_argument("--nproc", type=int, metavar="P", help="ranks on each learner node (default: G)")

@@ -19,6 +19,7 @@ import numpy as np
 
 from megasapo import config
 from megasapo.algo.passk import pass_at_k
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.placed import placed
 from megasapo.rewards import model as rewards
@@ -96,9 +97,9 @@ def load_eval_prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
 
 def main(argv: list[str]) -> int:
     """Entry of the command: starts (or connects to) a server, samples, grades, prints pass@k."""
-    parser = argparse.ArgumentParser(prog="megasapo evaluate", description="pass@k on held-out problems")
+    parser = Parser(prog="megasapo evaluate", description="pass@k on held-out problems")
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="model, data, reward, rollout and eval")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--url", help="a running rollout server instead of one started on model.path")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")

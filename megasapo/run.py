@@ -5,7 +5,6 @@ Called by train.py and sft.py; imports no torch at module level.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from megasapo import config, launch, layout, lock
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.placed import placed
 
@@ -27,9 +27,11 @@ STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that att
 
 def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]:
     """CONFIG.yaml, overrides and --nproc of a learner command. Exits on --help or unusable arguments."""
-    parser = argparse.ArgumentParser(prog=f"megasapo {command}", description=description)
+    parser = Parser(prog=f"megasapo {command}", description=description)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over the file's, values as YAML")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML"
+    )
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
     args = parser.parse_intermixed_args(argv)  # overrides may stand behind --nproc, too
     cfg = config.load(args.config, args.overrides)

@@ -8,7 +8,6 @@ the experts that were used are written alike. Defaults to fp32; `model.dtype=bfl
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megasapo import config, run
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.data.files import DataError, read_records
 from megasapo.geometry import Geometry, read_geometry
@@ -38,7 +38,7 @@ class Line:
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
-    parser = argparse.ArgumentParser(prog="megasapo score", description=__doc__.splitlines()[0])
+    parser = Parser(prog="megasapo score", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="HF_DIR")
     parser.add_argument("--data", required=True, type=Path, metavar="IN.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl")
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine (default: as few as the layout needs)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as parallel.tp=2 or model.dtype=bfloat16")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="such as parallel.tp=2 or model.dtype=bfloat16"
+    )
     args = parser.parse_intermixed_args(argv)
     raw = {"model": {"path": args.model, "dtype": "float32"}}
     cfg = config.from_dict(raw, args.overrides, source="megasapo score")

@@ -6,7 +6,6 @@ It imports no torch and asks neither ranks nor servers anything.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megasapo.arguments import Parser
 from megasapo.errors import UserError
 
 STALE_S = 30.0  # a rank writes every 5 s, and machines' clocks differ by a little
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     return 0 if condition(snapshot).well else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megasapo watch", description="live view of a run; Ctrl-C ends it")
+def _parser() -> Parser:
+    parser = Parser(prog="megasapo watch", description="live view of a run; Ctrl-C ends it")
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--once", action="store_true", help="print one frame; exit code 1 when the run is not well")
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two frames (default 2)")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megasapo import config, run
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.debug import compare, text
 from megasapo.debug.passes import UNQUANTISED, Passes, Variant, Weights, score_all
@@ -64,8 +65,8 @@ def main(argv: list[str]) -> int:
     return code or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megasapo debug", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="megasapo debug", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="whose samples: RUN_DIR/rollouts/step_N")
     one = parser.add_mutually_exclusive_group()
@@ -93,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layouts need)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="settings over the run's own; the layout is one rank unless given"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="a.b=c",
+        help="settings over the run's own; the layout is one rank unless given",
     )
     return parser
 

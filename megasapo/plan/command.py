@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megasapo import config
+from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.plan.hardware import GIB, GPUS
@@ -52,10 +53,12 @@ def main(argv: list[str]) -> int:
     return 0 if own is not None and own.fits else 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megasapo plan", description="memory, messages and time of parallel layouts")
+def _parser() -> Parser:
+    parser = Parser(prog="megasapo plan", description="memory, messages and time of parallel layouts")
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over the file's, values as YAML")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML"
+    )
     parser.add_argument("--gpus", type=int, required=True, help="ranks of the learner, over all machines")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True)
     parser.add_argument("--nodes-of", type=int, default=8, help="GPUs on one machine (default 8)")

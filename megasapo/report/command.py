@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megasapo.arguments import Parser
 from megasapo.errors import UserError
 from megasapo.placed import placed
 from megasapo.report.page import render
@@ -13,7 +13,7 @@ from megasapo.report.read import read_runs
 
 def main(argv: list[str]) -> int:
     """Entry of the command; prints where the page is. UserError: a run that is not there, an output that cannot be."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megasapo report",
         description="One self-contained HTML page about one run, or several laid over one another.",
     )

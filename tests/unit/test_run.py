@@ -154,3 +154,18 @@ def test_demonstrations_must_fit_and_rollouts_need_not(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"sft.max_tokens=66 takes 68 slots \(parallel.cp=2\)"):
         sft.main([*given, f"sft.data={tmp_path / 'data.jsonl'}", "--nproc=2"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: CONFIG.yaml; `megasapo train --help` has all arguments"),
+        (["c.yaml", "--nproce", "2"], "unrecognized arguments: --nproce 2; did you mean --nproc?"),
+        (["c.yaml", "--npro", "2"], "unrecognized arguments: --npro 2; did you mean --nproc?"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"megasapo train: {said}\n"

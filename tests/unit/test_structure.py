@@ -28,6 +28,7 @@ LAYERS = [
         "contradictions",
         "overrides",
         "placed",
+        "arguments",
         "",
     },
     {"algo", "launch", "failures", "fp8", "sinks", "extensions"},

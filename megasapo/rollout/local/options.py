@@ -10,6 +10,8 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megasapo.arguments import Parser
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -50,8 +52,8 @@ def parse(argv: list[str] | None) -> Options:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def _parser() -> Parser:
+    p = Parser(
         prog="megasapo serve",
         description="The embedded rollout server: SGLang's HTTP protocol on transformers' model code.",
     )
