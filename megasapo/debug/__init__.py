@@ -127,16 +127,16 @@ def _plan(args: argparse.Namespace) -> Plan:
     geometry = read_geometry(cfg.model.path)
     samples = read_samples(run_dir, args.step, group_size=cfg.rollout.group_size, geometry=geometry)
     chosen = choose(samples, number=args.sample, uid=args.uid, limit=args.limit)
-    weights = _weights(run_dir, cfg.model.path, chosen, args.behaviour, args.weights)
+    weights = _weights(run_dir, cfg.model.load or cfg.model.path, chosen, args.behaviour, args.weights)
     return Plan(run_dir, args.step, configs, geometry, chosen, len(samples), weights, args.tolerance)
 
 
 def _weights(
-    run_dir: Path, model_path: str, samples: Sequence[Dumped], behaviour: str | None, current: str | None
+    run_dir: Path, started_from: str, samples: Sequence[Dumped], behaviour: str | None, current: str | None
 ) -> Weights:
     # where weights changed while a response was sampled, its first token tells about the older ones
-    directories = {s.number: find(run_dir, model_path, behaviour or str(s.version_min)) for s in samples}
-    return Weights(directories, None if current is None else find(run_dir, model_path, current))
+    directories = {s.number: find(run_dir, started_from, behaviour or str(s.version_min)) for s in samples}
+    return Weights(directories, None if current is None else find(run_dir, started_from, current))
 
 
 def _report(plan: Plan, passes: Passes, out: Path | None) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from megasapo.config import ConfigError
 
 
-def find(run_dir: Path, model_path: str, wanted: str) -> Path:
+def find(run_dir: Path, started_from: str, wanted: str) -> Path:
     """The directory of `wanted`: a step of the run, an HF directory or a training checkpoint. ConfigError lists all."""
     if not wanted.isdecimal():
         path = Path(wanted)
         if not (path / "config.json").is_file() and not (path / "megasapo.json").is_file():
             raise ConfigError(f"{wanted}: neither a step, nor an HF directory, nor a training checkpoint")
         return path
-    there = kept(run_dir, model_path)
+    there = kept(run_dir, started_from)
     if int(wanted) not in there:
         listed = ", ".join(f"{step} ({path})" for step, path in sorted(there.items()))
         raise ConfigError(
@@ -29,9 +29,9 @@ def find(run_dir: Path, model_path: str, wanted: str) -> Path:
     return there[int(wanted)]
 
 
-def kept(run_dir: Path, model_path: str) -> dict[int, Path]:
+def kept(run_dir: Path, started_from: str) -> dict[int, Path]:
     """The weights after each step for which there are any."""
-    found = {0: Path(model_path)}
+    found = {0: Path(started_from)}
     for path in (run_dir / "checkpoints").glob("step_????????"):
         if (path / "megasapo.json").is_file():
             found[int(path.name.removeprefix("step_"))] = path

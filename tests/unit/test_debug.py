@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megasapo import debug
 from megasapo.config import ConfigError
 from megasapo.data.files import DataError
 from megasapo.debug import compare, text
@@ -79,6 +80,17 @@ def test_samples_of_all_leaders_in_order_of_uid_with_their_trace(tmp_path: Path)
     assert [s.number for s in choose(samples, number=None, uid=7, limit=1)] == [3]
     with pytest.raises(ConfigError, match="no uid 2: it has samples 0 to 3, with uids 4-7"):
         choose(samples, number=None, uid=2, limit=1)
+
+
+def test_the_first_weights_are_those_that_the_run_started_from(tmp_path: Path) -> None:
+    sizes = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 96, "vocab_size": 515, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    dump(tmp_path, "step_00000001.jsonl", line(0, 0, version_min=0, version_max=0))
+    for started_from in ("", str(tmp_path / "converted")):
+        (tmp_path / "config.yaml").write_text(f"model: {{path: {tmp_path}, load: '{started_from}'}}")
+        plan = debug._plan(debug._parser().parse_intermixed_args([str(tmp_path), "--step=1"]))
+        assert plan.weights.behaviour == {0: Path(started_from or tmp_path)}
 
 
 def test_steps_that_are_not_there_and_broken_lines_are_named(tmp_path: Path) -> None:
