@@ -105,6 +105,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")
     args = parser.parse_intermixed_args(argv)
     cfg = _config(args)
+    if cfg.model.load and not cfg.rollout.servers:
+        raise ConfigError(
+            f"model.load={cfg.model.load}: servers start from model.path, so that would be measured: make an HF "
+            "directory of the checkpoint (tools/convert_checkpoint.py megatron-to-hf) and set model.path to it"
+        )
     rewards.check(cfg.reward)
     figures, rows = _measure(cfg)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -143,6 +143,12 @@ def test_settings_may_stand_behind_an_option(tmp_path: Path) -> None:
             main([file, option, wrong])
 
 
+def test_weights_that_no_server_would_start_from_are_not_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: m, load: checkpoint}")
+    with pytest.raises(ConfigError, match=r"model\.load=checkpoint: servers start from model\.path"):
+        evaluate.main([str(tmp_path / "config.yaml")])
+
+
 def test_demonstrations_must_fit_and_rollouts_need_not(tmp_path: Path) -> None:
     sizes = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
     sizes |= {"intermediate_size": 96, "vocab_size": 515, "num_hidden_layers": 12}
