@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -21,6 +22,10 @@ from megasapo import config, launch, layout, lock
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.placed import placed
+
+if TYPE_CHECKING:
+    from megasapo.log.heartbeat import Heartbeat
+    from megasapo.mcore.topology import Topology
 
 STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that attempt alone
 
@@ -110,12 +115,26 @@ def finished(cfg: Config) -> bool:
     return done.exists() and json.loads(done.read_text())["step"] >= cfg.train.steps
 
 
+def join(cfg: Config, cleanup: ExitStack) -> tuple[Topology, Heartbeat, RunDir]:
+    """Take the run directory and meet the other ranks, until `cleanup` gives both back. Collective."""
+    from megasapo.log.heartbeat import Heartbeat
+    from megasapo.mcore.topology import Topology
+
+    cleanup.enter_context(lock.hold(cfg.run_dir, launch.place()))
+    heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
+    with heartbeat.phase("join"):
+        topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
+    cleanup.callback(topo.destroy)
+    return topo, heartbeat, RunDir(cfg, is_main=topo.rank == 0, signalled=launch.stop_flag())
+
+
 class RunDir:
     """The directory of one run; README.md says what is where."""
 
-    def __init__(self, cfg: Config, *, is_main: bool):
+    def __init__(self, cfg: Config, *, is_main: bool, signalled: Callable[[], bool] = lambda: False):
+        """`signalled`: whether this process was asked to stop."""
         self.path = cfg.run_dir
-        self._is_main = is_main
+        self._is_main, self._signalled = is_main, signalled
         if is_main:
             for name in ("logs", "checkpoints", "rollouts"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -145,9 +164,10 @@ class RunDir:
         config.save(cfg, path)
 
     def stop_requested(self) -> bool:
-        """Someone made the file RUN/stop, for whichever ranks there are or for these."""
+        """A signal, or the file RUN/stop that someone made for whichever ranks there are or for these."""
         asked = self._stop_file()
-        return asked is not None and (not asked.startswith(STOP_FOR) or self._stop_is_ours())
+        by_file = asked is not None and (not asked.startswith(STOP_FOR) or self._stop_is_ours())
+        return by_file or self._signalled()
 
     def _stop_is_ours(self) -> bool:
         return self._stop_file() == f"{STOP_FOR}{launch.attempt()}"

@@ -5,7 +5,7 @@ Reads demonstrations, trains on the mean negative log-likelihood of response tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megasapo import launch, lock, run
+from megasapo import run
 from megasapo.config import Config, ConfigError
 from megasapo.layout import slots_for
 from megasapo.types import TrainSequence
@@ -52,22 +52,14 @@ def train(cfg: Config) -> None:
     from megasapo.algo.settings import resolve
     from megasapo.data.sft import load_demonstrations
     from megasapo.data.tokenizer import load_tokenizer
-    from megasapo.log.heartbeat import Heartbeat
     from megasapo.log.sinks import make_log
     from megasapo.mcore import checkpoint
     from megasapo.mcore.policy import Policy
-    from megasapo.mcore.topology import Topology
     from megasapo.meter import Meter
 
     assert cfg.sft.data is not None  # main refuses it
     with ExitStack() as cleanup:
-        cleanup.enter_context(lock.hold(cfg.run_dir, launch.place()))
-        heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
-        with heartbeat.phase("join"):
-            topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
-        cleanup.callback(topo.destroy)
-        stop = launch.stop_flag()
-        directory = run.RunDir(cfg, is_main=topo.rank == 0)
+        topo, heartbeat, directory = run.join(cfg, cleanup)
         examples = load_demonstrations(cfg.sft.data, load_tokenizer(cfg.model.path), cfg.data, cfg.sft)
         steps = -(-len(examples) // cfg.sft.batch_size) * cfg.sft.epochs
         algo = replace(resolve(cfg.algo, cfg.rollout), kl_coef=0.0)  # no reference model is needed here
@@ -81,16 +73,18 @@ def train(cfg: Config) -> None:
         cleanup.callback(log.close)
         meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)
         cleanup.callback(meter.close)
-        step = _loop(cfg, topo, policy, examples, directory, stop, log, meter, heartbeat, step, steps)
+        step = _loop(cfg, topo, policy, examples, directory, log, meter, heartbeat, step, steps)
         with heartbeat.phase("save"):
             policy.finish_saving()
-        if step == steps:
+        finished = step >= steps
+        if finished:
             out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
             policy.save_hf(out)
             directory.finish("sft", step)
-    if topo.rank == 0 and step == steps:
-        places = {"HF model": str(out), "metrics": str(directory.path / "metrics.jsonl")}
-        run.report_end(f"{directory.path} finished", places)
+    if topo.rank == 0:
+        stopped = f"stopped after step {step} of {steps}; run it again to continue"
+        places = {"metrics": str(directory.path / "metrics.jsonl")} | ({"HF model": str(out)} if finished else {})
+        run.report_end(f"{directory.path} {'finished' if finished else stopped}", places)
 
 
 def _loop(
@@ -99,7 +93,6 @@ def _loop(
     policy: Policy,
     examples: list[TrainSequence],
     directory: run.RunDir,
-    stop: Callable[[], bool],
     log: Log,
     meter: Meter,
     heartbeat: Heartbeat,
@@ -130,7 +123,7 @@ def _loop(
         step += 1
         numbers = metrics.scalars(stats) | phases.take()
         log(step, numbers | meter.rates(numbers, sum(len(row.tokens) for row in rows)))
-        ending = topo.any(stop() or directory.stop_requested() or policy.saving_failed)
+        ending = topo.any(directory.stop_requested() or policy.saving_failed)
         if ending or step % cfg.train.save_every == 0 or step == steps:
             with heartbeat.phase("save"):
                 policy.save(directory.path, {"command": "sft", "step": step})

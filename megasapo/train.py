@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasapo import launch, layout, lock, run
+from megasapo import launch, layout, run
 from megasapo.algo import settings
 from megasapo.config import Config, ConfigError
 from megasapo.rewards import model as rewards
@@ -87,7 +87,6 @@ class Parts:
     heartbeat: Heartbeat
     guard: Guard
     directory: run.RunDir
-    stop: Callable[[], bool]
 
 
 def loop(p: Parts, step: int) -> int:
@@ -131,8 +130,7 @@ def loop(p: Parts, step: int) -> int:
         if act(p, step, events, groups, figures):
             step = roll_back(p, events)
             continue
-        asked = p.stop() or p.directory.stop_requested()
-        ending = p.topo.any(asked or failure is not None or p.policy.saving_failed)
+        ending = p.topo.any(p.directory.stop_requested() or failure is not None or p.policy.saving_failed)
         if ending or step == p.cfg.train.steps or _every(p.cfg.train.save_every, step):
             with phases("save"):  # after the line of this step is on disk: a kill in between loses neither
                 save(p, step)
@@ -265,21 +263,13 @@ def write_step(
 
 def train(cfg: Config) -> None:
     """Set everything up on this rank, resume, run the loop, export."""
-    from megasapo.log.heartbeat import Heartbeat
     from megasapo.mcore import checkpoint
-    from megasapo.mcore.topology import Topology
 
     with ExitStack() as cleanup:
-        cleanup.enter_context(lock.hold(cfg.run_dir, launch.place()))
-        heartbeat = cleanup.enter_context(Heartbeat(cfg.run_dir, launch.place()))
-        with heartbeat.phase("join"):
-            topo = Topology.init(cfg.parallel, seed=cfg.run.seed, rows=cfg.precision.rows)
-        cleanup.callback(topo.destroy)
-        stop = launch.stop_flag()
-        directory = run.RunDir(cfg, is_main=topo.rank == 0)
+        topo, heartbeat, directory = run.join(cfg, cleanup)
         with heartbeat.phase("load"):
             last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
-            parts = _make_parts(cfg, topo, directory, stop, last, heartbeat, cleanup)
+            parts = _make_parts(cfg, topo, directory, last, heartbeat, cleanup)
             step = resume(parts, last)
         directory.resumed(last, finished=step >= cfg.train.steps)
         step = loop(parts, step)
@@ -309,7 +299,6 @@ def _make_parts(
     cfg: Config,
     topo: Topology,
     directory: run.RunDir,
-    stop: Callable[[], bool],
     last: Path | None,
     heartbeat: Heartbeat,
     cleanup: ExitStack,
@@ -367,7 +356,7 @@ def _make_parts(
     guard = Guard(cfg.stability, topo, directory.path)
     return Parts(
         *(cfg, algo, topo, policy, packing, rule, source, publisher, diagnosis, evaluate),
-        *(log, meter, profiler, heartbeat, guard, directory, stop),
+        *(log, meter, profiler, heartbeat, guard, directory),
     )
 
 
