@@ -366,6 +366,8 @@ def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: 
 
     fleet = None
     if topo.rank == 0:
+        known, spawned = cfg.rollout.servers, f"{cfg.rollout.spawn} {cfg.rollout.engine}; output in"
+        print("waiting for rollout servers:", *(known or [spawned, directory.path / "logs"]), flush=True)
         fleet = Fleet.start(cfg.rollout, cfg.model.path, directory.path, routing=cfg.asks_for_routing)
     urls = topo.first(fleet.urls if fleet else None)
     if fleet is None and topo.is_leader:

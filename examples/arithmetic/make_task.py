@@ -60,8 +60,9 @@ def make_tokenizer(out: Path) -> None:
 def make_model(out: Path, seed: int) -> None:
     """A random Qwen3-MoE: 2 layers, hidden size 128, 8 experts of which each token takes 2."""
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, logging
 
+    logging.disable_progress_bar()
     config = Qwen3MoeConfig(
         vocab_size=256 + len(SPECIAL_TOKENS),
         hidden_size=128,

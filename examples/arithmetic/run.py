@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import yaml
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CONFIGS = HERE.relative_to(ROOT)
 
 
 def main() -> int:
@@ -25,6 +29,8 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
     out = args.out.resolve()
+    os.chdir(ROOT)
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
     run = out / "runs" / "arithmetic"
     if any(o.startswith("run.") for o in args.overrides):
         parser.error("run.* decides where the figures are read from; use --out DIR for another run")
@@ -33,7 +39,7 @@ def main() -> int:
     where = [f"run.dir={out / 'runs'}", f"data.eval={out / 'eval.jsonl'}"]
     cold = out / "cold-start"
     if not (out / "model" / "config.json").exists():
-        call(sys.executable, str(HERE / "make_task.py"), "--out", str(out), "--seed", "1")
+        call(str(CONFIGS / "make_task.py"), "--out", str(out), "--seed", "1")
     if not (cold / "config.json").exists():
         source = [f"model.path={out / 'model'}", f"sft.data={out / 'sft.jsonl'}", f"sft.out={cold}"]
         megasapo("sft", "sft.yaml", f"run.dir={out / 'runs'}", *source)
@@ -48,15 +54,20 @@ def main() -> int:
     return 0
 
 
-def call(*command: str) -> None:
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT).returncode
+def call(*arguments: str) -> None:
+    python = Path(sys.executable)
+    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    print(f"\n$ {shlex.join([str(shown), *arguments])}", flush=True)
+    code = subprocess.run([sys.executable, *arguments]).returncode
     if code:
         sys.exit(code)
 
 
 def megasapo(command: str, config: str, *settings: str) -> None:
-    call(sys.executable, "-m", "megasapo.cli", command, str(HERE / config), *settings)
+    path = CONFIGS / config
+    sections = yaml.safe_load(path.read_text())
+    there = {f"{section}.{name}={value}" for section, names in sections.items() for name, value in names.items()}
+    call("-m", "megasapo.cli", command, str(path), *(s for s in settings if s not in there))
 
 
 def evaluate(result: Path, *settings: str) -> dict[str, float]:
@@ -89,12 +100,12 @@ def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], pic
 
 
 def report(out: Path, run: Path, before: dict[str, float], after: dict[str, float], seconds: float) -> None:
-    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     print(f"\nPass@1 on {after['problems']} held-out problems: {before['pass@1']:.1%} -> {after['pass@1']:.1%}")
     print(f"  minutes      {seconds / 60:.1f}")
-    print(f"  TensorBoard  tensorboard --logdir {shown / 'tensorboard'}")
-    print(f"  metrics      {shown / 'metrics.jsonl'}")
-    print(f"  checkpoints  {shown / 'checkpoints'} (training), {shown / 'hf'} (HF format)")
+    print(f"  charts       megasapo report {run}")
+    print(f"  TensorBoard  tensorboard --logdir {run / 'tensorboard'}")
+    print(f"  metrics      {run / 'metrics.jsonl'}")
+    print(f"  checkpoints  {run / 'checkpoints'} (training), {run / 'hf'} (HF format)")
     print(f"  curve        {out / 'curve.png'}")
 
 

@@ -121,6 +121,8 @@ def _silence_known_warnings() -> None:
         r"Please use DTensor instead",
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # experts under tp > 1 with etp 1: their layers have no sequence parallelism, as they should
+    warnings.filterwarnings("ignore", message=r"`sequence_parallel` is set to `True`, but tensor model parallel size")
     # the distributed optimizer looks at .grad of views of its buffers and handles both answers
     message = r"The .grad attribute of a Tensor that is not a leaf"
     warnings.filterwarnings("ignore", message=message, category=UserWarning)

@@ -19,6 +19,7 @@ from megasapo.algo.loss import policy_loss
 from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
 from megasapo.data.packing import sequence_mean
+from megasapo.geometry import read_geometry
 from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.fusions import Fusions
 from megasapo.mcore.model import TokenScores
@@ -182,11 +183,21 @@ class Policy:
         return _SumOverRanks.apply(sums, self._topo.tokens_group)
 
     def summary(self) -> list[str]:
-        """For people, at the start: number formats, and fused kernels."""
+        """For people, at the start: model and layout, number formats, fused kernels."""
+        geometry, topo = read_geometry(self._cfg.model.path), self._topo
+        count = geometry.parameters()
+        cut = self._cfg.parallel.model_dump(exclude_defaults=True) | {"dp": topo.dp}
+        sizes = f"{count.total / 1e6:,.2f} million parameters, {count.active / 1e6:,.2f} active"
+        layout = ", ".join(f"{name} {degree}" for name, degree in cut.items())
         outside: Any = self._chunks[0].outside
         numbers = outside.precision
         fusions = Fusions.find(use_te=numbers.use_te, on_gpu=self._topo.device.type == "cuda")
-        return [numbers.line(), "; ".join([*fusions.lines(), f"made: {self._optimizer.implementation}"])]
+        fused = "; ".join([*fusions.lines(), f"made: {self._optimizer.implementation}"])
+        return [
+            f"model: {geometry.model_type}, {sizes}; ranks: {topo.world_size} ({layout})",
+            numbers.line(),
+            fused,
+        ]
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Collective. Full tensors under HF names, bucket by bucket, on rank 0; empty lists elsewhere."""
