@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,8 +51,19 @@ class LoopThread:
         return self.submit(work).result()
 
     def close(self) -> None:
+        """End what still runs, and the thread."""
+        with suppress(TimeoutError):  # the thread is a daemon
+            self.submit(self._cancel_all()).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._loop.is_running():
+            self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 @dataclass(slots=True)
@@ -115,22 +127,27 @@ class RolloutSource:
         wanted, early = r.prompts_per_step, r.oversample > 1
         ahead = min(r.max_staleness, self._cfg.train.steps - version - 1)
         self._give_up_stale(version - r.max_staleness)
-        self._draw_up_to((1 + ahead) * wanted + math.ceil(wanted * (r.oversample - 1)))
+        hopeful, most = wanted + math.ceil(wanted * (r.oversample - 1)), MAX_DRAWN * wanted
+        self._draw_up_to(ahead * wanted + hopeful)
         self._start(version)
         reach = len(self._flights) if early else wanted  # how many of those under way may be taken
         while True:
-            self._wait_for(self._flights[:reach], wanted if early else reach, version)
+            # an early batch has a successor for each dull group at once; any other must not know which one was first
+            enough, least = (wanted, hopeful if reach < most else 0) if early else (reach, 0)
+            self._wait_for(self._flights[:reach], enough, least, version)
             useful, dull = self._finished(self._flights[:reach])
             if len(useful) >= wanted:
                 return self._take(set(useful[:wanted]), set(dull))
-            if reach >= MAX_DRAWN * wanted:
+            if reach >= most:
                 raise RolloutError(
                     f"of {reach} groups {len(useful)} have unequal rewards, {wanted} are wanted: the task is too easy "
                     "or too hard for the policy; change the data or set rollout.drop_zero_variance=false"
                 )
-            # at the rate seen so far
-            expected = -(-(wanted - len(useful)) * reach // max(len(useful), 1))
-            reach += min(expected, 2 * wanted, MAX_DRAWN * wanted - reach)
+            if len(useful) + len(dull) < reach:
+                more = hopeful - (reach - len(dull))
+            else:  # at the rate seen so far
+                more = -(-(wanted - len(useful)) * reach // max(len(useful), 1))
+            reach += min(more, 2 * wanted, most - reach)
             self._draw_up_to(reach)
             self._start(version)
 
@@ -240,8 +257,9 @@ class RolloutSource:
         """Whether a step learns from it; groups of equal rewards teach nothing (DAPO, arXiv 2503.14476)."""
         return not self._cfg.rollout.drop_zero_variance or bool(np.ptp(group.rewards()) > 0)
 
-    def _wait_for(self, flights: list[_Flight], enough: int, version: int) -> None:
-        """Collective: until all of `flights` are finished, or useful ones among them are `enough`."""
+    def _wait_for(self, flights: list[_Flight], enough: int, least: int, version: int) -> None:
+        """Collective: until all of `flights` are finished, or useful ones among them are `enough`, or those that are
+        useful or may become so are fewer than `least`."""
         mine = [flight for flight in flights if self._is_mine(flight)]
         futures = [flight.future for flight in mine if flight.future is not None]
 
@@ -250,7 +268,7 @@ class RolloutSource:
             return len(mine) - len(groups), sum(self._is_useful(group) for group in groups)
 
         def finished(totals: list[int]) -> bool:
-            return totals[0] == 0 or totals[1] >= enough
+            return totals[0] == 0 or totals[1] >= enough or sum(totals) < least
 
         self._poll(futures, progress, finished, version)
 

@@ -271,6 +271,39 @@ def test_without_staleness_an_oversampled_step_gives_the_rest_up(world: None, th
     assert source.state() == {"drawn": 12}
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_oversampled_step_refills_while_others_are_under_way(
+    world: None, thread: LoopThread, staleness: int
+) -> None:
+    """Every second group is dull and gets a successor, though one group never comes."""
+    source, stream, fleet = make(
+        thread, rare=2, oversample=1.25, drop_zero_variance=True, deterministic=False, max_staleness=staleness
+    )
+    fleet.hang = lambda first: first == 6
+    uids = [g.uid for g in source.next(version=0)[0]]
+    assert len(uids) == 8
+    assert not [uid for uid in uids if uid % 2 or uid == 6]
+    assert stream.drawn <= 2 * 10 + 8 * staleness
+
+
+def test_a_closed_loop_leaves_no_task_behind() -> None:
+    ended = []
+
+    async def wait_for_ever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    loop = LoopThread()
+    future = loop.submit(wait_for_ever())
+    until(lambda: bool(asyncio.all_tasks(loop._loop)))
+    loop.close()
+    assert ended == [True]
+    assert future.cancelled()
+    assert loop._loop.is_closed()
+
+
 def test_with_staleness_a_step_refills_from_what_is_under_way(world: None, thread: LoopThread) -> None:
     source, stream, _ = make(thread, rare=2, max_staleness=1, drop_zero_variance=True)
     assert [g.uid for g in source.next(version=0)[0]] == list(range(0, 16, 2))
