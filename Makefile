@@ -26,7 +26,7 @@ train: install
 train-sglang: install
 	bash tests/sglang/setup.sh
 	$(PY) examples/arithmetic/run.py --out examples/arithmetic/out-sglang rollout.engine=sglang \
-	  'rollout.spawn_command=[bash, tests/sglang/launch.sh, "{model}", "{port}", --dtype, float32, --max-running-requests, "64"]'
+	  'rollout.spawn_command=[bash, tests/sglang/launch.sh, "{model}", "{port}", "{api_key_file}", --dtype, float32, --max-running-requests, "64"]'
 
 # A file of tests runs in one process from beginning to end, and the long ones are started first; JOBS=0 for one process.
 test: install

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megasapo import config, layout, run, train
+from megasapo import config, keys, layout, run, train
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.rollout.fleet import served_model
@@ -99,9 +98,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"rollout.servers={list(cfg.rollout.servers)}: the batch script starts them: remove it")
     cfg, tp = _settle_servers(cfg, args)
     servers = _place(args.servers, args.gpus, tp)
-    key = _key_file(cfg, servers, args.dry_run)
     settings = [f"rollout.servers=[{', '.join(server.url for server in servers)}]"]
-    settings += [f"rollout.api_key_file={key}"] if key is not None else []
+    settings.append(f"rollout.api_key_file={_key_file(cfg, args.dry_run)}")
     cfg = config.from_dict(cfg.model_dump(mode="json"), settings, source=args.config)
     run.check_files(cfg)
     train.check(cfg)
@@ -191,20 +189,16 @@ def _with_command(cfg: Config, server: Server, model: Path, python: str) -> Serv
     return Server(server.host, server.port, server.devices, tuple(command))
 
 
-def _key_file(cfg: Config, servers: list[Server], dry_run: bool) -> Path | None:
-    """The key that servers reachable from elsewhere ask for; RUN/api_key, made once, where none is configured."""
+def _key_file(cfg: Config, dry_run: bool) -> Path:
+    """The key that servers ask for; RUN/api_key, made once, where none is configured."""
     if cfg.rollout.api_key_file is not None:
         path = Path(cfg.rollout.api_key_file).absolute()
         if not path.is_file():
             raise ConfigError(f"rollout.api_key_file={path}: no such file")
         return path
-    if all(server.host in LOCAL for server in servers):
-        return None
     path = cfg.run_dir.absolute() / "api_key"
     if not dry_run and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32))
+        keys.make(path)
     return path
 
 
@@ -235,7 +229,7 @@ def describe(plan: Plan) -> str:
         f"{' '.join(f'{name}={degree}' for name, degree in degrees.items())}, data parallel {replicas}",
         f"          {shlex.join(['python', *plan.train])}",
         f"servers   {len(plan.servers)}, {cfg.rollout.engine}; weights by {cfg.rollout.publish}; "
-        f"API key in {cfg.rollout.api_key_file or 'no file: loopback only'}",
+        f"API key in {cfg.rollout.api_key_file}",
     ]
     for server in plan.servers:
         on = f"GPUs {','.join(map(str, server.devices))}" if server.devices else "the whole node"

@@ -141,6 +141,11 @@ def _check_servers(cfg: Config) -> None:
             f"{named[0].split('=')[0]} in rollout.spawn_command or server_args would put a key on a command line and "
             "into the run's config.yaml: name a file that holds it in rollout.api_key_file"
         )
+    if r.admin_api_key_file is not None and not r.servers:
+        raise ValueError(
+            f"rollout.admin_api_key_file={r.admin_api_key_file} is for servers that others started and rollout.servers "
+            "names: those of the run ask for one key"
+        )
     if r.hedge_after_s is not None and r.repeatable:
         raise ValueError(
             f"rollout.hedge_after_s={r.hedge_after_s:g} needs requests that can be told apart, and a repeatable run "

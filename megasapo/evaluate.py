@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megasapo import config
+from megasapo import config, keys
 from megasapo.algo.passk import pass_at_k
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
@@ -134,18 +134,20 @@ def _config(args: argparse.Namespace) -> Config:
     if not args.url:
         raise ConfigError("give a CONFIG.yaml, or --url with data.eval=FILE")
     if not any(o.startswith("model.path=") for o in overrides):
-        overrides.append(f"model.path={_served_model(args.url)}")
+        named = [o.partition("=")[2] for o in overrides if o.startswith("rollout.api_key_file=")]
+        overrides.append(f"model.path={_served_model(args.url, keys.read(*named[-1:]))}")
     return config.from_dict({}, overrides, source="command line")
 
 
-def _served_model(url: str) -> str:
+def _served_model(url: str, known: keys.Keys) -> str:
     """The directory of the model that a server serves: its tokenizer renders the prompts."""
     import httpx
 
     try:
-        answer = httpx.get(f"{url}/model_info", timeout=30, trust_env=False).raise_for_status()
+        headers = {"Authorization": f"Bearer {known.api}"} if known.api else {}
+        answer = httpx.get(f"{url}/model_info", timeout=30, trust_env=False, headers=headers).raise_for_status()
     except httpx.HTTPError as e:
-        hint = "a server with an API key needs model.path and rollout.api_key_file"
+        hint = f"a server with an API key needs rollout.api_key_file, or ${keys.VARIABLE}"
         raise ConfigError(f"--url {url}: {e}; {hint}") from e
     return str(answer.json()["model_path"])
 

@@ -138,7 +138,10 @@ class RolloutConfig(Section):
     start_timeout_s: PositiveFloat = 300.0
     """A server not healthy after this long stops the run."""
     api_key_file: str | None = None
-    """File that holds the servers' API key; never put the key itself into a config."""
+    """File that holds the servers' API key, else the variable MEGASAPO_API_KEY does; never put the key itself into a
+    config. Servers that the run starts get a new one in RUN/api_key."""
+    admin_api_key_file: str | None = None
+    """The same for the key, else in MEGASAPO_ADMIN_API_KEY, that `servers` ask for where their state is changed."""
     prompts_per_step: PositiveInt = 32
     """Groups in one rollout batch, over all data-parallel ranks."""
     group_size: PositiveInt = 8

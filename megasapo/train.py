@@ -369,9 +369,9 @@ def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: 
         known, spawned = cfg.rollout.servers, f"{cfg.rollout.spawn} {cfg.rollout.engine}; output in"
         print("waiting for rollout servers:", *(known or [spawned, directory.path / "logs"]), flush=True)
         fleet = Fleet.start(cfg.rollout, cfg.model.path, directory.path, routing=cfg.asks_for_routing)
-    urls = topo.first(fleet.urls if fleet else None)
+    urls, rollout = topo.first((fleet.urls, fleet.cfg) if fleet else None)
     if fleet is None and topo.is_leader:
-        fleet = Fleet.connect(cfg.rollout, urls, cfg.model.path, leader_index=topo.dp_rank)
+        fleet = Fleet.connect(rollout, urls, cfg.model.path, leader_index=topo.dp_rank)
     if fleet is not None:
         cleanup.callback(fleet.stop)
     return fleet

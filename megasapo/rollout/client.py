@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 import orjson
 
+from megasapo.keys import Keys
 from megasapo.rollout.protocol import (
     INCOMPLETE,
     BadAnswer,
@@ -48,6 +49,7 @@ async def retrying(
     """Repeat `attempt` while it raises Retryable, with exponential backoff and jitter; RolloutError after `for_s`.
 
     The ceiling counts from the first failure, so that a long request that times out once still has its retries.
+    `on_retry` is told of each failure, in place of the log.
     """
     wait_s, attempts, failing_since = FIRST_WAIT_S, 0, 0.0
     while True:
@@ -65,19 +67,10 @@ async def retrying(
                 ) from e
             if on_retry is not None:
                 on_retry(e)
-            log.warning("%s, attempt %d: %s", what, attempts, e)
+            else:
+                log.warning("%s, attempt %d: %s", what, attempts, e)
         await asyncio.sleep(min(left_s, wait_s * _jitter.uniform(0.5, 1.0)))
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-
-def read_key(path: str | None) -> str | None:
-    """The API key in a file, without surrounding white space; None for no file."""
-    if path is None:
-        return None
-    key = Path(path).read_text().strip()
-    if not key:
-        raise RolloutError(f"{path}: the API key file is empty")
-    return key
 
 
 @dataclass(slots=True)
@@ -93,20 +86,17 @@ class ServerClient:
     def __init__(
         self,
         url: str,
-        api_key: str | None = None,
+        keys: Keys | None = None,
         *,
-        admin_key: str | None = None,
         request_timeout_s: float = 600.0,
         control_timeout_s: float = 300.0,
         question_timeout_s: float = 30.0,
     ) -> None:
-        """`question_timeout_s`: of health and info; SGLang's health takes at least a second.
-
-        `admin_key` goes to the control endpoints; without one they get `api_key` as well."""
+        """`question_timeout_s`: of health and info; SGLang's health takes at least a second."""
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"server URL {url!r} does not start with http:// or https://")
         self.url = url.rstrip("/")
-        self._key, self._admin_key = api_key, admin_key or api_key
+        self._keys = keys or Keys()
         self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
         self._question_timeout_s = question_timeout_s
         self._session: aiohttp.ClientSession | None = None
@@ -279,17 +269,17 @@ class ServerClient:
     async def weight(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first rows of one parameter, by its HF name."""
         body = {"name": name, "truncate_size": truncate_size}
-        return await self._json(
-            "POST", "/get_weights_by_name", body, timeout_s=self._control_timeout_s, key=self._admin_key
-        )
+        timeout_s, key = self._control_timeout_s, self._keys.control
+        return await self._json("POST", "/get_weights_by_name", body, timeout_s=timeout_s, key=key)
 
     # --- transport ---
 
     async def _control(self, path: str, body: dict[str, Any] | None, *, parse: bool = True) -> dict[str, Any]:
+        timeout_s, key = self._control_timeout_s, self._keys.control
         if not parse:
-            await self._call("POST", path, body, timeout_s=self._control_timeout_s, key=self._admin_key)
+            await self._call("POST", path, body, timeout_s=timeout_s, key=key)
             return {}
-        answer = await self._object("POST", path, body, timeout_s=self._control_timeout_s, key=self._admin_key)
+        answer = await self._object("POST", path, body, timeout_s=timeout_s, key=key)
         if answer.get("success") is False:
             raise Refused(f"{self.url}{path}: {answer.get('message')}", 200)
         return answer
@@ -303,7 +293,7 @@ class ServerClient:
     async def _json(
         self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None = None
     ) -> Any:
-        content = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._key)
+        content = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._keys.api)
         try:
             return _parsed(content)
         except ValueError as e:
@@ -329,7 +319,8 @@ class ServerClient:
         if status in (408, 429) or status >= 500:  # 408: out of sglang-router's queue
             raise Retryable(f"{self.url}{path}: {status}: {_message(content)}")
         if status >= 300:
-            raise Refused(f"{self.url}{path}: {status}: {_message(content)}", status)
+            hint = ", so it asks for another key: see rollout.api_key_file" if status == 401 else ""
+            raise Refused(f"{self.url}{path}: {status}: {_message(content)}{hint}", status)
         return content
 
     def _connections(self) -> aiohttp.ClientSession:

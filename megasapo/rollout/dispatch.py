@@ -7,12 +7,14 @@ and weights, only which servers are ready and which versions are allowed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megasapo.keys import Keys
 from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
@@ -22,6 +24,8 @@ from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 
 log = logging.getLogger(__name__)
+SAY_EVERY_S = 5.0  # at most one line about the failures of a server
+OLDEST_AFTER = 1000  # collections of the middle generation before one of the oldest; python's own: 10
 AVOID_S = 1.0  # a server that failed this short a time ago is asked only when most others did, too
 
 
@@ -57,17 +61,18 @@ class Dispatch:
         cfg: RolloutConfig,
         servers: list[Server],
         limits: ModelLimits,
-        key: str | None,
+        keys: Keys,
         leader_index: int,
         *,
         newest: Callable[[], int | None],
         check: Callable[[], None],
     ) -> None:
-        self._cfg, self._servers, self._limits, self._key, self._leader = cfg, servers, limits, key, leader_index
+        self._cfg, self._servers, self._limits, self._keys, self._leader = cfg, servers, limits, keys, leader_index
         # who is asked; a router says of no request who has it
         self._asked = servers if cfg.router is None else [Server(index=0, url=cfg.router)]
         self._newest, self._check = newest, check
         self._counts: dict[str, float] = {}
+        self._said: dict[str, tuple[float, int]] = {}  # of each server when a failure was logged last, and those since
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clients: list[ServerClient] = []
         self._slots: asyncio.Semaphore | None = None
@@ -127,15 +132,22 @@ class Dispatch:
             )
 
     async def _request(self, job: Job) -> list[Completion]:
+        where = ""
+
         async def attempt() -> list[Completion]:
+            nonlocal where
             self._check()
+            where = ""
             server = self._home(job)
+            where = server.url
             if self._cfg.hedge_after_s is None or len(job.input_ids) > 1:
                 return await self._ask(job, server)
             return await self._hedged(job, server, self._cfg.hedge_after_s)
 
         what = f"a request of {len(job.input_ids)} prompts"
-        return await retrying(attempt, what=what, for_s=self._cfg.retry_for_s, on_retry=self._count_retry)
+        return await retrying(
+            attempt, what=what, for_s=self._cfg.retry_for_s, on_retry=lambda e: self._count_retry(e, where)
+        )
 
     async def _ask(self, job: Job, server: Server, rid: str | None = None) -> list[Completion]:
         """One attempt at one server, whose answer is checked."""
@@ -244,16 +256,29 @@ class Dispatch:
         """Connections belong to one event loop: make new ones where this is another than last time."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
+            # Each of thousands of requests in flight is a hundred objects, and their growth alone set off collections
+            # of the oldest generation, a third of the client's time.
+            young, middle, old = gc.get_threshold()
+            gc.set_threshold(young, middle, max(old, OLDEST_AFTER))
             self._clients = [
-                ServerClient(s.url, self._key, request_timeout_s=self._cfg.request_timeout_s) for s in self._asked
+                ServerClient(s.url, self._keys, request_timeout_s=self._cfg.request_timeout_s) for s in self._asked
             ]
             self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
             self._loop = loop
 
-    def _count_retry(self, error: Retryable) -> None:
+    def _count_retry(self, error: Retryable, where: str) -> None:
+        """`where`: the server's URL; empty where there was none to ask."""
         kinds: dict[type, str] = {WrongVersion: "wrong_version", BadAnswer: "bad_answer"}
         self._count("rollout/retries")
         self._count(f"rollout/{kinds.get(type(error), 'unreachable')}")
+        said_at, since = self._said.get(where, (float("-inf"), 0))
+        now = time.monotonic()
+        if now - said_at < SAY_EVERY_S:
+            self._said[where] = said_at, since + 1
+            return
+        more = f" (and {since} more since {now - said_at:.0f} s)" if since else ""
+        log.warning("a request is repeated: %s%s", error, more)
+        self._said[where] = now, 0
 
     def _count(self, name: str) -> None:
         self._counts[name] = self._counts.get(name, 0.0) + 1.0

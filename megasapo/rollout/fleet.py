@@ -7,14 +7,16 @@ from its event loop, publish calls the rest from the main thread. It must not im
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from megasapo import keys
 from megasapo.metrics import Metric, Sum
-from megasapo.rollout.client import ServerClient, read_key
+from megasapo.rollout.client import ServerClient
 from megasapo.rollout.dispatch import Dispatch
 from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import RolloutError
@@ -23,6 +25,7 @@ from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -34,11 +37,11 @@ class Fleet:
         self.urls = tuple(urls)
         self.version: int | None = None  # what `generate` accepts; None until the first publish: anything
         self.servers = [Server(index=i, url=url) for i, url in enumerate(self.urls)]
-        self._key = read_key(cfg.api_key_file)
+        self._keys = keys.read(cfg.api_key_file, cfg.admin_api_key_file, environment=bool(cfg.servers))
         self._watch: Watch | None = None
         self._owns = False  # this process may change weights, and restarts what it has spawned
         self._dispatch = Dispatch(
-            cfg, self.servers, limits, self._key, leader_index, newest=lambda: self.version, check=self.check
+            cfg, self.servers, limits, self._keys, leader_index, newest=lambda: self.version, check=self.check
         )
 
     @classmethod
@@ -54,6 +57,7 @@ class Fleet:
         """Spawn `rollout.spawn` servers, or connect to `rollout.servers`, and wait until all answer.
 
         `routing`: those that are spawned can return the experts they chose; running ones must have been started so.
+        Those that are spawned ask for a key, a new one in `run_dir` if rollout.api_key_file names none.
         Raises RolloutError with the log's tail when one does not in rollout.start_timeout_s. One process of a run
         calls it.
         """
@@ -64,8 +68,9 @@ class Fleet:
         if not cfg.servers:
             limits.check_engine(cfg.engine)
             served = served_model(cfg, served, Path(run_dir))
+            cfg = _with_key(cfg, Path(run_dir).absolute() / "api_key")
         fleet = cls(cfg, urls, limits, leader_index)
-        watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._key, fleet._dispatch.lost)
+        watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._keys, fleet._dispatch.lost)
         fleet._watch, fleet._owns = watch, True
         try:
             watch.start()
@@ -81,10 +86,13 @@ class Fleet:
     def connect(
         cls, cfg: RolloutConfig, urls: Sequence[str], model_path: str | Path, *, leader_index: int = 0
     ) -> Fleet:
-        """A fleet that another process started; it only generates, and looks whether its servers are there."""
+        """A fleet that another process started; it only generates, and looks whether its servers are there.
+
+        `cfg`: that of the fleet that started them.
+        """
         fleet = cls(cfg, urls, ModelLimits.read(model_path), leader_index)
         theirs = cfg.model_copy(update={"servers": tuple(urls)})
-        fleet._watch = Watch(theirs, fleet.servers, Path(model_path), None, fleet._key, fleet._dispatch.lost)
+        fleet._watch = Watch(theirs, fleet.servers, Path(model_path), None, fleet._keys, fleet._dispatch.lost)
         fleet._watch.start_looking()
         return fleet
 
@@ -196,6 +204,16 @@ class Fleet:
         if self._watch is None or not self._owns:
             raise RolloutError("this process only connected to the fleet; the one that started it must do this")
         return self._watch
+
+
+def _with_key(cfg: RolloutConfig, new: Path) -> RolloutConfig:
+    """The same settings with a key for servers of this run: others on this machine can reach them."""
+    if cfg.spawn_command and not any("{api_key_file}" in part for part in cfg.spawn_command):
+        log.warning("rollout.spawn_command has no {api_key_file}: whoever is on this machine can use its servers")
+    if cfg.api_key_file is not None:
+        return cfg
+    keys.make(new)
+    return cfg.model_copy(update={"api_key_file": str(new)})
 
 
 def served_model(cfg: RolloutConfig, model: Path, run_dir: Path) -> Path:

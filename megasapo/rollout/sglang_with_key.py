@@ -1,14 +1,19 @@
 """`python sglang_with_key.py KEY_FILE [flags]`: sglang.launch_server with the API key that a file holds.
 
+KEY_FILE `-`: it is in MEGASAPO_API_KEY. An admin key is taken from MEGASAPO_ADMIN_API_KEY.
+
 SGLang takes its key as a flag only, which every user of the machine could read, and writes all its flags into its log.
 Run by its path in SGLang's own environment: it must import nothing of megasapo, and nothing at all but by need.
 """
 
 import logging
+import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
+
+VARIABLE, ADMIN_VARIABLE = "MEGASAPO_API_KEY", "MEGASAPO_ADMIN_API_KEY"  # as in megasapo/keys.py
 
 
 def hide(secret: str) -> None:
@@ -29,13 +34,18 @@ def hide(secret: str) -> None:
 
 
 def main() -> None:
-    key_file = Path(sys.argv[1])
-    key = key_file.read_text().strip()
-    if len(key) < 8 or len(key.split()) != 1:
-        sys.exit(f"{key_file}: expected one key of at least 8 characters, without spaces")
+    named = sys.argv[1]
+    keys = {"--api-key": os.environ.get(VARIABLE, "") if named == "-" else Path(named).read_text()}
+    keys |= {"--admin-api-key": os.environ[ADMIN_VARIABLE]} if os.environ.get(ADMIN_VARIABLE) else {}
+    flags = []
+    for flag, text in keys.items():
+        key = text.strip()
+        if len(key) < 8 or len(key.split()) != 1:
+            sys.exit(f"{flag}, from {named}: expected one key of at least 8 characters, without spaces")
+        hide(key)
+        flags += [flag, key]
     sys.path.pop(0)  # this file's directory, whose modules are not SGLang's
-    hide(key)
-    sys.argv = ["sglang.launch_server", *sys.argv[2:], "--api-key", key]
+    sys.argv = ["sglang.launch_server", *sys.argv[2:], *flags]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megasapo import keys
 from megasapo.sections import RolloutConfig
 
 LOOPBACK = "127.0.0.1"
@@ -27,6 +28,7 @@ ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded se
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
 _RANK_VARIABLES |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_NOT_INHERITED = {*_RANK_VARIABLES, keys.VARIABLE, keys.ADMIN_VARIABLE}  # the keys are those of other servers
 
 
 def free_port() -> int:
@@ -39,22 +41,22 @@ def free_port() -> int:
 def server_command(
     cfg: RolloutConfig, model: str | Path, port: int, *, host: str = LOOPBACK, python: str = sys.executable
 ) -> list[str]:
-    """The command line of one server, `rollout.server_args` last; the API key is named by its file alone.
+    """The command line of one server, `rollout.server_args` last; rollout.api_key_file must name its key.
 
     `host`: the address it listens on. `python`: of SGLang's environment.
     """
     key = cfg.api_key_file
+    assert key is not None
     if cfg.engine == "embedded":
         command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
         command += ["--host", host] if host != LOOPBACK else []
         command += ["--deterministic"] if cfg.repeatable else []
-        command += ["--api-key-file", key] if key is not None else []
+        command += ["--api-key-file", key]
     elif cfg.spawn_command:
-        filled = {"model": model, "port": port, "host": host, "api_key_file": key or ""}
+        filled = {"model": model, "port": port, "host": host, "api_key_file": key}
         command = [_fill(part, filled) for part in cfg.spawn_command]
     else:
-        start = ["-m", "sglang.launch_server"] if key is None else [str(SGLANG_WITH_KEY), key]
-        command = [python, *start, "--model-path", str(model), "--host", host, "--port", str(port)]
+        command = [python, str(SGLANG_WITH_KEY), key, "--model-path", str(model), "--host", host, "--port", str(port)]
     return [*command, *cfg.server_args]
 
 
@@ -81,7 +83,7 @@ class ServerProcess:
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         environment = {
-            k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
+            k: v for k, v in os.environ.items() if k not in _NOT_INHERITED and not k.startswith("TORCHELASTIC_")
         }
         with log_file.open("ab") as log:
             log.write(f"--- {time.strftime('%F %T')} {' '.join(command)}\n".encode())

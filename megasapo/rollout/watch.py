@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from megasapo.keys import Keys
 from megasapo.log.heartbeat import write_json
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.protocol import Refused, Retryable, RolloutError, parse_version
@@ -82,13 +83,13 @@ class Watch:
         servers: list[Server],
         model: Path,
         run_dir: Path | None,
-        key: str | None,
+        keys: Keys,
         on_lost: Callable[[Server], None],
     ) -> None:
         """`run_dir`: of logs; None where another process owns the servers. `on_lost`: called in the watch's thread when
         a server that was asked will not answer any more."""
         self.failure: Exception | None = None
-        self._cfg, self._servers, self._model, self._run_dir, self._key = cfg, servers, model, run_dir, key
+        self._cfg, self._servers, self._model, self._run_dir, self._keys = cfg, servers, model, run_dir, keys
         self._on_lost = on_lost
         self._version: int | None = None
         self._weights_dir: Path | None = None
@@ -139,7 +140,7 @@ class Watch:
         if client is None or client.url != server.url:
             client = self._clients[server.index] = ServerClient(
                 server.url,
-                self._key,
+                self._keys,
                 request_timeout_s=self._cfg.request_timeout_s,
                 control_timeout_s=self._cfg.request_timeout_s,
                 question_timeout_s=self._cfg.health_timeout_s,

@@ -48,7 +48,9 @@ def assert_as_unbroken(run_dir: Path, unbroken: Path) -> None:
 
 def test_an_uninterrupted_run_leaves_everything_in_its_place(unbroken: Path) -> None:
     assert (unbroken / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}"
-    assert (unbroken / "config.yaml").exists()
+    assert "api_key_file: null" in (unbroken / "config.yaml").read_text()
+    key = (unbroken / "api_key").read_bytes()  # of both leaders, and nowhere else
+    assert [p.name for p in unbroken.rglob("*") if p.is_file() and key in p.read_bytes()] == ["api_key"]
     assert (unbroken / "lock").read_text() == ""  # given back
     assert list((unbroken / "tensorboard").glob("events.*"))
     assert len(list((unbroken / "rollouts").glob("step_*.jsonl"))) == 2 * STEPS  # one file a leader and step

@@ -43,7 +43,7 @@ def contract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh, or pytest -m 'not sglang'")
     cfg = RolloutConfig(
         engine=engine,
-        spawn_command=(str(HERE / "launch.sh"), "{model}", "{port}"),
+        spawn_command=(str(HERE / "launch.sh"), "{model}", "{port}", "{api_key_file}"),
         server_args=(*flags, "--threads", "1") if engine == "embedded" else tuple(flags),
         deterministic=False,
         max_staleness=1,
@@ -54,5 +54,6 @@ def contract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     old, new = make_model(root / "old", seed=1), make_model(root / "new", seed=2)
     with Fleet.start(cfg, old, root / "run", routing=True) as fleet:
-        with httpx.Client(base_url=fleet.urls[0], timeout=120.0, trust_env=False) as http:
+        headers = {"Authorization": f"Bearer {(root / 'run' / 'api_key').read_text()}"}
+        with httpx.Client(base_url=fleet.urls[0], timeout=120.0, trust_env=False, headers=headers) as http:
             yield Contract(engine, fleet, http, old, new, root / "run")

@@ -18,7 +18,7 @@ START_S = 120.0
 
 
 @contextmanager
-def routing(workers: Sequence[str], key: str | None, log: Path) -> Iterator[str]:
+def routing(workers: Sequence[str], key: str, log: Path) -> Iterator[str]:
     """The URL of a router that knows all `workers`, until the end of the block."""
     if not sglang_python().exists():
         pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh, or pytest -m 'not sglang'")
@@ -37,7 +37,7 @@ def routing(workers: Sequence[str], key: str | None, log: Path) -> Iterator[str]
 
 
 def _introduce(
-    http: httpx.Client, workers: Sequence[str], key: str | None, process: subprocess.Popen[bytes], log: Path
+    http: httpx.Client, workers: Sequence[str], key: str, process: subprocess.Popen[bytes], log: Path
 ) -> None:
     deadline, missing = time.monotonic() + START_S, set(workers)
     while missing:
@@ -46,7 +46,7 @@ def _introduce(
         try:
             known = {w["url"]: w["is_healthy"] for w in http.get("/workers").json()["workers"]}
             for url in missing - known.keys():
-                http.post("/workers", json={"url": url} | ({"api_key": key} if key else {}))
+                http.post("/workers", json={"url": url, "api_key": key})
             missing -= {url for url, healthy in known.items() if healthy}
         except httpx.TransportError:
             pass  # it does not listen yet

@@ -15,7 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -104,9 +106,25 @@ def test_greedy_tokens_and_their_logprobs_are_transformers(contract: Contract) -
     assert_serves(contract, contract.old, -1)
 
 
+def test_whoever_lacks_the_new_key_is_turned_away_and_it_can_be_read_nowhere(contract: Contract) -> None:
+    file = contract.run_dir / "api_key"
+    key, url = file.read_text(), contract.fleet.urls[0]
+    assert file.stat().st_mode & 0o777 == 0o600
+    for path, body in (("/generate", {"input_ids": [1]}), ("/pause_generation", {"mode": "abort"})):
+        assert httpx.post(url + path, json=body, trust_env=False).status_code == 401
+    assert contract.http.get("/model_info").status_code == 200
+    lines = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert any(str(file) in (line or ()) for line in lines)  # the server's
+    assert not [line for line in lines if key in " ".join(line or ())]
+    others = [p for p in contract.run_dir.rglob("*") if p.is_file() and p != file]
+    assert any(p.name == "server_0.log" for p in others)
+    assert not [p for p in others if key.encode() in p.read_bytes()]
+
+
 @pytest.mark.sglang
 def test_a_router_in_front_changes_nothing(contract: Contract, tmp_path: Path) -> None:
-    with routing(contract.fleet.urls, None, tmp_path / "router.log") as url:
+    key = (contract.run_dir / "api_key").read_text()
+    with routing(contract.fleet.urls, key, tmp_path / "router.log") as url:
         cfg = contract.fleet.cfg.model_copy(update={"router": url})
         with Fleet.connect(cfg, contract.fleet.urls, contract.old) as routed:
             assert_serves(replace(contract, fleet=routed), contract.old, -1)

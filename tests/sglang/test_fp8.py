@@ -37,7 +37,7 @@ def start(model: Path, run_dir: Path, *environment: str) -> Fleet:
         pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh, or pytest -m 'not sglang'")
     cfg = RolloutConfig(
         engine="sglang",
-        spawn_command=("env", *environment, str(HERE / "launch.sh"), "{model}", "{port}"),
+        spawn_command=("env", *environment, str(HERE / "launch.sh"), "{model}", "{port}", "{api_key_file}"),
         server_args=("--dtype", "float32") if environment else (),
         deterministic=False,
         max_restarts=0,

@@ -39,13 +39,12 @@ class Behind:
 @pytest.fixture
 def behind(tmp_path: Path) -> Iterator[Behind]:
     old, new = make_model(tmp_path / "old", seed=1), make_model(tmp_path / "new", seed=2)
-    key = tmp_path / "key"
-    key.write_text("a-key-of-the-test")
-    settings: dict[str, Any] = {"deterministic": False, "api_key_file": str(key), "start_timeout_s": 200.0}
+    settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 200.0}
     servers = RolloutConfig(spawn=2, max_restarts=0, server_args=("--threads", "1"), **settings)
     with Fleet.start(servers, old, tmp_path / "servers") as owner:
+        key = tmp_path / "servers" / "api_key"
         with routing(owner.urls, key.read_text(), tmp_path / "router.log") as url:
-            cfg = RolloutConfig(servers=owner.urls, router=url, **settings)
+            cfg = RolloutConfig(servers=owner.urls, router=url, api_key_file=str(key), **settings)
             with Fleet.start(cfg, old, tmp_path / "run") as fleet, httpx.Client(base_url=url) as http:
                 yield Behind(owner, Contract("embedded", fleet, http, old, new, tmp_path / "run"))
 

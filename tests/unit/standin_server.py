@@ -24,13 +24,16 @@ class Standin:
     def __init__(self, script: list[Any], version: str = "7") -> None:
         self.script, self.version = list(script), version
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[dict[str, str]] = []  # of requests to /generate
+        self.asked: list[tuple[str, dict[str, str]]] = []  # path and headers of all others
         self.times: list[float] = []
         self.url = ""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
+        headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         if scope["path"] != "/generate":
+            self.asked.append((scope["path"], headers))
             return await _reply(send, 200, json.dumps({"weight_version": self.version}).encode())
         raw = b""
         while True:
@@ -40,7 +43,7 @@ class Standin:
                 break
         self.times.append(time.monotonic())
         self.bodies.append(json.loads(raw))
-        self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
+        self.headers.append(headers)
         action = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         await self._act(action, self.bodies[-1], send)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from typing import Any
 
 import pytest
 
+from megasapo.keys import Keys
 from megasapo.rollout import client as client_module
+from megasapo.rollout import dispatch as dispatch_module
 from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.limits import ModelLimits
@@ -72,7 +75,7 @@ def test_the_request_says_every_sampling_parameter_and_the_key() -> None:
     with serving(Standin(["ok"])) as server:
 
         async def run() -> None:
-            client = ServerClient(server.url, "secret")
+            client = ServerClient(server.url, Keys("secret"))
             await client.generate([(1, 2)], [sampling])
             await client.close()
 
@@ -128,6 +131,28 @@ def test_a_fault_is_retried_and_counted(fault: Any, counted: str) -> None:
     metrics = {name: metric.value() for name, metric in fleet.take_metrics().items()}
     assert metrics == {"rollout/retries": 2, f"rollout/{counted}": 2}
     assert fleet.take_metrics() == {}
+
+
+def test_many_failures_of_a_server_are_one_line_and_a_number(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [(i,) for i in range(1, 41)]
+    with serving(Standin([500] * 80 + ["ok"])) as server:
+        fleet = fleet_of(server.url)
+        generate(fleet, prompts)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"a request is repeated: {server.url}/generate: 500: scripted 500"
+        ]
+        fleet.servers[0].ready = False
+        fleet._dispatch._cfg = fleet.cfg.model_copy(update={"retry_for_s": 0.2})
+        with pytest.raises(RolloutError, match="no rollout server is ready now"):
+            generate(fleet, prompts)
+        assert len(caplog.records) == 2
+        fleet.servers[0].ready = True
+        server.script = [500, "ok"]
+        monkeypatch.setattr(dispatch_module, "SAY_EVERY_S", 0.0)
+        generate(fleet, [(1,)])
+    assert re.search(r": scripted 500 \(and 79 more since \d+ s\)$", caplog.records[2].getMessage())
 
 
 def test_waits_grow_between_attempts() -> None:

@@ -113,10 +113,10 @@ def test_the_api_key_is_made_once_for_its_owner_alone(config: str, tmp_path: Pat
         plan(config, f"rollout.api_key_file={tmp_path}/missing")
 
 
-def test_loopback_needs_no_key(config: str, tmp_path: Path) -> None:
-    made = plan(config, "--servers", "localhost:30000", "rollout.engine=embedded")
-    assert "--host" not in made.servers[0].command
-    assert list((tmp_path / "run").iterdir()) == []
+def test_servers_on_loopback_ask_for_a_key_too(config: str, tmp_path: Path) -> None:
+    command = plan(config, "--servers", "localhost:30000", "rollout.engine=embedded").servers[0].command
+    assert "--host" not in command
+    assert command[command.index("--api-key-file") + 1] == str(tmp_path / "run" / "api_key")
 
 
 def test_a_command_of_ones_own(config: str, tmp_path: Path) -> None:
@@ -211,6 +211,15 @@ def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> N
     assert done.stdout.split("\n")[:2] == ["3 __main__ False", "False"]
     assert done.stderr.count("***") == 2
     assert "secret" not in done.stderr
+    from_environment = {"MEGASAPO_API_KEY": "secret-secret", "MEGASAPO_ADMIN_API_KEY": "secret-admin"}
+    command[2] = "-"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), **from_environment}
+    )
+    assert done.stdout.split("\n")[:2] == ["3 __main__ False", "False"], done.stderr
+    assert done.stderr.count("***") == 4
+    assert "secret" not in done.stderr
+    command[2] = str(key)
     key.write_text("short")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1

@@ -95,6 +95,7 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
             ],
             "lets nobody choose which",
         ),
+        (["rollout.admin_api_key_file=f"], "those of the run ask for one key"),
         (["rollout.publish_changed_only=true"], "a directory is always whole"),
         (
             ["rollout.publish=tensor", "rollout.servers=[http://127.0.0.1:1, http://127.n:1]"],

@@ -181,20 +181,32 @@ def test_the_command_line_of_each_engine() -> None:
         *(sys.executable, "-m", "megasapo.rollout.local", "--model", "m", "--port", "5"),
         *("--deterministic", "--api-key-file", "key", "--threads", "1"),
     ]
-    assert "--deterministic" not in server_command(RolloutConfig(max_staleness=1), "m", 5)
-    sglang = RolloutConfig(engine="sglang", server_args=("--tp", "2"))
-    assert server_command(sglang, "m", 5) == [
-        *(sys.executable, "-m", "sglang.launch_server", "--model-path", "m"),
-        *("--host", "127.0.0.1", "--port", "5", "--tp", "2"),
+    assert "--deterministic" not in server_command(RolloutConfig(max_staleness=1, api_key_file="key"), "m", 5)
+    sglang = RolloutConfig(engine="sglang", api_key_file="key", server_args=("--tp", "2"))
+    assert server_command(sglang, "m", 5, host="0.0.0.0", python="py") == [
+        *("py", str(SGLANG_WITH_KEY), "key", "--model-path", "m", "--host", "0.0.0.0", "--port", "5", "--tp", "2"),
     ]
-    own = RolloutConfig(engine="sglang", spawn_command=("run.sh", "{model}", "--at={port}"))
-    assert server_command(own, "m", 5) == ["run.sh", "m", "--at=5"]
-    with_key = RolloutConfig(engine="sglang", api_key_file="key")
-    assert server_command(with_key, "m", 5, host="0.0.0.0", python="py") == [
-        *("py", str(SGLANG_WITH_KEY), "key", "--model-path", "m", "--host", "0.0.0.0", "--port", "5"),
-    ]
-    filled = RolloutConfig(engine="sglang", api_key_file="key", spawn_command=("run.sh", "{host}", "{api_key_file}"))
-    assert server_command(filled, "m", 5, host="h") == ["run.sh", "h", "key"]
+    own = ("run.sh", "{model}", "--at={port}", "{host}", "{api_key_file}")
+    own_command = RolloutConfig(engine="sglang", api_key_file="key", spawn_command=own)
+    assert server_command(own_command, "m", 5, host="h") == ["run.sh", "m", "--at=5", "h", "key"]
+
+
+def test_each_fleet_makes_a_key_and_its_servers_see_no_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MEGASAPO_API_KEY", "of-others")
+    monkeypatch.setenv("MEGASAPO_ADMIN_API_KEY", "of-their-admin")
+    made = []
+    for _ in range(2):
+        with Fleet.start(settings(), model, tmp_path) as fleet:
+            assert fleet.cfg.api_key_file == str(tmp_path / "api_key")
+            made.append((tmp_path / "api_key").read_text())
+            environment = Path(f"/proc/{listener(fleet)}/environ").read_bytes()
+            assert generate(fleet) == -1
+        assert b"of-others" not in environment
+        assert b"of-their-admin" not in environment
+    assert len({*made, "of-others"}) == 3
+    assert "has no {api_key_file}: whoever is on this machine can use its servers" in caplog.text
 
 
 def test_servers_do_not_inherit_a_rank(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

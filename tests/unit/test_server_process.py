@@ -176,11 +176,16 @@ def test_options_that_cannot_be_served(model_dir, tmp_path, capsys):
     assert "two keys" in refused(capsys, *model, "--api-key-file", str(key), "--admin-api-key-file", str(key))
 
 
-def test_options_that_can(model_dir, tmp_path):
+def test_options_that_can(model_dir, tmp_path, monkeypatch):
     key = tmp_path / "key"
     key.write_text("secret\n")
     options = parse(["--model", str(model_dir), "--host", "0.0.0.0", "--api-key-file", str(key), "--port", "0"])
     assert (options.api_key, options.host, options.port) == ("secret", "0.0.0.0", 0)
+    monkeypatch.setenv("MEGASAPO_API_KEY", "of-the-environment")
+    monkeypatch.setenv("MEGASAPO_ADMIN_API_KEY", "of-its-admin")
+    options = parse(["--model", str(model_dir), "--host", "0.0.0.0"])
+    assert (options.api_key, options.admin_api_key) == ("of-the-environment", "of-its-admin")
+    assert parse(["--model", str(model_dir), "--api-key-file", str(key)]).api_key == "secret"
     for host in ("localhost", "127.0.0.1", "127.0.0.9", "::1"):
         assert parse(["--model", str(model_dir), "--host", host]).host == host
 

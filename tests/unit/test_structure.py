@@ -22,6 +22,7 @@ LAYERS = [
         "families",
         "checksum",
         "errors",
+        "keys",
         "checkpoints",
         "geometry",
         "layout",

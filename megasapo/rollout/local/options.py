@@ -10,6 +10,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megasapo import keys
 from megasapo.arguments import Parser
 
 
@@ -43,11 +44,10 @@ def parse(argv: list[str] | None) -> Options:
     parser = _parser()
     args = vars(parser.parse_args(argv))
     try:
-        args["api_key"] = _read_key(args.pop("api_key_file"))
-        args["admin_api_key"] = _read_key(args.pop("admin_api_key_file"))
-        options = Options(**args)
+        wanted = keys.read(args.pop("api_key_file"), args.pop("admin_api_key_file"))
+        options = Options(**args, api_key=wanted.api, admin_api_key=wanted.admin)
         _check(options)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         parser.error(str(e))
     return options
 
@@ -58,7 +58,7 @@ def _parser() -> Parser:
         description="The embedded rollout server: SGLang's HTTP protocol on transformers' model code.",
     )
     p.add_argument("--model", required=True, metavar="HF_DIR", help="config.json, safetensors, tokenizer")
-    p.add_argument("--host", default="127.0.0.1", help="anything but loopback needs --api-key-file")
+    p.add_argument("--host", default="127.0.0.1", help="anything but loopback needs a key")
     p.add_argument("--port", type=int, default=30000, help="0: any free port, printed when ready")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the model's own")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -68,8 +68,12 @@ def _parser() -> Parser:
     p.add_argument("--max-prefill-tokens", type=_positive, default=16384, help="prompt tokens admitted in one step")
     p.add_argument("--context-length", type=_positive, help="default: the model's max_position_embeddings")
     p.add_argument("--max-body-bytes", type=_positive, default=64 << 20, help="larger requests are refused with 413")
-    p.add_argument("--api-key-file", metavar="FILE", help="file with the key that /generate and the rest require")
-    p.add_argument("--admin-api-key-file", metavar="FILE", help="file with the key that control endpoints require")
+    p.add_argument(
+        "--api-key-file", metavar="FILE", help=f"holds the key of /generate and the rest; else ${keys.VARIABLE} does"
+    )
+    p.add_argument(
+        "--admin-api-key-file", metavar="FILE", help=f"holds that of control endpoints; else ${keys.ADMIN_VARIABLE}"
+    )
     p.add_argument("--weight-version", default="default", help="stamp of the weights the server starts with")
     p.add_argument("--deterministic", action="store_true", help="run every request by itself, one after another")
     p.add_argument("--enable-return-routed-experts", action="store_true", help="record the experts of every token")
@@ -86,24 +90,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def _read_key(path: str | None) -> str | None:
-    if path is None:
-        return None
-    key = Path(path).read_text().strip()
-    if not key or not key.isascii() or any(c.isspace() for c in key):
-        raise ValueError(f"{path}: expected one key, ASCII, without spaces")
-    return key
-
-
 def _check(options: Options) -> None:
     if not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there")
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port {options.port}: use 0 to 65535")
     if options.api_key is None and not _loopback(options.host):
-        raise ValueError(f"--host {options.host} is reachable from other machines: give --api-key-file")
-    if options.admin_api_key is not None and options.admin_api_key == options.api_key:
-        raise ValueError("--admin-api-key-file holds the key of --api-key-file: use two keys or only one file")
+        raise ValueError(
+            f"--host {options.host} is reachable from other machines: give --api-key-file, or {keys.VARIABLE}"
+        )
 
 
 def _loopback(host: str) -> bool:
