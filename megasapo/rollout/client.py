@@ -124,7 +124,8 @@ class ServerClient:
         an aborted answer comes as far as it got (finish_reason abort), otherwise it is a BadAnswer as well.
         """
         body = generate_request(input_ids, sampling, return_routed_experts=routed is not None, rid=rid)
-        answer = await self._json("POST", "/generate", body, timeout_s=self._request_timeout_s)
+        content = await self._call("POST", "/generate", body, timeout_s=self._request_timeout_s, key=self._keys.api)
+        answer = self._parsed("/generate", content)
         try:
             return read_completions(answer, input_ids, sampling, routed, partial=partial)
         except RolloutError as e:
@@ -136,10 +137,10 @@ class ServerClient:
         await self._call("GET", "/health_generate", None, timeout_s=self._question_timeout_s, key=None)
 
     async def model_info(self) -> dict[str, Any]:
-        return await self._object("GET", "/model_info", None, timeout_s=self._question_timeout_s)
+        return await self._question("/model_info")
 
     async def server_info(self) -> dict[str, Any]:
-        return await self._object("GET", "/server_info", None, timeout_s=self._question_timeout_s)
+        return await self._question("/server_info")
 
     # --- control ---
 
@@ -154,9 +155,9 @@ class ServerClient:
         """A server left paused would keep every request waiting."""
         await retrying(self.resume, what=f"resuming {self.url}", for_s=RESUME_FOR_S)
 
-    async def abort(self, rid: str | None = None) -> None:
-        """Abort one request, or all of them; their answers come with finish_reason abort."""
-        await self._control("/abort_request", {"abort_all": True} if rid is None else {"rid": rid}, parse=False)
+    async def abort(self, rid: str) -> None:
+        """Abort one request; its answer comes with finish_reason abort."""
+        await self._control("/abort_request", {"rid": rid}, parse=False)
 
     async def flush(self, mode: PauseMode = "retract") -> None:
         """Forget cached prefixes; Refused while requests hold them, as those that are paused in place may."""
@@ -266,36 +267,30 @@ class ServerClient:
             raise RolloutError(f"{self.url}: /weights_checker gave no checksum that can be compared: {list(answer)}")
         return answer["checksum"]
 
-    async def weight(self, name: str, truncate_size: int = 100) -> list[Any]:
-        """The first rows of one parameter, by its HF name."""
-        body = {"name": name, "truncate_size": truncate_size}
-        timeout_s, key = self._control_timeout_s, self._keys.control
-        return await self._json("POST", "/get_weights_by_name", body, timeout_s=timeout_s, key=key)
-
     # --- transport ---
 
+    async def _question(self, path: str) -> dict[str, Any]:
+        content = await self._call("GET", path, None, timeout_s=self._question_timeout_s, key=self._keys.api)
+        return self._object(path, content)
+
     async def _control(self, path: str, body: dict[str, Any] | None, *, parse: bool = True) -> dict[str, Any]:
-        timeout_s, key = self._control_timeout_s, self._keys.control
-        if not parse:
-            await self._call("POST", path, body, timeout_s=timeout_s, key=key)
-            return {}
-        answer = await self._object("POST", path, body, timeout_s=timeout_s, key=key)
+        content = await self._call("POST", path, body, timeout_s=self._control_timeout_s, key=self._keys.control)
+        answer = self._object(path, content) if parse else {}
         if answer.get("success") is False:
             raise Refused(f"{self.url}{path}: {answer.get('message')}", 200)
         return answer
 
-    async def _object(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        answer = await self._json(*args, **kwargs)
+    def _object(self, path: str, content: bytes) -> dict[str, Any]:
+        answer = self._parsed(path, content)
         if not isinstance(answer, dict):
-            raise BadAnswer(f"{self.url}{args[1]}: expected a JSON object, got {type(answer).__name__}")
+            raise BadAnswer(f"{self.url}{path}: expected a JSON object, got {type(answer).__name__}")
         return answer
 
-    async def _json(
-        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None = None
-    ) -> Any:
-        content = await self._call(method, path, body, timeout_s=timeout_s, key=key or self._keys.api)
+    def _parsed(self, path: str, content: bytes) -> Any:
+        with suppress(ValueError):
+            return orjson.loads(content)
         try:
-            return _parsed(content)
+            return json.loads(content)  # takes NaN, which the reader of the answer finds; or says better what is wrong
         except ValueError as e:
             raise BadAnswer(f"{self.url}{path}: {len(content)} bytes that are not JSON: {e}") from e
 
@@ -337,13 +332,6 @@ class ServerClient:
                 trust_env=False,
             )
         return self._session
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return orjson.loads(content)
-    except ValueError:
-        return json.loads(content)  # takes NaN, which the reader of the answer finds; or says better what is wrong
 
 
 def _message(content: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -52,7 +53,7 @@ class Server:
     incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
     restarts: int = 0
     refused_version: int | None = None  # what it could not load
-    trouble: str = ""  # why it was last not ready, for messages
+    trouble: str = ""  # why it is not ready, for messages
     seen_at: float = 0.0
     look_at: float = 0.0  # when to ask for its version next
     health_at: float = 0.0  # when to have it generate a token next
@@ -168,6 +169,8 @@ class Watch:
     # --- in the loop ---
 
     async def _start_all(self) -> None:
+        for server in self._servers:
+            server.starting = True
         self._tasks = [asyncio.create_task(self._report())]
         results = await asyncio.gather(*(self._first_start(s) for s in self._servers), return_exceptions=True)
         for result in results:
@@ -230,6 +233,14 @@ class Watch:
     def _judge(self, server: Server) -> None:
         current = self._version is None or server.version == self._version
         server.ready = server.up and current and not server.hung
+        if server.ready and server.trouble:
+            server.trouble = ""
+            self._say("rollout server %d is ready again", server.index)
+
+    def _say(self, message: str, *args: object) -> None:
+        """Once for the run, whatever number of leaders looks."""
+        if self._run_dir is not None:
+            log.warning(message, *args)
 
     def _lose(self, server: Server, why: str, *, hung: bool = False) -> None:
         """It does not answer, or (hung) its model does not: whoever waits for it must look elsewhere."""
@@ -266,7 +277,7 @@ class Watch:
             code = server.process.exit_code() if server.process is not None else None
             if code is not None or time.monotonic() > deadline:
                 late = f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
-                end = late if code is None else f"ended with code {code}"
+                end = late if code is None else _ended(code)
                 if server.process is not None:
                     await asyncio.to_thread(server.process.stop)
                 server.starting = False
@@ -290,7 +301,7 @@ class Watch:
                 await asyncio.sleep(POLL_S)
                 code = server.process.exit_code() if server.process is not None else None
                 if code is not None:
-                    await self._restart(server, f"ended with code {code}")
+                    await self._restart(server, _ended(code))
                 elif time.monotonic() > server.look_at:
                     server.look_at = time.monotonic() + LOOK_EVERY_S
                     await self._look(server)
@@ -330,6 +341,8 @@ class Watch:
         try:
             info = await self.client(server).model_info()
         except Retryable as e:
+            if server.up and not server.hung:
+                self._say("rollout server %d does not answer, its requests go elsewhere: %s", server.index, e)
             self._lose(server, str(e))
             return await self._end_silent(server)
         if not server.up and server.process is None:
@@ -342,6 +355,8 @@ class Watch:
                 await self.client(server).check_health()
             except Retryable as e:
                 if epoch == self._epoch:
+                    if not server.hung:
+                        self._say("rollout server %d generates nothing, its requests go elsewhere: %s", server.index, e)
                     self._lose(server, str(e), hung=True)
                 return await self._end_silent(server)
             server.suspect = server.hung = False
@@ -364,7 +379,7 @@ class Watch:
             if self._version is None or self._weights_dir is None or server.version == self._version:
                 return
             version, weights_dir, client = self._version, self._weights_dir, self.client(server)
-            log.warning("rollout server %d has version %s: loading %s", server.index, server.version, weights_dir)
+            log.warning("rollout server %d lacks version %d: it loads %s", server.index, version, weights_dir)
             try:
                 await client.load_from_disk(weights_dir, version, "retract")
             except Refused as e:
@@ -378,6 +393,12 @@ class Watch:
             else:
                 server.version = version
                 self._judge(server)
+
+
+def _ended(code: int) -> str:
+    """The guard of a server passes on the shell's code for a signal."""
+    number = -code if code < 0 else code - 128
+    return f"was killed by signal {number}" if 0 < number <= signal.SIGRTMAX else f"ended with code {code}"
 
 
 def _log_end(server: Server) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def test_a_leader_that_only_connected_finds_out_too(tmp_path: Path) -> None:
             sample(fleet, lambda: os.kill(first.process.pid, signal.SIGSTOP), number=80)
 
 
-def test_all_servers_go_and_come_back(tmp_path: Path) -> None:
+def test_all_servers_go_and_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And an operator reads so, once for each server."""
     first = Servers(SPEED, ports=2)
     later: list[Servers] = []
 
@@ -115,9 +117,17 @@ def test_all_servers_go_and_come_back(tmp_path: Path) -> None:
         with serving(first) as urls, start(urls, tmp_path) as fleet:
             sample(fleet, gone_and_back)
             assert counts(fleet)["unreachable"] >= 1
+            while not all(s.ready for s in fleet.servers):
+                time.sleep(0.05)
+            said = [r.getMessage() for r in caplog.records if r.name == "megasapo.rollout.watch"]
+            assert {s.trouble for s in fleet.servers} == {""}
     finally:
         for servers in later:
             servers.kill()
+    for i in range(2):
+        own = [line for line in said if f"rollout server {i} " in line]
+        assert "does not answer, its requests go elsewhere" in own[0]
+        assert own[1] == f"rollout server {i} is ready again"
 
 
 def test_a_straggler_is_hedged_and_its_request_aborted(tmp_path: Path) -> None:

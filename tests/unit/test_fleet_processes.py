@@ -99,12 +99,15 @@ def test_a_missing_command_stops_the_start(model: Path, tmp_path: Path) -> None:
         Fleet.start(cfg, model, tmp_path)
 
 
-def test_a_killed_server_comes_back_at_its_url_and_requests_wait_for_it(model: Path, tmp_path: Path) -> None:
+def test_a_killed_server_comes_back_at_its_url_and_requests_wait_for_it(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Fleet.start(settings(), model, tmp_path) as fleet:
         urls, old = fleet.urls, listener(fleet)
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: not alive(old), "killed")
         assert generate(fleet) == -1
+        assert "rollout server 0 was killed by signal 9: restart 1" in caplog.text
         assert fleet.urls == urls
         assert listener(fleet) != old
         metrics = {name: m.value() for name, m in fleet.take_metrics().items()}

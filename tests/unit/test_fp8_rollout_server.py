@@ -268,7 +268,7 @@ def test_a_run_starts_quantised_servers_and_publishes_to_them(dirs: dict[str, Pa
             assert fleet.version == version
         written = tensors_of(tmp_path / "weights" / "v1")
         assert weights_checksum(written) == weights_checksum(tensors_of(dirs["new8"]))
-        remote = RolloutConfig(servers=fleet.urls, start_timeout_s=20.0)
+        remote = RolloutConfig(servers=fleet.urls, api_key_file=fleet.cfg.api_key_file, start_timeout_s=20.0)
         with Fleet.start(remote, dirs["old"], tmp_path / "other") as other:
             with pytest.raises(RolloutError, match=r"quantised as fp8, .* but rollout\.quantization=none"):
                 publisher(other, remote, dirs["new"], tmp_path / "other")
