@@ -1,8 +1,7 @@
 """Memory and time of tools/convert_checkpoint.py on a random Qwen3-MoE of 2 GB in files of 200 MB; docs/checkpoints.md.
 
 Each conversion is a process of its own. Memory is the most that it held (VmHWM) beyond the same for a model of 1 MB,
-which is what python and the libraries take: it is to stay below two files and one bucket, where a bucket is the largest
-weight three times: as it is read, as it is joined, and as it is written.
+which is what python and the libraries take: it is to stay below two files and one bucket, which is the largest tensor.
 
 usage: python -m benchmarks.convert [--dir DIR] [--gigabytes 2] [--shard-mb 200]
 """
@@ -82,7 +81,7 @@ def main() -> None:
         specs = make(root / "large", shard, **LARGE, num_hidden_layers=layers)
         make(root / "small", shard, num_hidden_layers=1)
         total, largest = sum(s.nbytes for s in specs), max(s.nbytes for s in specs)
-        bound = 2 * shard + 3 * largest
+        bound = 2 * shard + largest
         print(machine("megatron-core", "safetensors"))
         print(
             f"bfloat16, {layers} layers, {len(specs)} tensors, {total / 1e6:,.0f} MB, largest {largest / 1e6:.0f} MB;"

@@ -59,7 +59,7 @@ def convert(request: Request, target: Path, *, nproc: int = 1, verify: Verify = 
     with Job(target, identity) as job:
         refuse_damaged(request.source)
         work = make_work(request)
-        kept = [output for output in work.outputs if job.folder.record(output.name) is not None]
+        kept = job.finished(work.outputs)
         todo = [output for output in work.outputs if output not in kept]
         if kept:
             print(f"{len(kept)} of {len(work.outputs)} files are there already, whole: going on with the rest")

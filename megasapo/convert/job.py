@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from megasapo.checkpoints import sha256, sync
-from megasapo.convert.errors import ConvertError, WriteError
+from megasapo.convert.errors import ConvertError, WriteError, writing
 
 
 class Output(NamedTuple):
@@ -76,16 +76,19 @@ class Job:
         self.folder = Folder(target.absolute().with_name(f".{target.absolute().name}.converting"))
 
     def __enter__(self) -> Job:
-        try:
+        with writing(self.folder.path):
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder.path / "lock").open("w")
-        except OSError as e:
-            raise WriteError(f"{self.folder.path}: cannot be made: {e.strerror}") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             self._lock.close()
             raise ConvertError(f"another conversion into {self._target} is running: wait for it, or stop it") from e
+        with writing(self.folder.path / "identity.json"):
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         told = self.folder.path / "identity.json"
         if not told.is_file() or told.read_text() != self._identity:
             if told.is_file():
@@ -95,9 +98,15 @@ class Job:
             told.write_text(self._identity)
         for name in ("files", "records"):
             (self.folder.path / name).mkdir(exist_ok=True)
-            for left in (self.folder.path / name).glob("*.part"):
+
+    def finished(self, outputs: Sequence[Output]) -> list[Output]:
+        """Those that an earlier start has written in full; whatever else it has left is removed."""
+        kept = [output for output in outputs if self.folder.record(output.name) is not None]
+        names = {output.name for output in kept}
+        for left in self.folder.files.iterdir():
+            if left.name not in names:
                 left.unlink()
-        return self
+        return kept
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.folder.files.exists() or not any(self.folder.files.iterdir()):
@@ -123,11 +132,12 @@ class Job:
 
     def put_in_place(self) -> None:
         """The target is there, in full, from one moment to the next."""
-        for path in self.folder.files.iterdir():
-            sync(path)
-        sync(self.folder.files)
-        self.folder.files.rename(self._target.absolute())
-        sync(self._target.absolute().parent)
+        with writing(self._target):
+            for path in self.folder.files.iterdir():
+                sync(path)
+            sync(self.folder.files)
+            self.folder.files.rename(self._target.absolute())
+            sync(self._target.absolute().parent)
 
 
 def fingerprint(directory: Path) -> list[list[Any]]:

@@ -14,7 +14,7 @@ import torch
 
 from megasapo import __version__, checkpoints
 from megasapo.convert.dequantised import DequantisedFiles
-from megasapo.convert.errors import WriteError
+from megasapo.convert.errors import WriteError, writing
 from megasapo.convert.job import Folder, Output
 from megasapo.convert.sources import HFSource, MegatronSource, Source
 from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
@@ -139,11 +139,13 @@ class ToMegatron:
             pieces = [self._piece(one) for one in self._stored[output.name]]
             places = [Place(output.name, *place) for place in record["contents"]]
             told += zip(pieces, places, strict=True)
-        write_index(folder.files, told)
+        with writing(folder.files / ".metadata"):
+            write_index(folder.files, told)
         specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
         there = sorted(folder.files.iterdir())
         files = dict(zip([path.name for path in there], checkpoints.sha256(there), strict=True))
-        write_companions(self._request.model, exported_config(self._config, self._mtp), specs, folder.files)
+        with writing(folder.files / "config.json"):
+            write_companions(self._request.model, exported_config(self._config, self._mtp), specs, folder.files)
         degrees = self._request.parallel.model_dump()
         record = {
             "format": checkpoints.FORMAT,
@@ -154,7 +156,8 @@ class ToMegatron:
             "trainer": {},
             "files": files,
         }
-        checkpoints.write_record(folder.files, record)
+        with writing(folder.files / checkpoints.RECORD):
+            checkpoints.write_record(folder.files, record)
 
     def _made(self, stored: list[Stored]) -> Iterator[torch.Tensor]:
         """The pieces' numbers; those of one weight follow one another, and it is read once."""
@@ -210,7 +213,8 @@ class ToHF:
         self._config = exported_config(read_config(request.model), [spec.name for spec in source.specs])
         if request.quantise:
             unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
-            self._quantised_config = quantised_config(unquantised, request.model)
+            told = quantised_config(unquantised, request.model)
+            self._quantisation = {"quantization_config": told["quantization_config"]}
         self._specs = [spec._replace(dtype=self._dtype(spec)) for spec in source.specs]
         written = [part for spec in self._specs for part in self._written(spec)]
         self._files = assign_files(written, request.shard_bytes)
@@ -232,14 +236,18 @@ class ToHF:
         if len(self._files) > 1:
             total = sum(output.nbytes for output in self.outputs)
             weight_map = {spec.name: file for file, specs in self._files.items() for spec in specs}
-            write_json(folder.files / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_companions(self._request.model, self._config, self._specs, folder.files)
+            with writing(folder.files / INDEX):
+                write_json(folder.files / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        with writing(folder.files / "config.json"):
+            self._write_companions(folder.files)
         if self._request.direction == "megatron-to-hf":
             say_mtp(self._request.model, [spec.name for spec in self._specs])
+
+    def _write_companions(self, directory: Path) -> None:
+        write_companions(self._request.model, self._config, self._specs, directory)
         if self._request.quantise:
-            said = read_config(folder.files)  # with the dtype of what is not quantised
-            quantised = {"quantization_config": self._quantised_config["quantization_config"]}
-            write_json(folder.files / "config.json", said | quantised)
+            said = read_config(directory)  # with the dtype of what is not quantised
+            write_json(directory / "config.json", said | self._quantisation)
 
     @property
     def specs(self) -> list[TensorSpec]:

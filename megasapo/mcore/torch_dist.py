@@ -166,7 +166,9 @@ def write_index(directory: Path, stored: Iterable[tuple[Piece, Place]]) -> None:
         index = MetadataIndex(piece.key, offset)
         results.append(WriteResult(index, place.length, _StorageInfo(place.file, place.start, place.length)))
     FileSystemWriter(directory).finish(Metadata(dict(tensors)), [results])
-    torch.save({}, directory / "common.pt")  # megatron-core's place for what is no tensor
+    nothing = io.BytesIO()  # and not straight into a file, as above
+    torch.save({}, nothing)
+    (directory / "common.pt").write_bytes(nothing.getvalue())  # megatron-core's place for what is no tensor
     save_config(CheckpointingConfig("torch_dist"), str(directory))
 
 

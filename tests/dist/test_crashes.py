@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.disks import fill, small_disk
 from tests.dist.launcher import start_alone
 from tests.dist.small_run import Task, read_rows
 from tests.tiny import make_model
@@ -114,28 +115,11 @@ def test_kill_at_any_moment_of_saving(model: Path, tmp_path: Path, unbroken: Any
     assert names == ["latest", *(f"step_{step:08d}" for step in range(last - 2, last + 1))]
 
 
-@contextmanager
-def small_disk(where: Path) -> Iterator[Path]:
-    """A file system of 32 MiB; needs the right to mount one."""
-    where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(where)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", "--lazy", str(where)], check=True)
-
-
 def test_full_disk(model: Path, tmp_path: Path, unbroken: Any) -> None:
     with small_disk(tmp_path / "disk") as disk:
         where = {"run": str(disk / "run")}
         assert finish(Run(model, tmp_path, 2, **where)) == 0
-        ballast = disk / "ballast"
-        with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as f:
-            while f.write(bytes(2**16)):
-                pass
-        os.truncate(ballast, ballast.stat().st_size - 2**17)  # less than a checkpoint is left
+        ballast = fill(disk, free=2**17)  # less than a checkpoint
         assert_survives_a_failed_save(model, tmp_path, unbroken, os.strerror(errno.ENOSPC), ballast.unlink, **where)
 
 

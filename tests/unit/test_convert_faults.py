@@ -165,11 +165,26 @@ def test_a_bad_megatron_checkpoint_is_named_and_no_target_is_there(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flipped_bit_is_found_by_the_hash(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _record_changed(d: Path) -> None:
+    """Another layout, and for that matter other hashes: only the record's own hash can tell."""
+    record = json.loads((d / "megasapo.json").read_text())
+    (d / "megasapo.json").write_text(json.dumps(record | {"step": 7}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_flipped, "__0_0.distcp has another SHA-256"),
+        (_record_changed, "megasapo.json is damaged: its SHA-256 is not the recorded one"),
+    ],
+)
+def test_a_change_is_found_by_the_hash(
+    damage, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(models / "moe.mcore", tmp_path / "src")
-    _flipped(tmp_path / "src")
+    damage(tmp_path / "src")
     assert main(["megatron-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
-    assert "__0_0.distcp has another SHA-256" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 

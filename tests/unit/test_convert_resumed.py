@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from megasapo import checkpoints
+from megasapo.convert import command
 from megasapo.convert.command import main
+from tests.disks import fill, small_disk
 from tests.unit.conversion import TOOL, convert, make_moe
+
+PAGE = 4096
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,55 @@ def test_a_killed_conversion_goes_on_where_it_was(models: Path, tmp_path: Path) 
     for name in others:
         assert (tmp_path / "out" / name).stat().st_ino == kept[name], f"{name} was written again"
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_stopped_when_all_is_written_it_goes_on_and_the_record_fits(
+    direction: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a first start wrote at its end, record and index, is written anew and not taken for a part of the next."""
+    source = models / ("moe" if direction == "hf-to-megatron" else "moe.mcore")
+    arguments = [direction, "--src", str(source), "--dst", str(tmp_path / "out"), "--verify-tensors"]
+
+    def interrupted(*args: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "check_tensors", interrupted)
+        assert main(arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [".out.converting"]
+    assert main(arguments) == 0
+    assert "1 of 1 files are there already" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    if direction == "hf-to-megatron":
+        record = checkpoints.read_record(tmp_path / "out")
+        assert checkpoints.differences(tmp_path / "out", record["files"]) == []
+        assert sorted(record["files"]) == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
+
+
+def test_killed_with_its_processes_it_goes_on(models: Path, tmp_path: Path) -> None:
+    """kill -9 of the first process ends the others, which would go on writing beside the next start."""
+    arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "10KB"]
+    tool = [sys.executable, str(TOOL), *arguments, "--nproc", "2"]
+    folder = tmp_path / ".out.converting"
+    with subprocess.Popen(tool, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
+    deadline = time.monotonic() + 60
+    while alive_in_session(process.pid):
+        assert time.monotonic() < deadline, "its processes go on"
+        time.sleep(0.05)
+    assert main([*arguments, "--verify-tensors"]) == 0
+    assert not folder.exists()
+
+
+def alive_in_session(leader: int) -> bool:
+    """Whether any process of the session that this one led is running still."""
+    done = subprocess.run(["ps", "-o", "stat=", "-s", str(leader)], capture_output=True, text=True)
+    return any(not line.startswith("Z") for line in done.stdout.split())
 
 
 def test_another_conversion_into_the_same_target_starts_over(
@@ -85,3 +140,33 @@ def test_a_full_disk_is_named_and_what_was_written_is_kept(direction: str, model
     assert not (tmp_path / "out").exists()
     assert main(arguments) == 0
     assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_that_is_full_at_the_very_end_is_named(
+    direction: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room for the tensors, and for ever more of the small files that come after them: record, index, tokenizer."""
+    source = models / ("moe" if direction == "hf-to-megatron" else "moe.mcore")
+    convert(direction, source, tmp_path / "whole", "--shard-size", "300KB")
+    files = [p for p in (tmp_path / "whole").iterdir() if p.suffix in (".distcp", ".safetensors")]
+    pages = [-(-path.stat().st_size // PAGE) for path in files]
+    named = set()
+    with small_disk(tmp_path / "disk") as disk:
+        arguments = [direction, "--src", str(source), "--dst", str(disk / "out"), "--shard-size", "300KB"]
+        for more in range(1, 100):
+            ballast = fill(disk, free=(sum(pages) + more) * PAGE)
+            code = main(arguments)
+            ballast.unlink()
+            if code == 0:
+                break
+            error = capsys.readouterr().err
+            assert code == 2, error
+            assert "No space left on device\nfinished files are kept" in error
+            named.add(error.split(": ")[1].rpartition("/")[2])
+            assert not (disk / "out").exists()
+            shutil.rmtree(disk / ".out.converting", ignore_errors=True)
+        assert code == 0
+        assert (disk / "out").is_dir()
+    assert {"config.json", "tokenizer.json"} <= named
+    assert (".metadata" if direction == "hf-to-megatron" else "model.safetensors.index.json") in named

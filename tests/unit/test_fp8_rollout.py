@@ -142,6 +142,7 @@ def test_a_run_makes_its_copy_once(models: dict[str, Path], tmp_path: Path) -> N
         rollout_model(models["moe"], target)
 
 
+DEEPSEEK_V3 = Path(__file__).resolve().parents[2] / "examples" / "deepseek_v3" / "geometry" / "config.json"
 QWEN3_30B = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -182,6 +183,27 @@ def test_shapes_that_sglang_refuses(tmp_path: Path, change: Any, flags: list[str
     else:
         with pytest.raises(RolloutError, match=size):
             check_blocks(tmp_path, flags)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "size"),
+    [
+        ({}, ["--tp", "16"], None),
+        ({}, ["--tp", "32"], "intermediate_size / tp = 576"),
+        ({}, ["--tp", "128", "--ep", "128"], r"num_attention_heads \* head_dim / tp = 192"),
+        ({"v_head_dim": 65}, ["--tp", "8"], r"num_attention_heads \* \(qk_nope_head_dim \+ v_head_dim\) / tp = 3088"),
+        (
+            {"qk_nope_head_dim": 63, "qk_rope_head_dim": 65, "v_head_dim": 65},
+            ["--tp", "8"],
+            r"num_attention_heads \* v_head_dim / tp = 1040",
+        ),
+    ],
+)
+def test_shapes_of_latent_attention_that_sglang_refuses(
+    tmp_path: Path, change: Any, flags: list[str], size: str | None
+) -> None:
+    """DeepSeek-V3's."""
+    test_shapes_that_sglang_refuses(tmp_path, json.loads(DEEPSEEK_V3.read_text()) | change, flags, size)
 
 
 FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,14 @@ from megasapo import config
 from megasapo.config import ConfigError
 from megasapo.mcore import compat, precision
 from megasapo.mcore.checkpoint import CheckpointError, _refuse_strays
-from megasapo.mcore.model import TransformerConfig, transformer_config
+from megasapo.mcore.model import TransformerConfig, read_hf_config, transformer_config
 from megasapo.mcore.optim import _optimizer_config
 from megasapo.mcore.precision import Precision, refuse_unusable, refuse_widths, why_not
 from megasapo.sections import FP8_MULTIPLES, ModelConfig, OptimConfig, PrecisionConfig
 from tests.unit import fake_packages as fake
 from tests.unit.test_mcore_model import layout, moe
 
+GEOMETRY = Path(__file__).resolve().parents[2] / "examples" / "deepseek_v3" / "geometry"
 FITTING = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
 FITTING |= {"intermediate_size": 512, "moe_intermediate_size": 256}
 
@@ -122,6 +124,38 @@ def test_widths_that_fit_every_recipe(recipe: str) -> None:
 def test_widths_that_do_not_fit(recipe: str, over: dict[str, Any], degrees: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         widths(recipe, FITTING | over, **degrees)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "over", "wrong"),
+    [
+        ("fp8_delayed", {}, []),
+        ("mxfp8", {}, []),
+        ("fp8_blockwise", {}, ["kv_lora_rank + qk_rope_head_dim = 576"]),
+        ("fp8_delayed", {"q_lora_rank": 1000, "kv_lora_rank": 328}, ["q_lora_rank = 1000", "kv_lora_rank = 328"]),
+        (
+            "fp8_blockwise",
+            {"qk_rope_head_dim": 128, "v_head_dim": 130},
+            [
+                "num_attention_heads * v_head_dim / tp(8) = 2080",
+                "(qk_nope_head_dim + v_head_dim) / tp(8) = 4128",
+            ],
+        ),
+    ],
+)
+def test_widths_of_latent_attention(recipe: str, over: dict[str, Any], wrong: list[str]) -> None:
+    """DeepSeek-V3's, on 8 tensor-parallel ranks."""
+    hf = read_hf_config(GEOMETRY)
+    for name, value in over.items():
+        setattr(hf, name, value)
+    numbers = Precision(PrecisionConfig(), layers=61, use_te=False)
+    config = transformer_config(ModelConfig(path="/nowhere"), hf, layout(tp=8), numbers)
+    cfg = PrecisionConfig.model_validate({"recipe": recipe})
+    if not wrong:
+        refuse_widths(cfg, config)
+    for message in wrong:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            refuse_widths(cfg, config)
 
 
 def test_a_width_that_no_layer_has_does_not_matter() -> None:

@@ -18,6 +18,7 @@ from megasapo.families.weights import Box, BridgeError, Shape, full_box
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_OPEN = 2  # files
+MOST_MAPPED = 64 << 20  # bytes of them
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -52,6 +53,7 @@ class HFFiles:
         self.bytes_read = 0
         self._headers: dict[str, dict[str, Entry]] = {}
         self._handles: dict[str, Any] = {}
+        self._mapped = 0
         self._file_of = self._locate()
 
     @property
@@ -86,10 +88,14 @@ class HFFiles:
         except (SafetensorError, OSError) as e:
             raise BridgeError(f"{self.file(name)}: cannot read tensor {name!r}: {e}") from e
         self.bytes_read += value.nbytes
+        self._mapped += prod(full.get_shape()) * value.element_size()  # pages of all rows, whatever the box's columns
         return value
 
     def _open(self, file: str) -> Any:
-        """Mapped into memory, as what has been read of it stays until it is closed: so few at a time."""
+        """Mapped into memory, where what has been read of it stays until it is closed: so little at a time."""
+        if self._mapped > MOST_MAPPED:
+            self._handles.clear()
+            self._mapped = 0
         if file not in self._handles:
             while len(self._handles) >= MOST_OPEN:
                 self._handles.pop(next(iter(self._handles)))
