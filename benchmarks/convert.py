@@ -102,7 +102,7 @@ def main() -> None:
             least, _ = converted(direction, root / f"small{source}", root / f"small.{target}", *size, *few)
             most, seconds = converted(direction, root / f"large{source}", root / f"large.{target}", *size, *more)
             used = most - least
-            name = f"{' '.join((direction, *more))}{' from FP8' if source == '.fp8' else ''}"
+            name = " ".join((direction, *more)) + {".fp8": " from FP8", ".mcore_tp4": " from tp=4 ep=4"}.get(source, "")
             rows.append(
                 [name, f"{used / 1e6:.0f}", f"{used / bound:.2f}", f"{seconds:.0f}", f"{total / 1e6 / seconds:.0f}"]
             )

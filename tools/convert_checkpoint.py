@@ -9,6 +9,9 @@ import sys
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # files are converted on the CPU, also where there are GPUs
-    from megasapo.convert.command import main
+    try:
+        from megasapo.convert.command import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it imports
+        sys.exit(130)

@@ -8,6 +8,9 @@ import sys
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tensors are read on the CPU, also where there are GPUs
-    from megasapo.convert.inspect_command import main
+    try:
+        from megasapo.convert.inspect_command import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it imports
+        sys.exit(130)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,16 @@ from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
 from megasapo.errors import UserError
 from megasapo.geometry import read_geometry
 from megasapo.layout import check_layout, fewest_ranks
+from megasapo.mcore.bridge.load import read_config
 from megasapo.sections import ParallelConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 POLL_S = 0.3
+EXAMPLES = """examples:
+  convert_checkpoint.py hf-to-megatron --src Qwen3-30B-A3B --dst start parallel.tp=4 parallel.ep=8
+  convert_checkpoint.py megatron-to-hf --src runs/NAME --dst trained --dtype bfloat16 --verify
+  convert_checkpoint.py hf-to-hf --src DeepSeek-V3 --dst DeepSeek-V3-bf16 --dtype bfloat16 --nproc 4
+"""
 Verify = Literal["tensors", "logprobs"] | None
 
 
@@ -88,15 +95,25 @@ def _write(request: Request, work: Work, todo: Sequence[Output], folder: Folder,
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(count, mp_context=context) as pool:
-        shares = [pool.submit(_write_share, request, [o.name for o in todo[i::count]], folder) for i in range(count)]
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for all: this process ends the others
         try:
-            for share in shares:
+            shares = [
+                pool.submit(_write_share, request, [o.name for o in todo[i::count]], folder) for i in range(count)
+            ]
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        try:
+            for share in as_completed(shares):
                 share.result()
         except BrokenProcessPool as e:
             raise ConvertError(
                 "a process that was writing has died, as when memory runs out: give the same command again with fewer "
                 "--nproc or a smaller --shard-size; finished files are kept"
             ) from e
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _write_share(request: Request, names: Sequence[str], folder: Folder) -> None:
@@ -133,9 +150,11 @@ def _progress(job: Job, total: int) -> Iterator[None]:
 def _request(args: argparse.Namespace) -> Request:
     source = resolved(Path(args.src))
     wanted = "megatron" if args.direction.startswith("megatron") else "hf"
+    if args.model and wanted == "hf":
+        raise ConvertError(f"--model {args.model}: an HF directory says itself which model it is; leave it out")
     if is_megatron(source) != (wanted == "megatron"):
-        found = "a megatron-core checkpoint" if is_megatron(source) else "no megatron-core checkpoint"
-        raise ConvertError(f"{source} is {found}: {args.direction} reads {'one' if wanted == 'megatron' else 'HF'}")
+        found = "a megatron-core checkpoint" if is_megatron(source) else "an HF directory"
+        raise ConvertError(f"{source} is {found}, which {args.direction} does not read")
     to_hf = args.direction.endswith("-to-hf")
     if args.quantize and not to_hf:
         raise ConvertError("--quantize: megatron-core checkpoints are not quantised; it goes with megatron-to-hf")
@@ -143,6 +162,7 @@ def _request(args: argparse.Namespace) -> Request:
         raise ConvertError("--dtype float16: the learner computes in bfloat16 or float32; take one of them")
     parallel = _parallel(args.overrides, args.direction)
     model = model_of(source, args.model) if wanted == "megatron" else source
+    read_config(model)  # says more of a source than what reads a model.path would
     if not to_hf:
         check_layout(parallel, fewest_ranks(parallel), read_geometry(str(model)))
     if args.nproc < 1:
@@ -172,9 +192,13 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
-        description="HF directories to megatron-core checkpoints and back. Killed, the same command goes on.",
+        description="HF directories to megatron-core checkpoints and back. Stopped, the same command goes on.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("direction", choices=get_args(Direction))
+    parser.add_argument(
+        "direction", choices=get_args(Direction), help="hf-to-hf: a copy in another dtype, in FP8, or in other files"
+    )
     parser.add_argument(
         "--src", required=True, help="what to read: an HF directory, a checkpoint, or a run's directory"
     )

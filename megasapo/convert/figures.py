@@ -38,19 +38,21 @@ def sizes(specs: Iterable[TensorSpec]) -> Row:
 
 
 def norms(source: Source) -> Iterator[Row]:
-    """Of each tensor: shape, dtype, norm, root mean square, largest absolute value, how many values are not finite.
+    """Of each tensor: shape, dtype, how many values are not finite; of those that are norm, rms, largest magnitude.
 
     `parts`: of experts stored as one tensor and of a router the norm of each expert's rows.
     """
     for spec in source.specs:
         tensor = source.read(spec.name).double()
         row: Row = {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-        finite = torch.isfinite(tensor)
+        not_finite = int((~torch.isfinite(tensor)).sum())
+        if not_finite:
+            tensor = tensor.nan_to_num(0, 0, 0)
         row |= {
             "norm": _norm(tensor),
             "rms": _norm(tensor) / max(1, tensor.numel()) ** 0.5,
             "max_abs": tensor.abs().max().item() if tensor.numel() else 0.0,
-            "not_finite": int((~finite).sum()),
+            "not_finite": not_finite,
         }
         is_fused = EXPERT.fullmatch(spec.name) is None and FUSED.fullmatch(spec.name) is not None
         if is_fused or ROUTER.fullmatch(spec.name):
@@ -76,7 +78,8 @@ def experts(rows: Iterable[Row]) -> list[Row]:
 def differences(first: Source, second: Source) -> Row:
     """Tensor by tensor: the largest absolute difference, and the difference's norm in units of the first's.
 
-    Names that only one has, and tensors of different shapes, are listed apart.
+    That is None where the first is zero. `not_finite`: how many values are not in one of them and differ; the others
+    count for the difference. Names that only one has, and tensors of different shapes, are listed apart.
     """
     shapes = {spec.name: spec.shape for spec in second.specs}
     rows: list[Row] = []
@@ -87,24 +90,35 @@ def differences(first: Source, second: Source) -> Row:
         if shapes[spec.name] != spec.shape:
             mismatched.append({"name": spec.name, "shapes": [list(spec.shape), list(shapes[spec.name])]})
             continue
-        before = first.read(spec.name).double()
-        change = second.read(spec.name).double() - before
-        norm = _norm(before)
-        rows.append(
-            {
-                "name": spec.name,
-                "max_abs": change.abs().max().item() if change.numel() else 0.0,
-                "relative": _norm(change) / norm if norm else (0.0 if not _norm(change) else float("inf")),
-            }
-        )
+        rows.append({"name": spec.name} | _difference(first.read(spec.name).double(), second.read(spec.name).double()))
     names = {spec.name for spec in first.specs}
     return {
         "tensors": rows,
-        "equal": sum(row["max_abs"] == 0 for row in rows),
-        "different": sum(row["max_abs"] != 0 for row in rows),
+        "equal": sum(not differs(row) for row in rows),
+        "different": sum(differs(row) for row in rows),
         "shapes_differ": mismatched,
         "only_first": sorted(names - shapes.keys()),
         "only_second": sorted(shapes.keys() - names),
+    }
+
+
+def differs(row: Row) -> bool:
+    """Whether a row of `differences` says so."""
+    return bool(row["max_abs"] or row["not_finite"])
+
+
+def _difference(before: Tensor, after: Tensor) -> Row:
+    finite = torch.isfinite(before) & torch.isfinite(after)
+    not_finite = 0
+    if not bool(finite.all()):
+        not_finite = int((~finite & (before != after) & ~(before.isnan() & after.isnan())).sum())
+        before, after = (torch.where(finite, tensor, 0) for tensor in (before, after))
+    change, norm = after - before, _norm(before)
+    size = _norm(change)
+    return {
+        "max_abs": change.abs().max().item() if change.numel() else 0.0,
+        "relative": size / norm if norm else (None if size else 0.0),
+        "not_finite": not_finite,
     }
 
 

@@ -101,39 +101,47 @@ def _tables(found: Row, *, everything: bool) -> list[str]:
     lines = []
     for name in ("checkpoint", "against"):
         if name in found:
-            lines += [f"{key:12} {_said(value)}" for key, value in found[name].items() if key != "dtypes"]
-            lines += [f"{dtype:12} {_said(counts)}" for dtype, counts in found[name]["dtypes"].items()] + [""]
+            told = {key: value for key, value in found[name].items() if key != "dtypes"} | found[name]["dtypes"]
+            width = max(map(len, told))
+            lines += [f"{key:{width}} {_said(value)}" for key, value in told.items()] + [""]
     if "tensors" in found:
         hidden = [] if everything else [r for r in found["tensors"] if figures.EXPERT.fullmatch(r["name"])]
         shown = [row for row in found["tensors"] if row not in hidden]
         lines += _table(shown, ("name", "shape", "dtype", "norm", "rms", "max_abs", "not_finite"))
         if hidden:
-            broken = sum(row["not_finite"] for row in hidden)
-            lines.append(f"and {len(hidden)} of single experts (--all), {broken} of their values not finite")
+            lines.append(f"and {len(hidden)} of single experts (--all)")
         if found["experts"]:
             columns = ("layer", "weight", "experts", "min", "mean", "max", "spread", "smallest", "largest")
             lines += ["", "norms over the experts of a layer", *_table(found["experts"], columns)]
+        broken = {row["name"]: row["not_finite"] for row in found["tensors"] if row["not_finite"]}
+        lines += ["", f"{sum(broken.values())} values are not finite{': ' if broken else ''}{_listed(list(broken))}"]
     if "difference" in found:
         lines += _difference(found["difference"], everything)
     return lines
 
 
 def _difference(found: Row, everything: bool) -> list[str]:
-    rows = sorted(found["tensors"], key=lambda row: -row["relative"])
-    shown = rows if everything else [row for row in rows if row["max_abs"] != 0][:20]
+    rows = sorted(found["tensors"], key=_size_of_difference, reverse=True)
+    shown = rows if everything else list(filter(figures.differs, rows))[:20]
     lines = [f"{found['equal']} tensors equal, {found['different']} different"]
     if shown:
-        lines += _table(shown, ("name", "max_abs", "relative"))
+        lines += _table(shown, ("name", "max_abs", "relative", "not_finite"))
     if len(shown) < found["different"]:
         lines.append(f"the {len(shown)} that differ most; --all shows the others")
     for row in found["shapes_differ"]:
         lines.append(f"{row['name']}: shapes {row['shapes'][0]} and {row['shapes'][1]}")
     for which in ("only_first", "only_second"):
-        names = found[which]
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{which.replace('_', ' in the ')}: {', '.join(names[:5])}{more}")
+        if found[which]:
+            lines.append(f"{which.replace('_', ' in the ')}: {_listed(found[which])}")
     return lines
+
+
+def _size_of_difference(row: Row) -> tuple[int, float]:
+    return row["not_finite"], float("inf") if row["relative"] is None else row["relative"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -146,7 +154,9 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return "x".join(map(str, value))
+        return _listed(value) if all(isinstance(x, str) for x in value) else "x".join(map(str, value))
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_said(v)}" for key, v in value.items())
     return str(value)

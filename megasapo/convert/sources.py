@@ -20,7 +20,7 @@ from megasapo.families.weights import Piece
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.export import copy_out
-from megasapo.mcore.bridge.hf_files import TensorSpec
+from megasapo.mcore.bridge.hf_files import INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.load import read_config
 from megasapo.mcore.bridge.placement import Placed, keeps_dtype, nearest
 from megasapo.mcore.torch_dist import StoredTensors
@@ -168,10 +168,19 @@ def is_megatron(directory: Path) -> bool:
 
 
 def resolved(directory: Path) -> Path:
-    """A checkpoint's own directory: of a run's directory the newest checkpoint. ConvertError when there is nothing."""
+    """A checkpoint's own directory: of a run's, or its checkpoints/, the newest. ConvertError when there is nothing."""
     if not directory.is_dir():
-        raise ConvertError(f"{directory}: no such directory")
-    return checkpoints.latest(directory) or directory
+        raise ConvertError(f"{directory}: {'a file, not a' if directory.exists() else 'no such'} directory")
+    is_folder = directory.name == "checkpoints" and (directory / "latest").is_file()
+    found = checkpoints.latest(directory.parent if is_folder else directory) or directory
+    if not is_megatron(found) and not has_weights(found):
+        pickled = next(found.glob("*.bin"), None)
+        hint = f"; {pickled.name} is no safetensors file: load and save it with transformers" if pickled else ""
+        raise ConvertError(
+            f"{found}: neither an HF directory ({SINGLE} or {INDEX}) nor a megatron-core checkpoint (.metadata), nor "
+            f"the directory of a run with one{hint}"
+        )
+    return found
 
 
 def model_of(directory: Path, given: str | None) -> Path:

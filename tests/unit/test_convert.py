@@ -187,8 +187,8 @@ def test_memory_is_bounded_by_shards_and_not_by_the_model(tmp_path: Path) -> Non
         timeout=400,
         check=True,
     )
-    largest = 512 * 256 * 4  # the embedding; a copy as it is read, one as it is written, and room for the allocator
-    bound = 2 * shard + 3 * largest + 16_000_000
+    largest = 512 * 256 * 4  # the embedding
+    bound = 2 * shard + largest + 16_000_000  # which the allocator may keep
     assert bound < total / 3
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert len(peaks) == 2

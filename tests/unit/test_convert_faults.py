@@ -46,6 +46,14 @@ def _integers(d: Path) -> None:
     _edit(d, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int64)}))
 
 
+def _broken_config(d: Path) -> None:
+    (d / "config.json").write_text('{"model_type": ')
+
+
+def _pickled(d: Path) -> None:
+    (d / "model.safetensors").rename(d / "pytorch_model.bin")
+
+
 def _other_quantisation(d: Path) -> None:
     config = json.loads((d / "config.json").read_text())
     (d / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
@@ -71,6 +79,8 @@ def _edit(d: Path, change) -> None:
         (_truncated, ("model.safetensors: truncated: tensor 'model.",)),
         (_garbage, ("model.safetensors: not a safetensors file",)),
         (_integers, ("tensor 'model.norm.weight' has dtype I64",)),
+        (_broken_config, ("config.json: not a JSON file",)),
+        (_pickled, ("neither an HF directory", "pytorch_model.bin is no safetensors file")),
         (_other_quantisation, ("config.json: quantization_config=", "awq")),
         (_unknown_family, ("model_type='bert' is not supported", "qwen3_moe")),
     ],
@@ -199,9 +209,12 @@ def test_an_existing_target_is_left_as_it_was(models: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("hf-to-megatron", "moe.mcore"), "is a megatron-core checkpoint: hf-to-megatron reads HF"),
-        (("megatron-to-hf", "moe"), "is no megatron-core checkpoint"),
+        (("hf-to-megatron", "moe.mcore"), "is a megatron-core checkpoint, which hf-to-megatron does not read"),
+        (("megatron-to-hf", "moe"), "moe is an HF directory, which megatron-to-hf does not read"),
         (("hf-to-megatron", "absent"), "absent: no such directory"),
+        (("hf-to-megatron", "moe/config.json"), "config.json: a file, not a directory"),
+        (("hf-to-hf", "."), "neither an HF directory (model.safetensors or model.safetensors.index.json) nor a meg"),
+        (("hf-to-megatron", "moe", "--model", "moe"), "--model moe: an HF directory says itself which model it is"),
         (("hf-to-megatron", "moe", "parallel.tp=3"), "tp"),
         (("hf-to-megatron", "moe", "parallel.tq=2"), "did you mean 'parallel.tp'"),
         (("hf-to-megatron", "moe", "model.dtype=float32"), "only parallel.NAME=N"),

@@ -75,16 +75,22 @@ def test_stopped_when_all_is_written_it_goes_on_and_the_record_fits(
         assert sorted(record["files"]) == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
 
 
-def test_killed_with_its_processes_it_goes_on(models: Path, tmp_path: Path) -> None:
-    """kill -9 of the first process ends the others, which would go on writing beside the next start."""
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
+def test_stopped_with_its_processes_it_goes_on(how: str, models: Path, tmp_path: Path) -> None:
+    """The end of the first process ends the others, which would go on writing beside the next start."""
     arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "10KB"]
     tool = [sys.executable, str(TOOL), *arguments, "--nproc", "2"]
     folder = tmp_path / ".out.converting"
-    with subprocess.Popen(tool, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
-            time.sleep(0.001)
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(tool, stderr=said, start_new_session=True)
+    while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    if how == "kill -9":
         process.kill()
-        assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # which a terminal sends to all of them
+    assert process.wait() == (-signal.SIGKILL if how == "kill -9" else 130), "it was too fast to be stopped"
+    assert "Traceback" not in (tmp_path / "said").read_text()
     deadline = time.monotonic() + 60
     while alive_in_session(process.pid):
         assert time.monotonic() < deadline, "its processes go on"

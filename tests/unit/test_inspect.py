@@ -89,6 +89,7 @@ def test_tables_name_what_differs_and_what_is_broken(
     shutil.copytree(models / "a", tmp_path / "c")
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = torch.nan
+    tensors["model.layers.0.mlp.experts.1.up_proj.weight"][3, 4] = torch.inf
     tensors["model.extra"] = torch.zeros(3)
     tensors["model.norm.weight"] = torch.ones(65)
     save_file(tensors, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
@@ -97,11 +98,23 @@ def test_tables_name_what_differs_and_what_is_broken(
     row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line)
     assert row.split()[-1] == "1"
     assert "and 24 of single experts" in out
+    assert out.endswith(
+        "2 values are not finite: model.layers.0.mlp.experts.1.up_proj.weight, model.layers.0.self_attn.q_proj.weight\n"
+    )
+    rows = {row["name"]: row for row in told(capsys, tmp_path / "c")["tensors"]}
+    rest = (
+        load_file(models / "a" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].double().flatten()[1:]
+    )
+    found = rows["model.layers.0.self_attn.q_proj.weight"]
+    assert (found["norm"], found["max_abs"]) == pytest.approx((rest.norm().item(), rest.abs().max().item()))
     assert main([str(models / "a.mcore"), str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
     assert "model.norm.weight: shapes [64] and [65]" in out
     assert "only in the second: model.extra" in out
-    assert any("q_proj" in line and "nan" in line for line in out.splitlines())
+    for name in ("self_attn.q_proj", "mlp.experts.1.up_proj"):
+        row = next(line for line in out.splitlines() if f"model.layers.0.{name}" in line)
+        assert row.split()[1:] == ["0", "0", "1"]
+    assert told(capsys, tmp_path / "c", tmp_path / "c")["difference"]["different"] == 0, "NaN is NaN"
 
 
 def test_a_checkpoint_of_an_unknown_model_is_shown_by_its_own_keys(

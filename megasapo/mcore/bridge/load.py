@@ -65,11 +65,16 @@ def check_files(mine: Locals, files: HFFiles) -> None:
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
-    """The contents of config.json. Raises BridgeError when there is none."""
+    """The contents of config.json. Raises BridgeError when there is none, or it is broken."""
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise BridgeError(f"{path}: no such file; an HF model directory has one")
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:
+        raise BridgeError(f"{path}: not a JSON file: {e}") from e
+    if not isinstance(config, dict):
+        raise BridgeError(f"{path}: not the configuration of a model: {str(config)[:100]}")
     return config
 
 
