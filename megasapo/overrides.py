@@ -32,7 +32,7 @@ def numbers(node: Any) -> Any:
     if isinstance(node, dict):
         return {k: numbers(v) for k, v in node.items()}
     if isinstance(node, list):
-        return tuple(numbers(v) for v in node)
+        return [numbers(v) for v in node]
     if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
         try:
             number = float(node)

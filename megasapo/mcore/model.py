@@ -153,7 +153,13 @@ def transformer_config(
     fields |= precision.transformer_fields()
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     kind = MLATransformerConfig if own.get("multi_latent_attention") else TransformerConfig
-    config = kind(**_overridden(kind, fields, cfg.override_transformer_config))
+    fields = _overridden(kind, fields, cfg.override_transformer_config)
+    try:
+        config = kind(**fields)
+    except (AssertionError, TypeError, ValueError) as e:
+        if not cfg.override_transformer_config:
+            raise
+        raise ConfigError(f"model.override_transformer_config={cfg.override_transformer_config}: {e}") from e
     if config.gradient_accumulation_fusion and not precision.use_te and not apex_kernel():
         raise ConfigError(
             "model.override_transformer_config: gradient_accumulation_fusion=true needs Transformer Engine's layers "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
-from megasapo.config import ConfigError
+from megasapo.config import ConfigError, from_dict
 from megasapo.mcore.model import RMSNorm, read_hf_config, transformer_config
 from megasapo.mcore.precision import Precision
 from megasapo.sections import ModelConfig, PrecisionConfig
@@ -72,6 +72,16 @@ def test_gate_probabilities_are_normalised_over_the_chosen_experts_or_all(norm_t
 def test_overrides_reach_megatron() -> None:
     config = built(moe(), override_transformer_config={"recompute_granularity": "selective", "num_layers": 6})
     assert config.recompute_granularity == "selective"
+
+
+def test_lists_reach_megatron_as_lists_and_what_it_refuses_is_said() -> None:
+    def given(override: str) -> Any:
+        cfg = from_dict({"model": {"path": "m"}}, [f"model.override_transformer_config={override}"])
+        return built(moe(), override_transformer_config=cfg.model.override_transformer_config)
+
+    assert given("{moe_layer_freq: [1, 0, 1, 0], num_layers: 4}").moe_layer_freq == [1, 0, 1, 0]
+    with pytest.raises(ConfigError, match=r"\{'recompute_granularity': 'sometimes'\}: .*sometimes"):
+        given("{recompute_granularity: sometimes}")
 
 
 @pytest.mark.parametrize(
