@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def documented() -> str:
+    """A pattern of the names in docs/monitoring.md's table of figures; words in capitals stand for any."""
+    text = (EXAMPLES.parent / "docs" / "monitoring.md").read_text()
+    table = text.partition("## What every figure means")[2].partition("## ")[0]
+    names = re.findall(r"`(\w+/[\w@]+)`", "".join(line for line in table.splitlines(True) if line.startswith("| `")))
+    assert len(names) > 30
+    return "|".join(re.sub("[A-Z]{2,}|K$", r"[\\w/]+", name) for name in names)
+
+
 @pytest.mark.parametrize("name", SHRUNK)
 def test_a_step_of_it(name: str, tiny: Path, tmp_path: Path) -> None:
     cfg = config.load(EXAMPLES / name)
@@ -55,6 +65,7 @@ def test_a_step_of_it(name: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / cfg.run.name
     (row,) = metrics(out)
     assert {"reward/mean", "eval/pass@1", "routing/var_share_update"} <= row.keys()
+    assert [name for name in row if name != "step" and not re.fullmatch(documented(), name)] == []
     _check_watch(out)
 
 
