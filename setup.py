@@ -32,7 +32,7 @@ REQUIRES = [
 TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NVML = "nvidia-ml-py>=12"
 EXTRAS = {
-    # TransformerEngine is compiled against the torch that is installed: see README "On GPUs" for versions that fit.
+    # TransformerEngine is compiled against the torch that is installed: docs/gpu.md has versions that fit.
     # megatron-core 0.16.1 wants one below 2.12; 2.13 needs a newer cuBLAS than torch 2.11 brings. NVIDIA's Apex is not
     # on PyPI (the package of that name there is unrelated), and nothing here needs it.
     "gpu": ["transformer-engine[pytorch]>=2.11,<2.12", NVML],

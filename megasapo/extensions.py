@@ -37,7 +37,7 @@ class Extension:
 def transformer_engine() -> Extension:
     """Transformer Engine with its PyTorch part."""
     if importlib.util.find_spec("transformer_engine") is None:
-        advice = f"on a GPU: {INSTALL} (README, On GPUs; {FITS})"
+        advice = f"on a GPU: {INSTALL} (docs/gpu.md; {FITS})"
         return Extension(TE, None, "not installed", advice)
     version = _version(TE)
     advice = f"reinstall it for the torch that is installed ({FITS}), or pip uninstall transformer-engine"
