@@ -110,6 +110,8 @@ def test_sglang_holds_what_was_written_and_sent(dirs: dict[str, Path], tmp_path:
         assert_serves(fleet, dirs, "new")
         publish(fleet, dirs, "old", 2, "distributed", tmp_path)
         assert_serves(fleet, dirs, "old")
+        publish(fleet, dirs, "new", 3, "tensor", tmp_path)
+        assert_serves(fleet, dirs, "new")
 
 
 def test_without_amx_sglang_loads_the_weights_and_then_misses_its_kernels(
