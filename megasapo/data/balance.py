@@ -5,6 +5,7 @@ Every rank computes the same plan from the same lengths, so nothing but lengths 
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,14 +40,9 @@ def plan(
         raise ValueError(f"{len(lengths)} lengths and {len(costs)} costs: one cost for each sequence")
     _refuse_too_long(lengths, max_tokens, uids)
     rows = _Rows(lengths, lengths if costs is None else costs, max_tokens, 1 if one_each else len(lengths))
-    fewest = len(lengths) if one_each else -(-sum(lengths) // max_tokens)
-    rounds = max(1, -(-fewest // (num_ranks * multiple_of)))
-    while True:
-        for pack in (_level, _first_fit):
-            found = pack(rows, num_ranks, rounds * multiple_of)
-            if found is not None:
-                return found
-        rounds += 1
+    bins = _best_fit(rows)
+    num_micro = max(1, -(-len(bins) // (num_ranks * multiple_of))) * multiple_of
+    return _level(rows, num_ranks, num_micro) or _deal_to_ranks(bins, num_ranks, num_micro)
 
 
 def attention_costs(lengths: Sequence[int], ratio: float) -> list[float]:
@@ -110,6 +106,7 @@ def _level(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
     """Dearest first to the rank with the least, there into the cheapest bin with room; None when one fits nowhere."""
     ranks = [[_Bin() for _ in range(num_micro)] for _ in range(num_ranks)]
     heap: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
+    cheapest: list[list[tuple[float, int]]] = [[(0, b) for b in range(num_micro)] for _ in range(num_ranks)]
     for i in rows.by(rows.costs):
         passed: list[tuple[float, int]] = []
         chosen = None
@@ -117,29 +114,48 @@ def _level(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
             if not heap:
                 return None
             carried, r = heapq.heappop(heap)
-            with_room = [b for b in ranks[r] if rows.fits(i, b)]
-            chosen = min(with_room, key=lambda b: b.cost, default=None)
+            chosen = _put_into_cheapest(rows, i, ranks[r], cheapest[r])
             passed.append((carried + (rows.costs[i] if chosen else 0), r))
-        rows.put(i, chosen)
         for entry in passed:
             heapq.heappush(heap, entry)
     # within a rank dearest first, so that the k-th of all ranks are alike
     return [[sorted(b.members) for b in sorted(bins, key=lambda b: -b.cost)] for bins in ranks]
 
 
-def _first_fit(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
-    """Longest first into the first bin with room: fewer but uneven bins, then dealt; None when they do not suffice."""
-    bins = [_Bin() for _ in range(num_ranks * num_micro)]
+def _put_into_cheapest(rows: _Rows, i: int, bins: list[_Bin], heap: list[tuple[float, int]]) -> _Bin | None:
+    """The bin with room that has the least cost; `heap` holds the costs and numbers of all of them."""
+    passed: list[tuple[float, int]] = []
+    chosen = None
+    while heap and chosen is None:
+        cost, b = heapq.heappop(heap)
+        if rows.fits(i, bins[b]):
+            chosen = bins[b]
+            rows.put(i, chosen)
+            cost = chosen.cost
+        passed.append((cost, b))
+    for entry in passed:
+        heapq.heappush(heap, entry)
+    return chosen
+
+
+def _best_fit(rows: _Rows) -> list[_Bin]:
+    """Longest first into the fullest bin with room: few but uneven bins, at most 11/9 of the fewest and one more."""
+    bins: list[_Bin] = []
+    open_: list[tuple[int, int]] = []  # (room, bin), in order
     for i in rows.by(rows.lengths):
-        chosen = next((b for b in bins if rows.fits(i, b)), None)
-        if chosen is None:
-            return None
-        rows.put(i, chosen)
-    return _deal_to_ranks(bins, num_ranks, num_micro)
+        at = bisect.bisect_left(open_, (rows.lengths[i], 0))
+        room, b = open_.pop(at) if at < len(open_) else (rows.max_tokens, len(bins))
+        if b == len(bins):
+            bins.append(_Bin())
+        rows.put(i, bins[b])
+        if len(bins[b].members) < rows.max_rows:
+            bisect.insort(open_, (room - rows.lengths[i], b))
+    return bins
 
 
 def _deal_to_ranks(bins: list[_Bin], num_ranks: int, num_micro: int) -> list[Bins]:
     """Dearest bin to the rank with the least that still has a free place; within a rank dearest first."""
+    bins = bins + [_Bin() for _ in range(num_ranks * num_micro - len(bins))]
     ranks: list[Bins] = [[] for _ in range(num_ranks)]
     heap: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
     for found in sorted(bins, key=lambda b: (-b.cost, sorted(b.members))):

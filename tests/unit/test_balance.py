@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from megasapo.data import balance
 from megasapo.data.balance import attention_costs, plan, split_mini_batches
 
 
@@ -54,6 +55,18 @@ def test_a_perfect_packing_is_found_where_levelling_fails():
     # even spreading puts 6 + 3 in both bins and has no room for the 2s; first fit does 6 + 4, 6 + 2 + 2
     ranks = plan([6, 6, 4, 2, 2], 1, 10)
     assert len(ranks[0]) == 2
+
+
+def test_nothing_is_packed_again_and_again(monkeypatch):
+    """Sequences of half a micro-batch and a little need twice as many as their sum: no search goes up to there."""
+    tried = []
+    level = balance._level
+    monkeypatch.setattr(balance, "_level", lambda *args: tried.append(args[2]) or level(*args))
+    for length, in_one in ((51, 1), (34, 2)):
+        ranks = plan([length] * 240, 4, 100)
+        check(ranks, [length] * 240, 4, 100)
+        assert tried.pop() == len(ranks[0]) == 240 // 4 // in_one
+        assert tried == []
 
 
 def test_more_ranks_than_sequences():
