@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -126,9 +126,10 @@ class Watch:
             self.submit(self._close()).result(30)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(30)
+        processes = [server.process for server in self._servers if server.process is not None]
+        with ThreadPoolExecutor(len(processes) or 1) as pool:  # one that hangs is given its time to end
+            list(pool.map(ServerProcess.stop, processes))
         for server in self._servers:
-            if server.process is not None:
-                server.process.stop()
             server.up = server.ready = False
         self._loop.close()
 
@@ -367,8 +368,9 @@ class Watch:
             self._judge(server)
 
     async def _end_silent(self, server: Server) -> None:
-        if server.process is not None and time.monotonic() - server.seen_at > self._cfg.start_timeout_s:
-            log.warning("rollout server %d is silent: ending it", server.index)
+        silent_s = time.monotonic() - server.seen_at
+        if server.process is not None and silent_s > self._cfg.start_timeout_s:
+            log.warning("rollout server %d has been silent for %.0f s: it is ended", server.index, silent_s)
             await asyncio.to_thread(server.process.stop)
 
     async def _bring_up_to_date(self, server: Server) -> None:
