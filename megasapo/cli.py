@@ -46,6 +46,7 @@ COMMANDS = {
         "RUN_DIR [--once] [--tensorboard PORT]",
         "live view of a run: progress, phases, metrics, ranks, servers, warnings",
     ),
+    "settings": ("megasapo.settings", "[WORD ...]", "every setting with its default and what it means"),
     "doctor": ("megasapo.doctor", "", "versions, devices, what is missing and what that costs"),
 }
 

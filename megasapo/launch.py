@@ -89,7 +89,8 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
     # Two ranks that each start a thread per core fight for them: measured slower than one thread a rank.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[LAUNCHER] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would say is said below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

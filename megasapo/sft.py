@@ -69,6 +69,7 @@ def train(cfg: Config) -> None:
             print(*policy.summary(), sep="\n", flush=True)
         last = checkpoint.find(directory.path, topo, verify=cfg.train.verify_checkpoints)
         step = policy.load(last)["step"] if last else 0
+        directory.resumed(last, finished=step >= steps)
         log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=step if last else None, total_steps=steps)
         cleanup.callback(log.close)
         meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
-    cfg, nproc = run.parse("train", "Reinforcement learning; every setting: megasapo/sections.py.", argv)
+    cfg, nproc = run.parse("train", "Reinforcement learning; every setting: `megasapo settings`.", argv)
     check(cfg)
     if run.finished(cfg) and not launch.is_rank():
         print(f"{cfg.run_dir} has already finished: choose another run.name, or a train.steps above {cfg.train.steps}")

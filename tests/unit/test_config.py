@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config
+from megasapo import config, settings
 from megasapo.config import ConfigError
+from megasapo.errors import UserError
 
 MODEL = {"model": {"path": "m"}}
 
@@ -130,3 +131,15 @@ def test_nothing_can_be_changed_after_loading() -> None:
 def test_memory_can_be_given_to_servers_on_loopback(server: str) -> None:
     changes = ["rollout.publish=tensor", f"rollout.servers=['{server}']", "rollout.publish_changed_only=true"]
     assert config.from_dict(MODEL, changes).rollout.publish == "tensor"
+
+
+def test_every_setting_can_be_looked_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert settings.main([]) == 0
+    shown = capsys.readouterr().out
+    for section, field in config.Config.model_fields.items():
+        for name in field.annotation.model_fields:  # type: ignore[union-attr]
+            assert f"\n{section}.{name}=" in f"\n{shown}"
+    assert settings.main(["Stale", "old"]) == 0
+    assert capsys.readouterr().out.startswith("rollout.max_staleness=0\n    0: on-policy. k: groups may")
+    with pytest.raises(UserError, match="no setting has bogus"):
+        settings.main(["bogus"])

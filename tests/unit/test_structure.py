@@ -36,7 +36,7 @@ LAYERS = [
     {"data", "rewards", "log", "routing"},
     {"mcore", "rollout"},
     {"publish", "run", "ceiling", "lock", "stability", "diagnosis", "convert"},
-    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster"},
+    {"train", "sft", "evaluate", "score", "doctor", "plan", "report", "debug", "meter", "watch", "cluster", "settings"},
     {"cli"},
 ]
 EXCLUSIVE = {("rollout", "mcore"), ("mcore", "rollout")}
