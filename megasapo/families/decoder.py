@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from megasapo.config import ConfigError
-from megasapo.families.family import head_dim
-from megasapo.families.sizes import Fields
+from megasapo.families.sizes import Fields, Geometry
 from megasapo.families.weights import Rule, columns, gate_up, qkv, vocab, whole
 
 # Sizes
@@ -74,33 +73,33 @@ def require_full_attention(hf: Any) -> None:
         raise ConfigError("use_sliding_window=true is not supported; only full attention is")
 
 
-def transformer_fields(hf: Any, *, qk_norm: bool, qkv_bias: bool) -> dict[str, Any]:
-    """Of a model without experts."""
+def transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
+    """All but how a router chooses."""
     require(hf, hidden_act="silu")
-    return {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": head_dim(hf),
+    fields = {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": sizes.ffn,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
         "init_method_std": hf.initializer_range,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
-        "qk_layernorm": qk_norm,
+        "qk_layernorm": sizes.qk_norm,
         "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": qkv_bias,
+        "add_bias_linear": sizes.biases,
+        "add_qkv_bias": sizes.qkv_bias,
     }
-
-
-def expert_fields(hf: Any, *, experts: int, ffn: int, is_moe: list[int]) -> dict[str, Any]:
-    """What experts add, but how the router chooses."""
-    return {
-        "num_moe_experts": experts,
-        "moe_layer_freq": is_moe,
-        "moe_ffn_hidden_size": ffn,
-        "moe_router_topk": hf.num_experts_per_tok,
+    if not sizes.experts:
+        return fields
+    return fields | {
+        "num_moe_experts": sizes.experts,
+        "moe_layer_freq": [int(has_experts) for has_experts in sizes.moe_layers],
+        "moe_ffn_hidden_size": sizes.moe_ffn,
+        "moe_shared_expert_intermediate_size": sizes.shared_ffn or None,
+        "moe_shared_expert_gate": sizes.shared_gate,
+        "moe_router_topk": sizes.top_k,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -137,15 +136,6 @@ def sigmoid_router(hf: Any) -> dict[str, Any]:
         "moe_router_group_topk": chosen if groups > 1 else None,
         "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
     }
-
-
-def sparse_pattern(hf: Any) -> list[int]:
-    """1 for a layer with experts, as Qwen's configurations say it."""
-    dense = set(hf.mlp_only_layers or ())
-    return [
-        int(i not in dense and hf.num_experts > 0 and (i + 1) % hf.decoder_sparse_step == 0)
-        for i in range(hf.num_hidden_layers)
-    ]
 
 
 # Weights

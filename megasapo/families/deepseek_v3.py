@@ -52,21 +52,17 @@ def _geometry(fields: Fields) -> Geometry:
 # TransformerConfig
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require(hf, attention_bias=False, rope_interleave=True)
-    is_moe = [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)]
     return {
-        **decoder.transformer_fields(hf, qk_norm=True, qkv_bias=False),
-        **decoder.expert_fields(hf, experts=hf.n_routed_experts, ffn=hf.moe_intermediate_size, is_moe=is_moe),
+        **decoder.transformer_fields(hf, sizes),
         **decoder.sigmoid_router(hf),
-        "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
         "multi_latent_attention": True,
         "q_lora_rank": hf.q_lora_rank,
         "kv_lora_rank": hf.kv_lora_rank,
         "qk_head_dim": hf.qk_nope_head_dim,
         "qk_pos_emb_head_dim": hf.qk_rope_head_dim,
         "v_head_dim": hf.v_head_dim,
-        "kv_channels": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
         **_rotation(hf),
     }
 

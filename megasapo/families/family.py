@@ -46,8 +46,8 @@ class Family:
 
     geometry: Callable[[Fields], Geometry]
     """Sizes from the fields of config.json."""
-    transformer_fields: Callable[[Any], dict[str, Any]]
-    """From a transformers configuration, the fields of megatron-core's TransformerConfig; ConfigError for a setting
-    that the learner would not compute as transformers does."""
+    transformer_fields: Callable[[Any, Geometry], dict[str, Any]]
+    """From a transformers configuration and its sizes, the fields of megatron-core's TransformerConfig; ConfigError for
+    a setting that the learner would not compute as transformers does."""
     weights: WeightTable
     rotary: Callable[[Any], Rotary] = rotary

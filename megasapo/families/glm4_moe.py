@@ -26,14 +26,8 @@ from megasapo.families.sizes import Fields, Geometry
 from megasapo.families.weights import WeightTable
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
-    is_moe = [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)]
-    return {
-        **decoder.transformer_fields(hf, qk_norm=hf.use_qk_norm, qkv_bias=hf.attention_bias),
-        **decoder.expert_fields(hf, experts=hf.n_routed_experts, ffn=hf.moe_intermediate_size, is_moe=is_moe),
-        **decoder.sigmoid_router(hf),
-        "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
-    }
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
+    return decoder.transformer_fields(hf, sizes) | decoder.sigmoid_router(hf)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -45,18 +45,12 @@ def _geometry(fields: Fields) -> Geometry:
 # TransformerConfig
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
-    if getattr(hf, "quantization_config", None) is not None:
-        raise ConfigError(f"config.json has a quantization_config; {RELEASED}")
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require(hf, attention_bias=True, swiglu_alpha=1.702)
     sliding = [kind == SLIDING for kind in hf.layer_types]
     return {
-        **decoder.transformer_fields(hf, qk_norm=False, qkv_bias=True),
-        **decoder.expert_fields(
-            hf, experts=hf.num_local_experts, ffn=hf.intermediate_size, is_moe=[1] * hf.num_hidden_layers
-        ),
+        **decoder.transformer_fields(hf, sizes),
         **decoder.softmax_router(normalised=True),
-        "add_bias_linear": True,
         "bias_dropout_fusion": False,  # not with biases in Transformer Engine's grouped experts
         "activation_func": "quick_gelu",
         "activation_func_clamp_value": hf.swiglu_limit,

@@ -11,15 +11,9 @@ from megasapo.families.sizes import Fields, Geometry
 from megasapo.families.weights import WeightTable
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require(hf, sliding_window=None, router_jitter_noise=0.0)
-    return {
-        **decoder.transformer_fields(hf, qk_norm=False, qkv_bias=False),
-        **decoder.expert_fields(
-            hf, experts=hf.num_local_experts, ffn=hf.intermediate_size, is_moe=[1] * hf.num_hidden_layers
-        ),
-        **decoder.softmax_router(normalised=True),
-    }
+    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=True)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -13,17 +13,9 @@ from megasapo.families.weights import Rule, WeightTable, whole
 SHARED_GATE = Rule((f"{MCORE}mlp.shared_experts.gate_weight",), (f"{HF}mlp.shared_expert_gate.weight",), whole)
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require_full_attention(hf)
-    return {
-        **decoder.transformer_fields(hf, qk_norm=False, qkv_bias=hf.qkv_bias),
-        **decoder.expert_fields(
-            hf, experts=hf.num_experts, ffn=hf.moe_intermediate_size, is_moe=decoder.sparse_pattern(hf)
-        ),
-        **decoder.softmax_router(normalised=hf.norm_topk_prob),
-        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
-        "moe_shared_expert_gate": True,
-    }
+    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=hf.norm_topk_prob)
 
 
 def _geometry(fields: Fields) -> Geometry:

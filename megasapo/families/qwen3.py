@@ -13,10 +13,10 @@ from megasapo.families.weights import WeightTable
 ATTENTION = (INPUT_NORM, QKV, *QK_NORM, PROJECTION, MLP_NORM)
 
 
-def transformer_fields(hf: Any) -> dict[str, Any]:
+def transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require(hf, attention_bias=False)
     decoder.require_full_attention(hf)
-    return decoder.transformer_fields(hf, qk_norm=True, qkv_bias=False)
+    return decoder.transformer_fields(hf, sizes)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -11,14 +11,8 @@ from megasapo.families.sizes import Fields, Geometry
 from megasapo.families.weights import WeightTable
 
 
-def _transformer_fields(hf: Any) -> dict[str, Any]:
-    return {
-        **qwen3.transformer_fields(hf),
-        **decoder.expert_fields(
-            hf, experts=hf.num_experts, ffn=hf.moe_intermediate_size, is_moe=decoder.sparse_pattern(hf)
-        ),
-        **decoder.softmax_router(normalised=hf.norm_topk_prob),
-    }
+def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
+    return qwen3.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=hf.norm_topk_prob)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from megasapo.config import ConfigError
 from megasapo.families import family
 from megasapo.families.family import Rotary
+from megasapo.geometry import geometry
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
 from megasapo.mcore.compat import separate_expert_gradients
@@ -148,7 +149,8 @@ def transformer_config(
     cfg: ModelConfig, hf_config: Any, topo: Topology, precision: Precision, *, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of a supported HF model, with `cfg.override_transformer_config` applied last."""
-    own = family(hf_config.model_type, f"{cfg.path}/config.json").transformer_fields(hf_config)
+    sizes = geometry(hf_config.to_dict(), f"{cfg.path}/config.json")
+    own = family(sizes.model_type).transformer_fields(hf_config, sizes)
     fields = _common_fields(cfg, topo, precision) | RECOMPUTE[recompute] | own
     fields |= precision.transformer_fields()
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from megasapo.config import ConfigError, from_dict
 from megasapo.mcore.model import RMSNorm, read_hf_config, transformer_config
@@ -113,7 +113,7 @@ def test_variants_nobody_tested_are_refused(over: dict[str, Any], message: str) 
 
 def test_other_families_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="model_type='llama' is not supported; supported: qwen3_moe, qwen3"):
-        built(SimpleNamespace(model_type="llama"))
+        built(LlamaConfig())
 
 
 def test_missing_and_broken_model_directories(tmp_path: Path) -> None:
