@@ -50,14 +50,19 @@ class Folder:
         told.write_text(json.dumps(record))
         told.rename(self._record(name))
 
-    def record(self, name: str) -> dict[str, Any] | None:
-        """What is known of a finished file, None of one that is not there or not as it was written."""
-        path, told = self.files / name, self._record(name)
-        if not (path.is_file() and told.is_file()):
-            return None
-        record: dict[str, Any] = json.loads(told.read_text())
-        same = path.stat().st_size == record["bytes"] and sha256([path])[0] == record["sha256"]
-        return record if same else None
+    def is_finished(self, name: str) -> bool:
+        """Whether a file is there and as it was written."""
+        path = self.files / name
+        try:
+            record = self.told(name)
+        except (FileNotFoundError, ValueError):  # never written, or cut short when the machine stopped
+            return False
+        return path.is_file() and path.stat().st_size == record["bytes"] and sha256([path])[0] == record["sha256"]
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What was recorded of a finished file: its bytes, its hash and its `contents`."""
+        record: dict[str, Any] = json.loads(self._record(name).read_text())
+        return record
 
     def _record(self, name: str) -> Path:
         return self.path / "records" / f"{name}.json"
@@ -101,7 +106,7 @@ class Job:
 
     def finished(self, outputs: Sequence[Output]) -> list[Output]:
         """Those that an earlier start has written in full; whatever else it has left is removed."""
-        kept = [output for output in outputs if self.folder.record(output.name) is not None]
+        kept = [output for output in outputs if self.folder.is_finished(output.name)]
         names = {output.name for output in kept}
         for left in self.folder.files.iterdir():
             if left.name not in names:

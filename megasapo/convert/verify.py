@@ -58,9 +58,9 @@ def _pairs(request: Request, work: Work, made: Path) -> Iterator[tuple[str, Tens
             for name, tensor in work.converted(spec):
                 yield name, tensor, written.read(name)
         return
-    weights = megatron_source(request)
+    weights, dtypes = megatron_source(request), {spec.name: spec.dtype for spec in work.specs}
     for placed in sorted(weights.weights, key=lambda placed: placed.order):
-        dtype = next(spec.dtype for spec in work.specs if spec.name == placed.names[0])
+        dtype = dtypes[placed.names[0]]
         back_again = torch.empty(placed.tensor.shape, dtype=dtype)
         fill(placed._replace(tensor=back_again), written)
         yield placed.mcore_name, weights.weight(placed).to(dtype), back_again

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +25,7 @@ from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec, has_weights
 from megasapo.mcore.bridge.load import check_files, fill, read_config
-from megasapo.mcore.bridge.placement import as_it_is
+from megasapo.mcore.bridge.placement import Placed, as_it_is
 from megasapo.mcore.bridge.save import SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
 from megasapo.rollout.quantise import SCALE, is_quantised, quantise_bucket, quantised_config
@@ -110,40 +111,36 @@ class ToMegatron:
             name = f"__{i}_0.distcp"
             self._stored[name] = group
             self.outputs.append(Output(name, sum(map(self._nbytes, group))))
+        self._last: tuple[Placed, torch.Tensor] | None = None
 
     def write(self, output: Output, folder: Folder) -> None:
-        stored = self._stored[output.name]
-        pieces = [self._piece(one) for one in stored]
-        making = iter(zip(stored, self._made(stored), strict=True))
-        path = folder.unfinished(output.name)
-        done = 0
+        key = ""
 
-        def make(piece: Piece) -> torch.Tensor:
-            nonlocal done
-            one, tensor = next(making)
-            assert one.key == piece.key
-            done += 1
-            return tensor
+        def pieces() -> Iterator[tuple[Piece, torch.Tensor]]:
+            nonlocal key
+            for one in self._stored[output.name]:
+                key = one.key
+                yield self._piece(one), self._numbers(one)
 
         try:
-            folder.finish(output.name, write_pieces(path, pieces, make))
+            folder.finish(output.name, write_pieces(folder.unfinished(output.name), pieces()))
         except OSError as e:
-            at = pieces[max(0, done - 1)]
-            raise WriteError(f"{folder.files / output.name}: cannot write tensor {at.key!r}: {e.strerror}") from e
+            raise WriteError(f"{folder.files / output.name}: cannot write tensor {key!r}: {e.strerror}") from e
 
     def complete(self, folder: Folder) -> None:
         told: list[tuple[Piece, Place]] = []
+        files: dict[str, str] = {}
         for output in self.outputs:
-            record = folder.record(output.name)
-            assert record is not None, f"{output.name} is not finished"
+            finished = folder.told(output.name)
             pieces = [self._piece(one) for one in self._stored[output.name]]
-            places = [Place(output.name, *place) for place in record["contents"]]
+            places = [Place(output.name, *place) for place in finished["contents"]]
             told += zip(pieces, places, strict=True)
+            files[output.name] = finished["sha256"]
         with writing(folder.files / ".metadata"):
             write_index(folder.files, told)
+        others = [path for path in folder.files.iterdir() if path.name not in files]
+        files |= zip([path.name for path in others], checkpoints.sha256(others), strict=True)
         specs = [TensorSpec(piece.key, piece.shape, piece.dtype) for piece, _ in told]
-        there = sorted(folder.files.iterdir())
-        files = dict(zip([path.name for path in there], checkpoints.sha256(there), strict=True))
         with writing(folder.files / "config.json"):
             write_companions(self._request.model, exported_config(self._config, self._mtp), specs, folder.files)
         degrees = self._request.parallel.model_dump()
@@ -159,17 +156,14 @@ class ToMegatron:
         with writing(folder.files / checkpoints.RECORD):
             checkpoints.write_record(folder.files, record)
 
-    def _made(self, stored: list[Stored]) -> Iterator[torch.Tensor]:
-        """The pieces' numbers; those of one weight follow one another, and it is read once."""
-        weight, of = None, None
-        for one in stored:
-            if of is not one.placed:
-                weight = None  # before the next is made
-                weight = torch.empty(one.placed.tensor.shape, dtype=self._dtype(one))
-                fill(one.placed._replace(tensor=weight), self._files)
-                of = one.placed
-            assert weight is not None
-            yield one.of(weight)
+    def _numbers(self, one: Stored) -> torch.Tensor:
+        """The pieces of one weight follow one another, and it is read once."""
+        if self._last is None or self._last[0] is not one.placed:
+            self._last = None  # before the next is made
+            weight = torch.empty(one.placed.tensor.shape, dtype=self._dtype(one))
+            fill(one.placed._replace(tensor=weight), self._files)
+            self._last = one.placed, weight
+        return one.of(self._last[1])
 
     def _as_it_is(self, name: str) -> Stored:
         """A tensor that megatron-core has no name for, under its own."""
@@ -192,11 +186,7 @@ class ToMegatron:
         """Of the source, unless another was asked for."""
         if self._request.cast is not None and not one.placed.keeps_dtype:
             return self._request.cast
-        dtypes = [self._files.spec(name).dtype for name in one.placed.names]
-        widest = dtypes[0]
-        for dtype in dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+        return reduce(torch.promote_types, (self._files.spec(name).dtype for name in one.placed.names))
 
     def _piece(self, one: Stored) -> Piece:
         return Piece(one.key, one.offset, one.shape, one.global_shape, self._dtype(one))
@@ -227,6 +217,7 @@ class ToHF:
             writer = SafetensorsWriter(folder.unfinished(output.name), specs)
             for name, tensor in self._tensors({spec.name for spec in specs}):
                 writer.write(name, tensor)
+                del tensor  # before the next is made
             writer.finish()
             folder.finish(output.name, None)
         except OSError as e:

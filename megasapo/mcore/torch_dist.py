@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,12 +137,11 @@ class StoredTensors:
         return piece
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], make: Callable[[Piece], torch.Tensor]) -> list[tuple[int, int]]:
+def write_pieces(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> list[tuple[int, int]]:
     """Write a file of pieces, made one after another; where each begins and how long it is. OSError on a full disk."""
     places = []
     with path.open("wb") as f:
-        for piece in pieces:
-            tensor = make(piece)
+        for piece, tensor in pieces:
             assert (tuple(tensor.shape), tensor.dtype) == (piece.shape, piece.dtype), f"{piece}: {tensor.shape}"
             if tensor.untyped_storage().nbytes() > tensor.nbytes:
                 tensor = tensor.clone()  # torch.save writes all that a view is part of
@@ -150,6 +149,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece], make: Callable[[Piece], to
             torch.save(tensor, encoded)
             places.append((f.tell(), len(encoded.getbuffer())))
             f.write(encoded.getbuffer())
+            del tensor, encoded  # before the next is made
     return places
 
 

@@ -28,18 +28,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_conversion_goes_on_where_it_was(models: Path, tmp_path: Path) -> None:
-    """Files that were finished are kept, one of them changed meanwhile is made again, and the result is the same."""
+    """Files that were finished are kept, those changed meanwhile are made again, and the result is the same."""
     arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "20KB"]
     folder = tmp_path / ".out.converting"
     process = subprocess.Popen([sys.executable, str(TOOL), *arguments], env=os.environ, stderr=subprocess.DEVNULL)
-    while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
+    while len(list((folder / "records").glob("*.json"))) < 4 and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
     assert not (tmp_path / "out").exists()
     finished = sorted((folder / "records").glob("*.json"))
     kept = {p.stem: (folder / "files" / p.stem).stat().st_ino for p in finished}
-    damaged, *others = kept
+    damaged, torn, *others = kept
+    (folder / "records" / f"{torn}.json").write_text('{"bytes": ')
     content = bytearray((folder / "files" / damaged).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "files" / f"{damaged}.copy").write_bytes(content)
