@@ -345,6 +345,7 @@ class Watch:
             if server.up and not server.hung:
                 self._say("rollout server %d does not answer, its requests go elsewhere: %s", server.index, e)
             self._lose(server, str(e))
+            await self.client(server).close()  # an update of its weights, say, would wait for it as well
             return await self._end_silent(server)
         if not server.up and server.process is None:
             server.incarnation += 1  # not ours: it may have been restarted while it was away

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.protocol import Retryable
 from megasapo.sections import RolloutConfig
 from tests.unit.load import Servers, check, ideal_s, model, requests, serving
 
@@ -92,6 +93,15 @@ def test_a_server_that_hangs_is_found_out_long_before_its_requests_time_out(tmp_
             sample(fleet, lambda: os.kill(first.process.pid, signal.SIGSTOP))
             assert fleet.servers[0].state == "dead"
             assert counts(fleet)["unreachable"] >= 1
+
+
+def test_a_call_that_waits_for_a_hanging_server_ends_when_that_is_found_out(tmp_path: Path) -> None:
+    first = Servers(SPEED)
+    with serving(first) as urls:
+        with start(urls, tmp_path, health_timeout_s=2.0, request_timeout_s=100_000.0) as fleet:
+            os.kill(first.process.pid, signal.SIGSTOP)
+            with pytest.raises(Retryable, match="ServerDisconnectedError"):
+                fleet.run(fleet.control(fleet.servers[0]).stamp(8))
 
 
 def test_a_leader_that_only_connected_finds_out_too(tmp_path: Path) -> None:
