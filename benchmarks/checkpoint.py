@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from benchmarks.learner_work import Work, add_model_options, make_work, model_shape
+from benchmarks.learner import Learner, sequences
+from benchmarks.learner_work import Work, add_model_options, add_work_options, make_work, model_shape
 from benchmarks.measure import Seconds
-from benchmarks.routing_replay import Learner, sequences
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ParallelConfig
 from tests.tiny import make_model
@@ -37,7 +37,8 @@ class Saving:
     """A learner whose every step ends with a checkpoint."""
 
     def __init__(self, mode: str, work: Work, topo: Topology, where: Path) -> None:
-        self._learner, self._where = Learner("none", work, topo, async_save=mode == "beside"), where / mode
+        self._learner = Learner(work, topo, train={"async_save": mode == "beside"})
+        self._where = where / mode
         self._saves = not mode.startswith("none")
         self._steps = 0
         self.calls: list[float] = []  # seconds that each `save` took
@@ -82,17 +83,12 @@ def compare(
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p, vocab=4096)
-    p.add_argument("--sequences", type=int, default=16)
-    p.add_argument("--prompt", type=int, default=32)
-    p.add_argument("--mean-response", type=int, default=96)
-    p.add_argument("--micro-batch-tokens", type=int, default=4096)
-    p.add_argument("--trl-micro-batch", type=int, default=0, help=argparse.SUPPRESS)
-    p.add_argument("--runs", type=int, default=9)
+    add_work_options(p, runs=9)
     p.add_argument("--steps", type=int, default=3, help="in a row, each with its checkpoint")
     p.add_argument("--quick", action="store_true", help="3 rounds")
     args = p.parse_args()
     runs = 3 if args.quick else args.runs
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
         make_model(where / "model", kind="moe", **model_shape(args))

@@ -19,69 +19,41 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import measure
 from benchmarks.learner_work import (
-    BETAS,
-    CLIP,
-    EPS,
-    GROUP,
-    LR,
     MINI_BATCHES,
     Work,
     add_model_options,
+    add_work_options,
     flops_per_token,
     make_work,
     model_shape,
     peak_memory_mib,
-)  # fmt: skip
+)
 from benchmarks.measure import Seconds
 from benchmarks.turns import Message, Turns, sides
 from tests.tiny import make_model
 
 
 def megasapo_side(turns: Turns, work: Work) -> None:
+    from benchmarks.learner import Learner, sequences
     from megasapo import metrics
-    from megasapo.algo.settings import resolve
-    from megasapo.algo.weights import token_weights
-    from megasapo.config import from_dict
-    from megasapo.mcore.exchange import PackingRule, build_batch
-    from megasapo.mcore.policy import Policy
     from megasapo.mcore.topology import Topology
+    from megasapo.sections import ParallelConfig
 
-    prompt, response = work.longest
-    cfg = from_dict({
-        "model": {"path": work.model, "dtype": work.dtype},
-        "data": {"max_prompt_tokens": prompt},
-        "rollout": {"max_new_tokens": response, "group_size": GROUP},
-        "algo": {"mini_batches": MINI_BATCHES},
-        "optim": {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "clip_grad": CLIP},
-        "train": {"micro_batch_tokens": work.micro_batch_tokens},
-    })  # fmt: skip
-    topo = Topology.init(cfg.parallel)
-    policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
-    rule = partial(token_weights, normalisation="sequence", constant_length=response)
+    topo = Topology.init(ParallelConfig())
+    learner = Learner(work, topo)
     order: list[int] = []
     found: dict[str, float] = {}
 
     def learn() -> None:
-        batch = build_batch(
-            _rows(work, order),
-            topo,
-            mini_batches=MINI_BATCHES,
-            group_size=1,
-            packing=PackingRule(work.micro_batch_tokens),
-            weight_rule=rule,
-        )
         is_checked = not found  # the first turn, which is not counted: every old logprob is looked at
-        batch = policy.with_old_logprobs(batch, first=is_checked)
-        stats = policy.update(batch)
+        batch = learner.policy.with_old_logprobs(learner.batch(sequences(work, order)), first=is_checked)
+        stats = learner.policy.update(batch)
         if is_checked:
             micro = [mb for mini in batch.mini for mb in mini.micro]
             total = sum(float((mb.old_logp * mb.loss_mask).sum()) for mb in micro if mb.old_logp is not None)
@@ -89,23 +61,10 @@ def megasapo_side(turns: Turns, work: Work) -> None:
         found["grad_norm"] = metrics.scalars(stats)["grad/norm"]
 
     while (message := turns.wait()) is not None:
-        order = message["order"]
+        order[:] = message["order"]
         seconds = measure.timed(learn)
         turns.done({"seconds": seconds, "memory_mib": peak_memory_mib(), **found})
     topo.destroy()
-
-
-def _rows(work: Work, order: list[int]) -> list[Any]:
-    """The sequences with uids that count them in the order in which they are split into mini-batches."""
-    from megasapo.types import TrainSequence
-
-    advantages = work.advantages()
-    rows = []
-    for uid, i in enumerate(order):
-        tokens = np.array(work.prompts[i] + work.responses[i], dtype=np.int32)
-        mask = np.arange(len(tokens)) >= len(work.prompts[i])
-        rows.append(TrainSequence(uid, tokens, mask, np.zeros(len(tokens), np.float32), float(advantages[i])))
-    return rows
 
 
 def trl_side(turns: Turns, work: Work) -> None:
@@ -141,16 +100,7 @@ def check_same_step(ours: Message, theirs: Message) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p, vocab=32768)
-    defaults = {
-        "sequences": 16,
-        "prompt": 32,
-        "mean-response": 96,
-        "micro-batch-tokens": 4096,
-        "threads": 1,
-        "runs": 3,
-    }
-    for name, default in defaults.items():
-        p.add_argument(f"--{name}", type=int, default=default)
+    add_work_options(p, runs=3)
     p.add_argument("--trl-micro-batch", type=int, help="sequences; default: a whole mini-batch")
     p.add_argument("--quick", action="store_true", help="2 runs, vocabulary 4096, responses of 64 tokens in the mean")
     args = p.parse_args()

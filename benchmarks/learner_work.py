@@ -79,6 +79,16 @@ def add_model_options(p: argparse.ArgumentParser, vocab: int) -> None:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
 
 
+def add_work_options(p: argparse.ArgumentParser, runs: int) -> None:
+    """Of `make_work`, and how it is run."""
+    defaults = {
+        "sequences": 16, "prompt": 32, "mean-response": 96, "micro-batch-tokens": 4096, "threads": 1, "runs": runs,
+    }  # fmt: skip
+    for name, default in defaults.items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.set_defaults(trl_micro_batch=None)
+
+
 def model_shape(args: argparse.Namespace) -> dict[str, Any]:
     """Proportions of Qwen3-30B-A3B: heads twice as wide as the hidden states, experts in use three times."""
     return {

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,13 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.learner_work import GROUP, MINI_BATCHES, Work, add_model_options, make_work, model_shape
+from benchmarks.learner import Learner, sequences
+from benchmarks.learner_work import MINI_BATCHES, Work, add_model_options, add_work_options, make_work, model_shape
 from benchmarks.measure import Seconds
-from megasapo.algo.settings import resolve
-from megasapo.algo.weights import token_weights
-from megasapo.config import from_dict
 from megasapo.data.packing import join, pieces
-from megasapo.mcore.exchange import PackingRule, build_batch
-from megasapo.mcore.policy import Policy
 from megasapo.mcore.topology import Topology
-from megasapo.types import Batch, TrainSequence
+from megasapo.sections import ParallelConfig
+from megasapo.types import TrainSequence
 from tests.tiny import make_model
 
 MODES = {"none": "none", "R2": "R2", "R3": "R3", "none again": "none"}
@@ -42,61 +38,19 @@ ROUTERS = {"2 of 8": (8, 2, 384), "8 of 128": (128, 8, 96)}
 HEADER = ("router", "replay", "tokens", "seconds", "min", "max", "CPU s", "by none: clock", "CPU")
 
 
-class Learner:
-    """One policy and the step that it takes."""
-
-    def __init__(self, mode: str, work: Work, topo: Topology, **train: Any) -> None:
-        """`train`: other settings of TrainConfig."""
-        prompt, response = work.longest
-        cfg = from_dict({
-            "model": {"path": work.model, "dtype": work.dtype},
-            "data": {"max_prompt_tokens": prompt},
-            "rollout": {"max_new_tokens": response, "group_size": GROUP},
-            "algo": {"mini_batches": MINI_BATCHES, "routing_replay": mode},
-            "optim": {"lr": 1e-6},
-            "train": {"micro_batch_tokens": work.micro_batch_tokens, **train},
-        })  # fmt: skip
-        self._mode, self._topo, self._micro_batch_tokens = mode, topo, work.micro_batch_tokens
-        self._rule = partial(token_weights, normalisation="sequence", constant_length=response)
-        self.policy = Policy(cfg, topo, resolve(cfg.algo, cfg.rollout), temperature=1.0, total_steps=1000)
-
-    def batch(self, rows: list[TrainSequence]) -> Batch:
-        return build_batch(
-            rows,
-            self._topo,
-            mini_batches=MINI_BATCHES,
-            group_size=1,
-            packing=PackingRule(self._micro_batch_tokens),
-            weight_rule=self._rule,
-            routing=self.policy.routing_layout if self._mode == "R3" else None,
-        )
-
-    def step(self, rows: list[TrainSequence]) -> None:
-        self.policy.update(self.policy.with_old_logprobs(self.batch(rows)))
-
-    def routing(self, rows: list[TrainSequence]) -> dict[int, np.ndarray]:
-        """[n - 1, L, K] of each sequence, as the routers choose now."""
-        batch = self.policy.with_old_logprobs(self.batch(rows), first=True)
-        micro = [mb for mini in batch.mini for mb in mini.micro]
-        return join(pieces(mb, mb.routing) for mb in micro if mb.routing is not None)
-
-
-def sequences(work: Work) -> list[TrainSequence]:
-    rows = []
-    for uid, (prompt, response, advantage) in enumerate(
-        zip(work.prompts, work.responses, work.advantages(), strict=True)
-    ):
-        tokens = np.array(prompt + response, dtype=np.int32)
-        logp = np.zeros(len(tokens), np.float32)
-        rows.append(TrainSequence(uid, tokens, np.arange(len(tokens)) >= len(prompt), logp, float(advantage)))
-    return rows
+def chosen_now(learner: Learner, rows: list[TrainSequence]) -> dict[int, np.ndarray]:
+    """[n - 1, L, K] of each sequence, as the routers of a learner that replays (R2) choose now."""
+    batch = learner.policy.with_old_logprobs(learner.batch(rows), first=True)
+    micro = [mb for mini in batch.mini for mb in mini.micro]
+    return join(pieces(mb, mb.routing) for mb in micro if mb.routing is not None)
 
 
 def compare(work: Work, runs: int, topo: Topology) -> dict[str, list[Seconds]]:
     """Seconds of each mode's steps, in the order of the rounds."""
     rows = sequences(work)
-    learners = {name: Learner(mode, work, topo) for name, mode in MODES.items()}
-    routing = learners["R2"].routing(rows)
+    learners = {name: Learner(work, topo, algo={"routing_replay": mode})
+                for name, mode in MODES.items()}  # fmt: skip
+    routing = chosen_now(learners["R2"], rows)
     routed = [dataclasses.replace(row, routing=routing[row.uid]) for row in rows]
 
     def run(learner: Learner, given: list[TrainSequence]) -> Callable[[], Seconds]:
@@ -129,19 +83,9 @@ def table_rows(router: str, work: Work, seen: dict[str, list[Seconds]]) -> list[
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p, vocab=4096)
-    defaults = {
-        "sequences": 16,
-        "prompt": 32,
-        "mean-response": 96,
-        "micro-batch-tokens": 4096,
-        "threads": 1,
-        "runs": 9,
-    }
-    for name, default in defaults.items():
-        p.add_argument(f"--{name}", type=int, default=default)
+    add_work_options(p, runs=9)
     p.add_argument("--quick", action="store_true", help="6 runs, responses of 48 tokens in the mean")
     args = p.parse_args()
-    args.trl_micro_batch = None
     if args.quick:
         args.runs, args.mean_response = 6, 48
     return args
@@ -150,7 +94,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     torch.set_num_threads(args.threads)
-    topo = Topology.init(from_dict({"model": {"path": "unused"}}).parallel)
+    topo = Topology.init(ParallelConfig())
     rows: list[tuple[str, ...]] = []
     shape: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
