@@ -200,6 +200,19 @@ def test_health_while_busy_and_while_paused(server):
     assert server.ask(run) == (200, 200)
 
 
+def test_health_of_an_idle_engine_that_is_paused_before_it_can_generate(model_dir, monkeypatch):
+    """As when weights are published just then: the server is well, though no token comes before it is continued."""
+    with serving(model_dir) as s:
+        submit = s.engine.submit
+
+        def paused_first(job):
+            s.engine.control(lambda: s.engine.pause("in_place")).result()
+            submit(job)
+
+        monkeypatch.setattr(s.engine, "submit", paused_first)
+        assert s.post("/health", method="GET").status_code == 200
+
+
 def test_a_crash_of_the_engine_surfaces_everywhere(model_dir):
     with serving(model_dir) as s:
 

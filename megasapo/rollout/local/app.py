@@ -125,7 +125,7 @@ class App:
     # State
 
     async def _health(self, request: Request) -> Response:
-        """200 when the engine answers; when it is idle, it must also generate a token."""
+        """200 when the engine answers; an idle one must also generate a token, unless it is paused then."""
         try:
             idle = self._engine.control(lambda: not self._engine.paused and self._engine.num_unfinished() == 0)
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
@@ -140,7 +140,10 @@ class App:
         sampling = Sampling(1, 0.0, 1.0, protocol.TOP_K_ALL, 0.0, 0, frozenset(), (), 0)
         job = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)], _resolver(done))
         try:
-            await done
+            while not (done.done() or self._engine.paused):
+                await asyncio.wait({done}, timeout=0.1)
+            if done.done():
+                done.result()
         finally:
             self._engine.abandon(job)
 

@@ -20,18 +20,13 @@ class Batch:
     """Rows 0..D-1 hold sequences that decode; those admitted since the last step follow and are prefilled."""
 
     def __init__(
-        self,
-        forward: Forward,
-        max_prefill_tokens: int,
-        num_layers: int,
-        decode_text: Callable[[list[int]], str] | None,
+        self, forward: Forward, max_prefill_tokens: int, decode_text: Callable[[list[int]], str] | None
     ) -> None:
         self.rows: list[Sequence] = []
         self._new = 0  # how many at the end of `rows` wait for their prefill
         self._forward = forward
         self._cache = forward.cache
         self._max_prefill_tokens = max_prefill_tokens
-        self._num_layers = num_layers
         self._decode_text = decode_text
         self._sampler: SamplerState | None = None
 
@@ -160,7 +155,9 @@ class Batch:
         Copies: a view would keep the whole step's alive, and a long response has thousands of steps.
         """
         routed = torch.stack([ids for _, ids in plan.routed], dim=1)  # [T, MoE layers, K]
-        step = np.zeros((routed.shape[0], self._num_layers, routed.shape[2]), dtype=np.int32)  # dense layers stay 0
+        step = np.zeros(
+            (routed.shape[0], self._cache.num_layers, routed.shape[2]), dtype=np.int32
+        )  # dense layers stay 0
         step[:, [layer for layer, _ in plan.routed]] = routed.cpu().numpy()
         num_decode = len(self.rows) - num_new
         for i, s in enumerate(self.rows[:num_decode]):

@@ -27,11 +27,9 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: Any | None
-    num_layers: int
     vocab_size: int
     context_length: int
     eos_ids: frozenset[int]
-    num_experts: int | None
     weights: Weights | None = None  # of a quantised model
 
     def text_decoder(self) -> Callable[[list[int]], str] | None:
@@ -70,11 +68,9 @@ def load(options: Options) -> Loaded:
     return Loaded(
         model,
         tokenizer,
-        text.num_hidden_layers,
         text.vocab_size,
         context,
         frozenset(t for t in eos if 0 <= t < text.vocab_size),  # others can never be sampled
-        getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None),
         weights,
     )
 

@@ -55,7 +55,7 @@ def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
     plain = options.plain_forward or loaded.weights is not None  # the fused arithmetic rounds no activations
     forward = Forward(loaded.model, options.max_total_tokens, rows, routing, plain)
     weights = loaded.weights or Weights(loaded.model)  # after the forward pass, which may move parameters
-    batch = Batch(forward, options.max_prefill_tokens, loaded.num_layers, loaded.text_decoder())
+    batch = Batch(forward, options.max_prefill_tokens, loaded.text_decoder())
     engine = Engine(batch, options.weight_version, options.deterministic)
     control = Control(engine, weights, options.model, loaded.model.device)
     return engine, App(options, loaded, engine, control, forward.cache.max_cells)
