@@ -169,7 +169,7 @@ step+=("${flags[@]}")
 logs=$RUN_DIR/logs/$job.$attempt
 mkdir -p "$logs"
 diary=$RUN_DIR/logs/cluster.log
-if [ -e "$RUN_DIR/done" ]; then say "$RUN_DIR has finished: nothing to do"; exit 0; fi
+if [ -e "$RUN_DIR/done" ]; then say "$RUN_DIR has finished: nothing to do; to train on, raise train.steps and remove $RUN_DIR/done"; exit 0; fi
 read -r other 2>/dev/null < "$RUN_DIR/logs/owner" || other=$job
 if [ "$other" != "$job" ] && [ "$(squeue -h -j "$other" -t R -o %t 2>/dev/null)" = R ]; then
     say "FAILED: job $other is training $RUN_DIR: cancel it, choose another run.name, or give both one --job-name"

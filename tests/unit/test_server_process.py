@@ -26,11 +26,12 @@ def model_dir(tmp_path_factory):
 class Process:
     """A started server; killed at the end of the test whatever happened."""
 
-    def __init__(self, model_dir, *flags, command=COMMAND):
+    def __init__(self, model_dir, *flags, command=COMMAND, stderr=None):
         self.process = subprocess.Popen(
             [*command, "--model", str(model_dir), "--port", "0", "--threads", "1", *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
@@ -90,6 +91,13 @@ def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
         waiting.join(30)
         assert answers[0].status_code == 500
         assert "shutting down" in answers[0].json()["error"]["message"]
+
+
+def test_ctrl_c_ends_it_without_a_word(model_dir, tmp_path):
+    with (tmp_path / "stderr").open("w") as stderr, Process(model_dir, stderr=stderr) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 def test_exit_with_parent(model_dir):

@@ -46,6 +46,7 @@ def serve(options: Options, listener: socket.socket) -> int:
         asyncio.run(_listen_and_serve(options, engine, app, listener))
     finally:
         engine.stop()
+        gc.unfreeze()  # else libraries find their objects alive at the very end, and print them (nanobind)
     return 1 if engine.crashed else 0
 
 
