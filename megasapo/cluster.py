@@ -8,6 +8,7 @@ quantised first.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -99,7 +100,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     cfg, tp = _settle_servers(cfg, args)
     servers = _place(args.servers, args.gpus, tp)
     settings = [f"rollout.servers=[{', '.join(server.url for server in servers)}]"]
-    settings.append(f"rollout.api_key_file={_key_file(cfg, args.dry_run)}")
+    settings.append(f"rollout.api_key_file={json.dumps(str(_key_file(cfg, args.dry_run)))}")  # YAML: a path can hold #
     cfg = config.from_dict(cfg.model_dump(mode="json"), settings, source=args.config)
     run.check_files(cfg)
     train.check(cfg)

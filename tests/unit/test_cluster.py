@@ -73,7 +73,12 @@ def test_one_server_a_node_by_default(config: str, tmp_path: Path) -> None:
     )
     assert made.servers[0].devices == ()
     servers = "rollout.servers=[http://n3:30000, http://n4:30000]"
-    assert made.train == ("-m", "megasapo.cli", "train", config, servers, f"rollout.api_key_file={key}")
+    assert made.train == ("-m", "megasapo.cli", "train", config, servers, f'rollout.api_key_file="{key}"')
+
+
+def test_a_run_directory_with_characters_of_yaml(config: str, tmp_path: Path) -> None:
+    made = plan(config, "--servers", "localhost:30000", f"run.dir='{tmp_path}/run #1: a'")
+    assert made.cfg.rollout.api_key_file == f"{tmp_path}/run #1: a/run/api_key"
 
 
 def test_several_servers_share_a_node(config: str) -> None:
