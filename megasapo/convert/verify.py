@@ -104,6 +104,7 @@ def _transformers(directory: Path, tokens: list[list[int]]) -> list[list[float]]
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # layers for multi-token prediction are no part of its model, which it reports
 
     how = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if _is_fp8(directory) else {}
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **how)
