@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import yaml
 
 from megasapo import checkpoints
-from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import ConvertError
 from megasapo.families.mtp import mtp_names
 from megasapo.families.weights import Piece
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
+from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import copy_out
 from megasapo.mcore.bridge.hf_files import INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.load import read_config
-from megasapo.mcore.bridge.placement import Placed, keeps_dtype, nearest
+from megasapo.mcore.bridge.placement import Placed, nearest
+from megasapo.mcore.bridge.save import Carried
 from megasapo.mcore.torch_dist import StoredTensors
 from megasapo.sections import ParallelConfig
 
@@ -35,28 +36,16 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
-    def keeps_dtype(self, name: str) -> bool:
-        """Whether a tensor is not cast with the others."""
-        ...
-
 
 class HFSource:
-    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files.
+    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files."""
 
-    `mtp_only`: nothing but its layers for multi-token prediction.
-    """
-
-    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16, *, mtp_only: bool = False) -> None:
+    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16) -> None:
         self.files = DequantisedFiles(directory, fp8_as)
-        self._config = read_config(directory)
-        names = mtp_names(self._config, self.files.names) if mtp_only else self.files.names
-        self.specs = [self.files.spec(name) for name in sorted(names, key=self.files.file)]
+        self.specs = [self.files.spec(name) for name in sorted(self.files.names, key=self.files.file)]
 
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(name)
-
-    def keeps_dtype(self, name: str) -> bool:
-        return keeps_dtype(self._config, name)
 
 
 class MegatronSource:
@@ -66,14 +55,16 @@ class MegatronSource:
     Raises ConvertError, before anything is read, when tensors are missing, left over or of the wrong shape.
     """
 
-    def __init__(self, directory: Path, hf_dir: Path, beside: Source | None = None) -> None:
+    def __init__(self, directory: Path, hf_dir: Path, beside: Carried | None = None) -> None:
         self.stored = StoredTensors(directory)
         self.blueprint = blueprint(hf_dir, ParallelConfig())
-        self._config = read_config(hf_dir)
         own = KeySource(self.stored)
-        names = set(mtp_names(self._config, [spec.name for spec in own.specs]))
-        carried = [spec for spec in own.specs if spec.name in names] or (beside.specs if beside else [])
-        self.carried: dict[str, Source] = {spec.name: own if names else cast(Source, beside) for spec in carried}
+        names = set(mtp_names(read_config(hf_dir), self.stored.tensors))
+        carried = [spec for spec in own.specs if spec.name in names]
+        self.carried: dict[str, Source | Carried] = {spec.name: own for spec in carried}
+        if beside and not carried:
+            carried = beside.specs
+            self.carried = {spec.name: beside for spec in carried}
         _refuse_misfits(self.stored, self.blueprint.stored, names, hf_dir)
         self._pieces: dict[str, list[Stored]] = defaultdict(list)  # of each local weight, by its megatron-core name
         for piece in self.blueprint.stored:
@@ -116,9 +107,6 @@ class MegatronSource:
             self._last = placed.mcore_name, weight
         return self._last[1]
 
-    def keeps_dtype(self, name: str) -> bool:
-        return keeps_dtype(self._config, name)
-
 
 class KeySource:
     """A megatron-core checkpoint of an unknown model, under its own keys; an optimizer is left out."""
@@ -132,9 +120,6 @@ class KeySource:
         whole = torch.zeros(self._stored.shape(name), dtype=self._stored.dtype(name))
         self._stored.read(name, (0,) * whole.dim(), whole)
         return whole
-
-    def keeps_dtype(self, name: str) -> bool:
-        return False
 
 
 def _refuse_misfits(stored: StoredTensors, pieces: list[Stored], carried: set[str], hf_dir: Path) -> None:

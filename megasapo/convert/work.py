@@ -14,21 +14,21 @@ from typing import Any, Literal, Protocol
 import torch
 
 from megasapo import __version__, checkpoints
-from megasapo.convert.dequantised import DequantisedFiles
 from megasapo.convert.errors import WriteError, writing
 from megasapo.convert.job import Folder, Output
 from megasapo.convert.sources import HFSource, MegatronSource, Source
-from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
+from megasapo.families.mtp import exported_config, mtp_names
 from megasapo.families.weights import Shape
-from megasapo.fp8.blocks import WEIGHT_BLOCK
+from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK
 from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
-from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec, has_weights
+from megasapo.mcore.bridge.dequantised import DequantisedFiles
+from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec
 from megasapo.mcore.bridge.load import check_files, fill, read_config
-from megasapo.mcore.bridge.placement import Placed, as_it_is
-from megasapo.mcore.bridge.save import SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
+from megasapo.mcore.bridge.placement import Placed, as_it_is, keeps_dtype
+from megasapo.mcore.bridge.save import Carried, SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
-from megasapo.rollout.quantise import SCALE, is_quantised, quantise_bucket, quantised_config
+from megasapo.rollout.quantise import is_quantised, quantise_bucket, quantised_config
 from megasapo.sections import ParallelConfig
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf", "hf-to-hf"]
@@ -89,8 +89,7 @@ def make_work(request: Request) -> Work:
 
 def megatron_source(request: Request) -> MegatronSource:
     """That of megatron-to-hf. A run's checkpoint has no layers for multi-token prediction: its model's files may."""
-    may_have = has_weights(request.model) and mtp_layers(read_config(request.model))
-    beside = HFSource(request.model, request.fp8_as, mtp_only=True) if may_have else None
+    beside = Carried(request.model, read_config(request.model), request.fp8_as)
     return MegatronSource(request.source, request.model, beside)
 
 
@@ -205,7 +204,7 @@ class ToHF:
             unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
             told = quantised_config(unquantised, request.model)
             self._quantisation = {"quantization_config": told["quantization_config"]}
-        self._specs = [spec._replace(dtype=self._dtype(spec)) for spec in source.specs]
+        self._specs = [s if keeps_dtype(self._config, s.name) else s.cast(request.cast) for s in source.specs]
         written = [part for spec in self._specs for part in self._written(spec)]
         self._files = assign_files(written, request.shard_bytes)
         self.outputs = [Output(name, sum(s.nbytes for s in specs)) for name, specs in self._files.items()]
@@ -264,11 +263,6 @@ class ToHF:
             spec._replace(dtype=torch.float8_e4m3fn),
             TensorSpec(spec.name + SCALE, blocks, torch.float32),
         ]
-
-    def _dtype(self, spec: TensorSpec) -> torch.dtype:
-        if self._request.cast is None or self._source.keeps_dtype(spec.name):
-            return spec.dtype
-        return self._request.cast
 
 
 def _nbytes(shape: Shape, dtype: torch.dtype) -> int:

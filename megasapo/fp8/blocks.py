@@ -8,6 +8,7 @@ from torch import Tensor
 from megasapo.fp8.formats import E4M3, Format, cast, power_of_two_above, rounded
 
 WEIGHT_BLOCK = (128, 128)
+SCALE = "_scale_inv"  # files have a matrix's scales under its name and this
 ROW_BLOCK = (1, 128)  # of activations and their gradients
 
 Block = tuple[int, int]

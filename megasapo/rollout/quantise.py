@@ -11,12 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megasapo.fp8.blocks import WEIGHT_BLOCK, quantise_blocks
+from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK, quantise_blocks
 from megasapo.geometry import geometry
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.weight_files import Bucket, Writer, read_config, tensors
 
-SCALE = "_scale_inv"
 LATENT = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})  # DeepSeek's attention
 LINEAR = LATENT | {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # gates, both ends of the model, and what layers for multi-token prediction have beside those of others

@@ -87,7 +87,7 @@ def test_layers_for_multi_token_prediction_are_carried_from_hf_to_hf(models: Pat
         assert json.loads((tmp_path / made / "config.json").read_text())["num_nextn_predict_layers"] == 1
 
 
-@pytest.mark.parametrize("whence", ["the checkpoint", "the model's files", "nowhere"])
+@pytest.mark.parametrize("whence", ["the checkpoint", "the model's files", "its FP8 files", "nowhere"])
 def test_layers_for_multi_token_prediction_come_from_where_they_are(
     whence: str, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -100,6 +100,10 @@ def test_layers_for_multi_token_prediction_come_from_where_they_are(
     if whence == "the checkpoint":
         convert("hf-to-megatron", tmp_path / "model", tmp_path / "with_mtp", "--dtype", "float32")
         source, plain, mtp = tmp_path / "with_mtp", *({n: t.float() for n, t in some.items()} for some in (plain, mtp))
+    elif whence == "its FP8 files":
+        convert("hf-to-hf", model, tmp_path / "fp8", "--quantize", "fp8_block")
+        convert("hf-to-hf", tmp_path / "fp8", tmp_path / "plain")
+        model, mtp = tmp_path / "fp8", {name: tensors(tmp_path / "plain")[name] for name in mtp}
     elif whence == "nowhere":
         (tmp_path / "model" / "model.safetensors").unlink()
         model, mtp = tmp_path / "model", {}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megasapo.checksum import weights_checksum
+from megasapo.fp8.blocks import SCALE
 from megasapo.publish import Bucket, Publisher
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.local.weights import WeightError
 from megasapo.rollout.protocol import RolloutError
-from megasapo.rollout.quantise import SCALE, quantise_checkpoint
+from megasapo.rollout.quantise import quantise_checkpoint
 from megasapo.sections import RolloutConfig
 from tests.serving import serving
 from tests.tiny import make_model

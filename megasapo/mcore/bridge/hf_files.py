@@ -44,6 +44,10 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, dtype: torch.dtype | None) -> TensorSpec:
+        """In another dtype; None: as it is."""
+        return self if dtype is None else self._replace(dtype=dtype)
+
 
 class HFFiles:
     """The tensors of an HF directory by name. `bytes_read` counts what `read` has returned."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch import nn
 from megasapo.checkpoints import sync
 from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
 from megasapo.families.weights import BridgeError
+from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import Export, NamedTensors
-from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, INDEX, SINGLE, HFFiles, TensorSpec, has_weights
+from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.load import read_config
 from megasapo.mcore.bridge.placement import keeps_dtype
 from megasapo.mcore.topology import Topology
@@ -71,9 +72,11 @@ def save_hf(
         unfinished = out.with_name(f".{out.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        carried = Carried(Path(hf_config_dir), config, dtype)
-        specs = [*export.tensors, *carried.specs]
-        _write_weights(specs, chain(export.buckets(bucket_bytes), carried.buckets()), unfinished, max_shard_bytes)
+        carried = Carried(Path(hf_config_dir), config)
+        own = [spec if keeps_dtype(config, spec.name) else spec.cast(dtype) for spec in carried.specs]
+        specs = [*export.tensors, *own]
+        buckets = ([(spec.name, carried.read(spec.name).to(spec.dtype))] for spec in own)
+        _write_weights(specs, chain(export.buckets(bucket_bytes), buckets), unfinished, max_shard_bytes)
         names = [spec.name for spec in specs]
         write_companions(Path(hf_config_dir), exported_config(config, names), specs, unfinished)
         say_mtp(hf_config_dir, names)
@@ -82,20 +85,16 @@ def save_hf(
 
 
 class Carried:
-    """The layers for multi-token prediction in an HF directory's files; none without files, or in quantised ones."""
+    """The layers for multi-token prediction in the files of an HF directory, FP8 as `fp8_as`; none without files."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any], fp8_as: torch.dtype = torch.bfloat16) -> None:
         self.specs: list[TensorSpec] = []
-        if not mtp_layers(config) or not has_weights(directory) or config.get("quantization_config") is not None:
-            return
-        self._files = HFFiles(directory)
-        for spec in map(self._files.spec, mtp_names(config, self._files.names)):
-            kept = dtype is None or keeps_dtype(config, spec.name)
-            self.specs.append(spec if kept else TensorSpec(spec.name, spec.shape, dtype or spec.dtype))
+        if mtp_layers(config) and has_weights(directory):
+            self._files = DequantisedFiles(directory, fp8_as)
+            self.specs = [self._files.spec(name) for name in mtp_names(config, self._files.names)]
 
-    def buckets(self) -> Iterator[NamedTensors]:
-        for spec in self.specs:
-            yield [(spec.name, self._files.read(spec.name).to(spec.dtype))]
+    def read(self, name: str) -> torch.Tensor:
+        return self._files.read(name)
 
 
 def say_mtp(hf_config_dir: str | Path, names: Collection[str]) -> None:

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megasapo.checksum import Checksum
-from megasapo.fp8.blocks import WEIGHT_BLOCK, dequantise_blocks
+from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK, dequantise_blocks
 from megasapo.fp8.formats import E4M3
-from megasapo.rollout.quantise import SCALE
 from megasapo.rollout.weight_files import Entry, WeightError, entries, tensors
 
 
