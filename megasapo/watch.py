@@ -6,7 +6,6 @@ It imports no torch and asks neither ranks nor servers anything.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megasapo import jsonl
 from megasapo.arguments import Parser
 from megasapo.errors import UserError
 
@@ -116,16 +116,16 @@ class Snapshot:
 
 def read(run_dir: Path, now: float | None = None) -> Snapshot:
     """All that is known of a run; `now` is for tests."""
-    ranks, world = _current([_parse(p.read_bytes(), p) for p in (run_dir / "logs" / "ranks").glob("rank_*.json")])
+    ranks, world = _current([jsonl.parse(p.read_bytes(), p) for p in (run_dir / "logs" / "ranks").glob("rank_*.json")])
     pointer = run_dir / "checkpoints" / "latest"
     return Snapshot(
         run_dir,
         time.time() if now is None else now,
-        _tail(run_dir / "metrics.jsonl"),
+        jsonl.read(run_dir / "metrics.jsonl", TAIL_BYTES),
         ranks,
         world,
         _load(run_dir / "logs" / "servers.json") or {},
-        _tail(run_dir / "events.jsonl"),
+        jsonl.read(run_dir / "events.jsonl", TAIL_BYTES),
         pointer.read_text().strip() if pointer.exists() else None,
         _load(run_dir / "done"),
         (run_dir / "stop").exists(),
@@ -148,26 +148,7 @@ def _current(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    return _parse(path.read_bytes(), path) if path.exists() else None
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    """An object of a file that is written whole: what cannot be read is damage, as of a machine that lost power."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} holds {text[:60]!r}, which is no JSON object: damaged; repair or remove it") from e
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The whole lines at the end of a JSONL file."""
-    if not path.exists():
-        return []
-    with path.open("rb") as f:
-        start = max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES)
-        f.seek(start)
-        lines = f.read().splitlines(keepends=True)
-    return [_parse(line, path) for line in lines[start > 0 :] if line.endswith(b"\n")]
+    return jsonl.parse(path.read_bytes(), path) if path.exists() else None
 
 
 @dataclass(frozen=True, slots=True)

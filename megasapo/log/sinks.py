@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from megasapo import launch
+from megasapo import jsonl, launch
 from megasapo.metrics import Hist
 from megasapo.sections import LogConfig
 
@@ -177,7 +177,7 @@ class JsonlSink:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self._path = path
         if path.exists():
-            cut_after(path, resume_step)
+            jsonl.cut_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: Step) -> None:
@@ -188,10 +188,9 @@ class JsonlSink:
 
     def rewind(self, last_step: int, rollback: int, why: str) -> None:
         self._file.close()
-        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        undone = [{"rollback": rollback} | row for row in rows if row["step"] > last_step]
-        append_lines(self._path.with_name(ROLLED_BACK), undone)
-        cut_after(self._path, last_step)
+        undone = [{"rollback": rollback} | row for row in jsonl.read(self._path) if row["step"] > last_step]
+        jsonl.append(self._path.with_name(ROLLED_BACK), undone)
+        jsonl.cut_after(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -244,43 +243,3 @@ class TensorBoardSink:
             bucket_counts=counts,
             global_step=step,
         )
-
-
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add JSON objects, one a line; on disk when it returns."""
-    with path.open("a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a file of `append_lines` with the lines that are wanted; a torn last line goes. No file: nothing."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line for line in whole if wanted(json.loads(line))), encoding="utf-8")
-    temporary.replace(path)
-
-
-def cut_after(path: Path, last_step: int | None) -> None:
-    """Shorten a metrics file to the whole lines whose step is at most `last_step` (None: to nothing).
-
-    Raises ValueError naming the line if one that is not the torn last cannot be read.
-    """
-    keep_bytes = 0
-    lines = path.read_bytes().splitlines(keepends=True) if last_step is not None else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as e:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a line of metrics: {line[:80]!r}; repair or move the file") from e
-        if step > last_step or not line.endswith(b"\n"):
-            break
-        keep_bytes += len(line)
-    with path.open("rb+") as f:
-        f.truncate(keep_bytes)
-        os.fsync(f.fileno())

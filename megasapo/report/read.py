@@ -5,7 +5,6 @@ Called by the report's command. Knows file formats, nothing of charts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from megasapo import jsonl
 from megasapo.errors import UserError
+from megasapo.jsonl import Row
 from megasapo.routing.store import read_diagnosis, read_tokens
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:
-    rows = read_lines(path / "metrics.jsonl")
+    rows = jsonl.read(path / "metrics.jsonl")
     if not rows:
         raise UserError(f"{path / 'metrics.jsonl'} holds no step yet: wait for the first one")
     if not all("step" in row for row in rows):
         raise UserError(f"{path / 'metrics.jsonl'}: a line without a step: not written by megasapo, or damaged")
-    events = path / "events.jsonl"
     diagnoses = [d for d in read_diagnosis(path) if d["tokens"]]  # one of empty responses has nothing to show
     tokens_step, tokens = _latest_tokens(path, diagnoses)
     group_size = int((config.get("rollout") or {}).get("group_size", 1))
@@ -103,25 +101,8 @@ def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:
         tokens=tokens,
         tokens_step=tokens_step,
         rollouts={} if tokens_step is None else _read_rollouts(path, tokens_step, group_size, set(tokens["uid"])),
-        events=read_lines(events) if events.exists() else [],
+        events=jsonl.read(path / "events.jsonl"),
     )
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSONL file; a torn last line, of a run that is writing or was killed, is left out."""
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{number}: not JSON: {line[:80]!r}; repair or remove the line") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected an object, found {line[:80]!r}")
-        rows.append(row)
-    return rows
 
 
 def _latest_tokens(path: Path, diagnoses: list[Row]) -> tuple[int | None, dict[str, list[Any]]]:
@@ -137,7 +118,7 @@ def _read_rollouts(path: Path, step: int, group_size: int, wanted: set[int]) -> 
     """Samples of a step by `group uid * group_size + index in the group`, as the learner names them."""
     found = {}
     for file in sorted((path / "rollouts").glob(f"step_{step:08d}*.jsonl")):
-        for row in read_lines(file):
+        for row in jsonl.read(file):
             uid = int(row["uid"]) * group_size + int(row["sample"])
             if uid in wanted:
                 found[uid] = row

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from megasapo import jsonl
 from megasapo.errors import UserError
 from megasapo.log.rollouts import write_rollouts
-from megasapo.log.sinks import ROLLED_BACK, append_lines, keep_lines
+from megasapo.log.sinks import ROLLED_BACK
 from megasapo.routing.validate import smallest
 from megasapo.sections import StabilityConfig
 from megasapo.stability.watch import DEFAULT_RULES, Event, Watch
@@ -58,8 +59,8 @@ class Guard:
         self._restore(step, state)
         if self._ranks.rank == 0:
             now = (self.rollbacks, step)
-            keep_lines(self._run_dir / EVENTS, lambda row: (row["rollbacks"], row["step"]) <= now)
-            keep_lines(self._run_dir / ROLLED_BACK, lambda row: row["rollback"] <= self.rollbacks)
+            jsonl.keep(self._run_dir / EVENTS, lambda row: (row["rollbacks"], row["step"]) <= now)
+            jsonl.keep(self._run_dir / ROLLED_BACK, lambda row: row["rollback"] <= self.rollbacks)
 
     def rolled_back(self, step: int, state: Mapping[str, Any] | None) -> None:
         """The run is at `step` again; `state` is what the watch knew then."""
@@ -111,7 +112,7 @@ class Guard:
         if self._ranks.rank == 0:
             for event in events:
                 log.warning("step %d: %s: %s", step, event.why, event.action)
-                append_lines(self._run_dir / EVENTS, [{"rollbacks": self.rollbacks} | event.row()])
+                jsonl.append(self._run_dir / EVENTS, [{"rollbacks": self.rollbacks} | event.row()])
             watches = [self._watch, *self._mini.values()]
             missing = sorted({metric for watch in watches for metric in watch.never_seen()})
             if self._cfg.rules is not None and missing:

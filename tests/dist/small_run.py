@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def main(task: Task) -> None:
-    from megasapo.log.sinks import append_lines, keep_lines
+    from megasapo import jsonl
     from megasapo.mcore import checkpoint
     from megasapo.mcore.topology import Topology
 
@@ -79,7 +79,7 @@ def main(task: Task) -> None:
             policy.save(Path(task.again), {"step": step})
             policy.finish_saving()
         if topo.rank == 0:
-            keep_lines(rows, lambda row: row["step"] <= step)
+            jsonl.keep(rows, lambda row: row["step"] <= step)
             rows.with_suffix(".began").write_text(str(step))
         if task.largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (task.largest_file, task.largest_file))
@@ -87,7 +87,7 @@ def main(task: Task) -> None:
             row = train_step(step)
             step += 1
             if topo.rank == 0:
-                append_lines(rows, [{"step": step, **row}])
+                jsonl.append(rows, [{"step": step, **row}])
             if step % cfg.train.save_every == 0:
                 policy.save(run, {"step": step})
         policy.finish_saving()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megasapo import config, metrics
+from megasapo import config, jsonl, metrics
 from megasapo.config import ConfigError
-from megasapo.log.sinks import append_lines, make_log
+from megasapo.log.sinks import make_log
 from megasapo.metrics import EffectiveSampleSize, Hist, Max, Mean, Sum, Variance
 from megasapo.sections import LogConfig, StabilityConfig, StabilityRule
 from megasapo.stability import DEFAULT_RULES, Event, Guard, Unstable, Watch, guard, robust_z
@@ -362,8 +362,8 @@ def test_a_restart_cuts_what_it_will_see_again(tmp_path: Path) -> None:
     """Killed at step 5 of the second try, after a roll-back from step 6 to step 4."""
     event = Event(0, "m", 1.0, "why", StabilityRule(metric="m", above=0.0), "warn").row()
     seen = [(0, 3), (0, 6), (1, 5)]  # roll-backs before it, step
-    append_lines(tmp_path / "events.jsonl", [event | {"rollbacks": n, "step": step} for n, step in seen])
-    append_lines(tmp_path / "metrics.rolled_back.jsonl", [{"rollback": n, "step": 5} for n in (1, 2)])
+    jsonl.append(tmp_path / "events.jsonl", [event | {"rollbacks": n, "step": step} for n, step in seen])
+    jsonl.append(tmp_path / "metrics.rolled_back.jsonl", [{"rollback": n, "step": 5} for n in (1, 2)])
     with (tmp_path / "events.jsonl").open("a") as f:
         f.write('{"step": 5, "torn')
     watching = guard_of(tmp_path / "other", [])

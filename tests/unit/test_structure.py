@@ -29,6 +29,7 @@ LAYERS = [
         "contradictions",
         "overrides",
         "placed",
+        "jsonl",
         "arguments",
         "",
     },
