@@ -101,9 +101,13 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
+    def end(self) -> str | None:
+        """How it ended; None while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        number = -code if code < 0 else code - 128  # the guard passes on the shell's code for a signal
+        return f"was killed by signal {number}" if 0 < number <= signal.SIGRTMAX else f"ended with code {code}"
 
     def log_tail(self, lines: int = 20) -> str:
         with self.log_file.open("rb") as f:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -68,6 +67,14 @@ class Server:
         if self.ready:
             return "suspect" if self.suspect else "ready"
         return "starting" if self.starting or (self.up and not self.hung) else "dead"
+
+    def end(self) -> str | None:
+        """How its process ended, if it has one and that has ended."""
+        return None if self.process is None else self.process.end()
+
+    def log_end(self) -> str:
+        """The end of what it wrote, for messages."""
+        return "" if self.process is None else f"; the end of {self.process.log_file}:\n{self.process.log_tail()}"
 
     def record(self) -> dict[str, Any]:
         """What people want to know of it, as JSON values."""
@@ -275,14 +282,13 @@ class Watch:
             )
         deadline = time.monotonic() + self._cfg.start_timeout_s
         while not await self._healthy(server):
-            code = server.process.exit_code() if server.process is not None else None
-            if code is not None or time.monotonic() > deadline:
-                late = f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
-                end = late if code is None else _ended(code)
+            end = server.end()
+            if end is not None or time.monotonic() > deadline:
+                end = end or f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
                 if server.process is not None:
                     await asyncio.to_thread(server.process.stop)
                 server.starting = False
-                raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{_log_end(server)}")
+                raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{server.log_end()}")
             await asyncio.sleep(POLL_S)
         server.incarnation += 1
         server.seen_at, server.starting, server.hung = time.monotonic(), False, False
@@ -300,9 +306,9 @@ class Watch:
         try:
             while True:
                 await asyncio.sleep(POLL_S)
-                code = server.process.exit_code() if server.process is not None else None
-                if code is not None:
-                    await self._restart(server, _ended(code))
+                end = server.end()
+                if end is not None:
+                    await self._restart(server, end)
                 elif time.monotonic() > server.look_at:
                     server.look_at = time.monotonic() + LOOK_EVERY_S
                     await self._look(server)
@@ -324,7 +330,7 @@ class Watch:
             if server.restarts > self._cfg.max_restarts:
                 raise RolloutError(
                     f"rollout server {server.index} at {server.url} {why}; it has been restarted "
-                    f"rollout.max_restarts={self._cfg.max_restarts} times{_log_end(server)}"
+                    f"rollout.max_restarts={self._cfg.max_restarts} times{server.log_end()}"
                 )
             log.warning("rollout server %d %s: restart %d", server.index, why, server.restarts)
             if server.process is not None:
@@ -396,15 +402,3 @@ class Watch:
             else:
                 server.version = version
                 self._judge(server)
-
-
-def _ended(code: int) -> str:
-    """The guard of a server passes on the shell's code for a signal."""
-    number = -code if code < 0 else code - 128
-    return f"was killed by signal {number}" if 0 < number <= signal.SIGRTMAX else f"ended with code {code}"
-
-
-def _log_end(server: Server) -> str:
-    if server.process is None:
-        return ""
-    return f"; the end of {server.process.log_file}:\n{server.process.log_tail()}"
