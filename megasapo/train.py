@@ -16,7 +16,7 @@ from megasapo import launch, layout, run
 from megasapo.algo import settings
 from megasapo.config import Config, ConfigError
 from megasapo.rewards import model as rewards
-from megasapo.types import Batch, Group, TrainSequence
+from megasapo.types import Batch, Group, Prompt, TrainSequence
 
 if TYPE_CHECKING:
     from megasapo.algo.settings import ResolvedAlgo
@@ -306,6 +306,7 @@ def _make_parts(
     from megasapo.data.prompts import PromptDataset, PromptStream
     from megasapo.data.tokenizer import load_tokenizer
     from megasapo.diagnosis import Diagnosis
+    from megasapo.evaluate import load_eval_prompts
     from megasapo.geometry import read_geometry
     from megasapo.log.profile import Profiler
     from megasapo.log.sinks import make_log
@@ -323,6 +324,7 @@ def _make_parts(
     if dataset.num_dropped and topo.rank == 0:
         print(f"{dataset.path}: {dataset.num_dropped} prompts above data.max_prompt_tokens left out", flush=True)
     check_prompts(cfg.model.path, dataset, cfg.rollout.max_new_tokens)
+    held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
     stream = PromptStream(dataset, cfg.run.seed, cfg.data.shuffle)
     algo, steps = settings.resolve(cfg.algo, cfg.rollout), cfg.train.steps * cfg.algo.mini_batches
     policy = Policy(cfg, topo, algo, temperature=cfg.rollout.temperature, total_steps=steps)
@@ -344,7 +346,7 @@ def _make_parts(
         verify=cfg.rollout.publish_verify,
     )
     cleanup.callback(publisher.close)
-    source, evaluate = _make_source(cfg, topo, tokenizer, stream, fleet, publisher, cleanup)
+    source, evaluate = _make_source(cfg, topo, tokenizer, stream, held_out, fleet, publisher, cleanup)
     resume_step = checkpoint.step_of(last) if last else None
     log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=resume_step, total_steps=cfg.train.steps)
     cleanup.callback(log.close)
@@ -382,12 +384,13 @@ def _make_source(
     topo: Topology,
     tokenizer: Any,
     stream: PromptStream,
+    held_out: list[Prompt],
     fleet: Fleet | None,
     publisher: Publisher,
     cleanup: ExitStack,
 ) -> tuple[RolloutSource, Callable[[int], dict[str, float]]]:
-    """The source of groups, and the function that measures the held-out problems through the same servers."""
-    from megasapo.evaluate import evaluate, load_eval_prompts, summary
+    """The source of groups, and the function that measures this leader's held-out problems through the same servers."""
+    from megasapo.evaluate import evaluate, summary
     from megasapo.rewards.model import RewardModel
     from megasapo.rollout.episode import Completer
     from megasapo.rollout.sampler import Sampler
@@ -409,7 +412,6 @@ def _make_source(
         sampler = Sampler(cfg, complete, scorer, decode)
     source = RolloutSource(cfg, fleet, stream, scorer, sampler, topo, thread, republish=publisher)
     cleanup.callback(source.close)
-    held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
 
     async def measure() -> list[Problem]:
         found = [] if complete is None else await evaluate(complete, held_out, scorer, decode, cfg)

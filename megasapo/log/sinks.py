@@ -136,6 +136,7 @@ class ConsoleSink:
 
     def log(self, step: Step) -> None:
         now = {label: format(step.scalars[name], spec) for label, name, spec in CONSOLE if name in step.scalars}
+        now |= {label: "-" for label in ("gate+", "gate-") if now.get(label) == "nan"}  # no advantage has that sign
         if self._bar is not None:
             self._shown |= now  # what only some steps have, such as an evaluation, stays in sight
             self._bar.set_postfix(self._shown, refresh=False)

@@ -77,8 +77,10 @@ def test_console_line_without_a_terminal() -> None:
     }
     sink.log(Step(10, {**shown, "grad/norm": 3.0}))
     sink.log(Step(11, {}))
+    sink.log(Step(12, {"sapo/gate_mean_pos": float("nan"), "sapo/gate_mean_neg": 1.0}))
     sink.close()
-    first, second = stream.getvalue().splitlines()
+    first, second, of_one_sign = stream.getvalue().splitlines()
+    assert of_one_sign.endswith("step 12/40  gate+ -  gate- 1.000")
     assert first == (
         "[#####---------------] step 10/40  reward 0.412  length 9.9  gate+ 0.999  gate- 0.990  tokens/s 1834"
     )
