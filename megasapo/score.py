@@ -119,6 +119,7 @@ def _score_on_rank(cfg: Config, lines: Sequence[Line], out: Path, with_routing: 
         records = score(cfg, lines, topo, with_routing=with_routing)
         if topo.rank == 0:
             _write(out, records)
+            print(f"{out}: {len(records)} sequences", flush=True)
         topo.barrier()
     finally:
         topo.destroy()

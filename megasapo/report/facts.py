@@ -15,7 +15,8 @@ EVENTS_SHOWN = 200
 def facts(runs: Sequence[Run]) -> Section:
     """What was run, in a column a run, and where the runs' settings differ."""
     head = ["", *[run.label for run in runs]]
-    settings = [[name, *[of(run) for run in runs]] for name, of in FACTS.items()]
+    settings = [[name, *[_fact(name, of, run) for run in runs]] for name, of in FACTS.items()]
+    settings = [row for row in settings if set(row[1:]) != {"-"}]
     outcome = [[name, *[of(run) for run in runs]] for name, of in OUTCOME.items()]
     outcome = [row for row in outcome if set(row[1:]) != {"-"}]
     tables: list[Block] = [
@@ -49,6 +50,10 @@ def stability(runs: Sequence[Run]) -> Section:
     return Section("stability", "Stability events", intro, [Part([Table("", look, head, rows[-EVENTS_SHOWN:])])])
 
 
+def _fact(name: str, of: Callable[[Run], str], run: Run) -> str:
+    return "-" if run.is_cold_start and name in OF_RL else of(run)
+
+
 def _state(run: Run) -> str:
     total = run.setting("train.steps", "?")
     return f"finished at step {run.last_step}" if run.finished else f"not finished: step {run.last_step} of {total}"
@@ -73,6 +78,8 @@ def _objective(run: Run) -> str:
 
 
 def _batch(run: Run) -> str:
+    if run.is_cold_start:
+        return f"{run.setting('sft.batch_size')} demonstrations of {run.setting('sft.data')}"
     rollout = run.config.get("rollout", {})
     return (
         f"{rollout.get('prompts_per_step')} problems x {rollout.get('group_size')} responses, "
@@ -135,6 +142,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "optimizer": _optimizer,
     "seed": lambda run: str(run.setting("run.seed", "?")),
 }
+OF_RL = ("objective", "routing replay", "ratios measured from", "rollouts")  # what a cold start has not
 OUTCOME: dict[str, Callable[[Run], str]] = {
     "state": _state,
     "directory": lambda run: str(run.path),

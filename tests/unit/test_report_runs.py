@@ -146,6 +146,8 @@ def test_a_cold_start_has_its_loss(tmp_path: Path) -> None:
         for step in range(1, 201)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (run / "config.yaml").open("a") as settings:
+        settings.write("\nsft: {batch_size: 64, data: d.jsonl}\n")
     page = report(run)
     assert page.trace("Cold-start loss", "loss")["y"] == pytest.approx([1 / step for step in range(1, 201)], rel=1e-5)
     phases = page.chart("Seconds of a step by phase")  # an area: 200 bars would be too thin
@@ -153,6 +155,8 @@ def test_a_cold_start_has_its_loss(tmp_path: Path) -> None:
     assert [trace["stackgroup"] for trace in phases["data"]] == ["all", "all"]
     assert [trace["y"][0] for trace in phases["data"]] == [0.375, 0.125]
     assert "Why ratios vary" not in page.text
+    assert "64 demonstrations of d.jsonl" in page.text
+    assert "ratios measured from" not in page.text
 
 
 def test_a_torn_last_line_of_a_running_run_is_left_out(tmp_path: Path) -> None:
