@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from megasapo.types import Completion, SamplingParams
 log = logging.getLogger(__name__)
 SAY_EVERY_S = 5.0  # at most one line about the failures of a server
 OLDEST_AFTER = 1000  # collections of the middle generation before one of the oldest; python's own: 10
+OTHER_FILES = 512  # beside the connections of requests
 AVOID_S = 1.0  # a server that failed this short a time ago is asked only when most others did, too
 
 
@@ -71,6 +73,8 @@ class Dispatch:
         # who is asked; a router says of no request who has it
         self._asked = servers if cfg.router is None else [Server(index=0, url=cfg.router)]
         self._newest, self._check = newest, check
+        if not cfg.repeatable:
+            _allow_connections(cfg.max_in_flight)
         self._counts: dict[str, float] = {}
         self._said: dict[str, tuple[float, int]] = {}  # of each server when a failure was logged last, and those since
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -282,6 +286,20 @@ class Dispatch:
 
     def _count(self, name: str) -> None:
         self._counts[name] = self._counts.get(name, 0.0) + 1.0
+
+
+def _allow_connections(number: int) -> None:
+    """Have this process's limit of open files admit so many; RolloutError where that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise RolloutError(
+            f"rollout.max_in_flight={number} needs a connection for each request, and this process may not open more "
+            f"than {hard} files: lower it to at most {max(1, hard - OTHER_FILES)}, or raise `ulimit -Hn`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _load(server: Server) -> tuple[int, int]:

@@ -292,6 +292,17 @@ def test_no_more_requests_in_flight_than_allowed() -> None:
     assert server.most == 3
 
 
+def test_the_limit_of_open_files_admits_all_connections_or_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(1024, 20_000)]
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda kind, new: limits.append(new))
+    fleet_of("http://127.0.0.1:1", max_in_flight=512)
+    fleet_of("http://127.0.0.1:1", max_in_flight=16384)
+    assert limits == [(1024, 20_000), (16384 + 512, 20_000)]
+    with pytest.raises(RolloutError, match=r"max_in_flight=30000 needs .* 20000 files: lower it to at most 19488, or"):
+        fleet_of("http://127.0.0.1:1", max_in_flight=30_000)
+
+
 def test_jitter_leaves_seeded_randomness_alone() -> None:
     outcomes = [Retryable("a"), Retryable("b"), None]
 
