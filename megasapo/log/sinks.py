@@ -131,8 +131,11 @@ class ConsoleSink:
         place = launch.place()
         self._who = f"{place.host} attempt {place.attempt} " if place.job else ""
         self._bar: Any = None
-        if stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
+        if stream.isatty() and _has_size(stream):
+            shown_from = 1e-9  # the first step on: until then others have something to say
+            self._bar = tqdm(
+                total=total_steps, initial=start, unit="step", file=stream, dynamic_ncols=True, delay=shown_from
+            )
 
     def log(self, step: Step) -> None:
         now = {label: format(step.scalars[name], spec) for label, name, spec in CONSOLE if name in step.scalars}
@@ -166,6 +169,14 @@ class ConsoleSink:
             return f"step {step}"
         done = min(BAR_WIDTH, BAR_WIDTH * step // self._total)
         return f"[{'#' * done}{'-' * (BAR_WIDTH - done)}] step {step:>{len(str(self._total))}}/{self._total}"
+
+
+def _has_size(terminal: TextIO) -> bool:
+    """False where nobody has said how large it is, as in a container: a bar would be invisible."""
+    try:
+        return all(os.get_terminal_size(terminal.fileno()))
+    except OSError:
+        return True
 
 
 class JsonlSink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def test_console_thins_out_quick_steps_but_shows_evaluations_and_the_end() -> No
     ]
 
 
+def test_console_lines_on_a_terminal_of_unknown_width() -> None:
+    ours, theirs = os.openpty()  # 0 columns until someone sets them
+    with os.fdopen(theirs, "w") as stream:
+        ConsoleSink(total_steps=4, start=0, stream=stream).log(Step(1, {"reward/mean": 0.25}))
+        assert os.read(ours, 200) == b"[#####---------------] step 1/4  reward 0.250\r\n"
+    os.close(ours)
+
+
 def test_console_bar_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -114,6 +123,7 @@ def test_console_bar_on_a_terminal() -> None:
 
     stream = Terminal()
     sink = ConsoleSink(total_steps=4, start=2, stream=stream)
+    assert stream.getvalue() == "", "what is printed while the run is set up would stand behind the bar"
     sink.log(Step(3, {"reward/mean": 0.25, "eval/pass@1": 0.5}))
     sink.log(Step(4, {"reward/mean": 0.75}))
     sink.close()
