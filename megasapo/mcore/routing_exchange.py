@@ -112,20 +112,14 @@ def _leaders(topo: Topology, layout: RoutingLayout) -> dict[int, int]:
 
 def _known_rows(micro: Planned, keeps: Keeps, leader: int, routing: Mapping[int, np.ndarray]) -> np.ndarray:
     """[tokens, L, K] the rows of a micro-batch that `leader` has for a rank, in the order of its slots."""
-    slots = _Slots(micro, keeps.shard)
-    known = slots.known(micro, leader)
-    if not known.any():
+    rows = {number: routing[h.uid] for number, h in enumerate(micro) if h.leader == leader and h.routed}
+    if not rows:
         return np.empty(0, dtype=np.int16)
-    rows = [routing[h.uid] if h.leader == leader and h.routed else None for h in micro]
-    here = np.flatnonzero(known)
+    slots = _Slots(micro, keeps.shard)
+    here = np.flatnonzero(slots.known(micro, leader))
     sequences, positions = slots.sequence[here], slots.position[here]
-    columns = list(keeps.columns)
-    parts = []
-    for number, row in enumerate(rows):
-        if row is not None:
-            parts.append(row[positions[sequences == number]][:, columns])
     # slots of one sequence lie together, and sequences in order
-    return np.concatenate(parts)
+    return np.concatenate([row[positions[sequences == n]][:, list(keeps.columns)] for n, row in rows.items()])
 
 
 class _Slots:
