@@ -120,9 +120,8 @@ def _check_rollout(cfg: Config) -> None:
         )
     if r.top_k != -1 and r.top_k < 1:
         raise ValueError(f"rollout.top_k={r.top_k}: use -1 for the whole vocabulary or a positive number")
-    if r.top_p < 1 or r.top_k != -1:
-        if cfg.algo.old_logprobs == "learner" and cfg.algo.tis_cap is None and cfg.algo.tis_mask is None:
-            return
+    corrects = cfg.algo.tis_cap is not None or cfg.algo.tis_mask is not None
+    if (r.top_p < 1 or r.top_k != -1) and (corrects or cfg.algo.old_logprobs == "rollout"):
         raise ValueError(
             f"rollout.top_p={r.top_p}, top_k={r.top_k} truncate the sampling distribution, but servers report "
             "logprobs of the full one: train/inference correction and old_logprobs=rollout would be wrong; "
