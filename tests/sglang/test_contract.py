@@ -173,6 +173,10 @@ def test_a_stop_token_is_the_last_of_the_output(contract: Contract) -> None:
     assert answer["output_ids"] == list(greedy[:until])
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
     assert len(answer["meta_info"]["output_token_logprobs"]) == until
+    sampling = {**GREEDY_FIELDS, "stop_token_ids": [stop], "ignore_eos": True}  # which takes all stop tokens for eos
+    on = post(contract, {"input_ids": list(prompt), "sampling_params": sampling})
+    assert on["output_ids"][: len(greedy)] == list(greedy)
+    assert on["meta_info"]["finish_reason"] == {"type": "length", "length": 16}
 
 
 # --- fields ---

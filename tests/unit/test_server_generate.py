@@ -359,6 +359,8 @@ def test_stop_token_eos_and_ignore_eos(server, reference):
     )
     assert answer["output_ids"] == free[: first + 1]
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    on = {"max_new_tokens": 30, "temperature": 0, "stop_token_ids": [stop], "ignore_eos": True}
+    assert server.generate(input_ids=prompt, sampling_params=on)["output_ids"] == free
     late = server.generate(
         input_ids=prompt,
         sampling_params={"max_new_tokens": 30, "min_new_tokens": 10, "temperature": 0, "stop_token_ids": [stop]},

@@ -40,6 +40,7 @@ REFUSED = [
     ({"input_ids": [5], "sampling_params": {"top_k": 0}}, "top_k"),
     ({"input_ids": [5], "sampling_params": {"min_p": 2}}, "min_p"),
     ({"input_ids": [5], "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
+    ({"input_ids": [5], "sampling_params": {"max_new_tokens": None}}, "max_new_tokens=None"),
     ({"input_ids": [5], "sampling_params": {"max_new_tokens": 1, "min_new_tokens": 2}}, "min_new_tokens"),
     ({"input_ids": [5], "sampling_params": {"n": 0}}, "n must be"),
     ({"input_ids": [5], "sampling_params": {"n": 100_000}}, "4096"),

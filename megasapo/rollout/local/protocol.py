@@ -278,6 +278,8 @@ def _check_starts(prompt: int, logprob_start: int, routing_start: int) -> None:
 def _checked_params(given: dict[str, Any]) -> dict[str, Any]:
     """Types and ranges, as SGLang's SamplingParams.verify; absent and null mean the default."""
     check_known(given, SAMPLING_FIELDS, NEUTRAL_SAMPLING, frozenset(), "sampling_params.")
+    if given.get("max_new_tokens", 0) is None:  # SGLang's "as many as there is room for", not its default
+        raise BadRequest("sampling_params.max_new_tokens=None is not supported by the embedded server")
     p = {k: v for k, v in given.items() if v is not None}
     for name in ("max_new_tokens", "top_k", "min_new_tokens", "n", "sampling_seed"):
         _typed(p.get(name, 0), int, name)
@@ -321,7 +323,7 @@ def _sampling(p: dict[str, Any], loaded: Loaded) -> Sampling:
         top_k=TOP_K_ALL if top_k == -1 else min(top_k, TOP_K_ALL),
         min_p=float(p.get("min_p", 0.0)),
         min_new_tokens=p.get("min_new_tokens", 0),
-        stop_ids=frozenset(stop_ids) | (frozenset() if p.get("ignore_eos") else loaded.eos_ids),
+        stop_ids=frozenset() if p.get("ignore_eos") else loaded.eos_ids | frozenset(stop_ids),  # as SGLang: all of them
         stop_strings=tuple(stops),
         seed=seed % 2**64 if seed is not None else int.from_bytes(os.urandom(8)),
         skip_special_tokens=p.get("skip_special_tokens", True),
