@@ -43,7 +43,7 @@ def main() -> None:
         if len(key) < 8 or len(key.split()) != 1:
             sys.exit(f"{flag}, from {named}: expected one key of at least 8 characters, without spaces")
         hide(key)
-        flags += [flag, key]
+        flags.append(f"{flag}={key}")  # one word, for a key may begin with -
     sys.path.pop(0)  # this file's directory, whose modules are not SGLang's
     sys.argv = ["sglang.launch_server", *sys.argv[2:], *flags]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

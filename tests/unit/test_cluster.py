@@ -203,17 +203,20 @@ def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> N
         "logging.basicConfig(level=logging.INFO)\n"
         "logging.info('server_args=%s', sys.argv)\n"
         "logging.info(f'{sys.argv}')\n"
-        "print(sys.argv.index('--api-key'), __name__, 'client' in sys.modules)\n"
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for flag in ('--port', '--api-key', '--admin-api-key'): parser.add_argument(flag)\n"
+        "print(len(parser.parse_args().api_key), __name__, 'client' in sys.modules)\n"
         "print('secret-secret' in Path('/proc/self/cmdline').read_text())\n"
     )
     key = tmp_path / "key"
-    key.write_text("secret-secret\n")
+    key.write_text("-secret-secret\n")  # a key that is made begins with anything of base64, so with this, too
     command = [sys.executable, str(SGLANG_WITH_KEY), str(key), "--port", "5"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["3 __main__ False", "False"]
+    assert done.stdout.split("\n")[:2] == ["14 __main__ False", "False"]
     assert done.stderr.count("***") == 2
     assert "secret" not in done.stderr
     from_environment = {"MEGASAPO_API_KEY": "secret-secret", "MEGASAPO_ADMIN_API_KEY": "secret-admin"}
@@ -221,7 +224,7 @@ def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> N
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), **from_environment}
     )
-    assert done.stdout.split("\n")[:2] == ["3 __main__ False", "False"], done.stderr
+    assert done.stdout.split("\n")[:2] == ["13 __main__ False", "False"], done.stderr
     assert done.stderr.count("***") == 4
     assert "secret" not in done.stderr
     command[2] = str(key)
