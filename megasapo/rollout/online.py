@@ -48,6 +48,7 @@ class OnlineDelivery:
         """`changed_only`: leave out tensors that all servers have already, bit for bit."""
         self._fleet, self._channel, self._changed_only = fleet, channel, changed_only
         self._servers: list[Server] = []
+        self._starts: list[tuple[int, int]] = []  # of each, to see that it is not started again meanwhile
         self._updates: list[tuple[AbstractAsyncContextManager[Update], Update]] = []  # of each, while it is open
         self._on_the_way: list[futures.Future[Any]] = []
         self._version = 0
@@ -59,6 +60,7 @@ class OnlineDelivery:
     def open(self, version: int) -> None:
         self._version, self._sent, self.tensors_left_out = version, {}, 0
         self._servers, self._updates, self._on_the_way = self._fleet.wait_ready(), [], []
+        self._starts = _starts(self._servers)
         self._channel.open(self._servers)
         if self._changed_only and not self._hold(self._held_version):
             self._held = {}
@@ -80,6 +82,8 @@ class OnlineDelivery:
 
     def finish(self) -> list[Server]:
         self._wait()
+        if _starts(self._servers) != self._starts:  # one without sessions takes the rest without the beginning
+            raise RolloutError("a server was started again during the update")
         updates, self._updates = self._updates, []
         ended = together(self._fleet, [context.__aexit__(None, None, None) for context, _ in updates])
         updated = succeeded(self._servers, ended, f"finish version {self._version}")
@@ -121,6 +125,10 @@ class OnlineDelivery:
         """Whether all servers say that they have it, none having been started again without our notice."""
         infos = asked(self._fleet, self._servers, ServerClient.model_info)
         return version is not None and all(parse_version(info.get("weight_version")) == version for info in infos)
+
+
+def _starts(servers: Sequence[Server]) -> list[tuple[int, int]]:
+    return [(s.incarnation, s.restarts) for s in servers]
 
 
 def together(fleet: Fleet, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -8,10 +8,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -44,6 +46,13 @@ def fleet(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     cfg = RolloutConfig(server_args=("--threads", "1"), start_timeout_s=120.0, max_restarts=10)
     with Fleet.start(cfg, models[0], tmp_path_factory.mktemp("run")) as fleet:
         yield fleet
+
+
+def older() -> RolloutConfig:
+    """A server without update sessions."""
+    script = str(Path(__file__).with_name("older_server.py"))
+    command = (sys.executable, script, "--model", "{model}", "--port", "{port}")
+    return RolloutConfig(engine="sglang", spawn_command=command, start_timeout_s=120.0, deterministic=False)
 
 
 def export_of(directory: Path, per_bucket: int = 20) -> Iterator[Bucket]:
@@ -193,16 +202,7 @@ def test_servers_without_update_sessions_are_updated_too(
     models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
     """The protocol of SGLang up to 0.5.17."""
-    command = (
-        sys.executable,
-        str(Path(__file__).with_name("older_server.py")),
-        "--model",
-        "{model}",
-        "--port",
-        "{port}",
-    )
-    cfg = RolloutConfig(engine="sglang", spawn_command=command, start_timeout_s=120.0, deterministic=False)
-    with Fleet.start(cfg, models[0], tmp_path) as fleet:
+    with Fleet.start(older(), models[0], tmp_path) as fleet:
         assert not fleet.run(fleet.control(fleet.servers[0]).begin_update())
         p = publisher(fleet, models[1], models, tmp_path, method)
         p(1)
@@ -210,6 +210,34 @@ def test_servers_without_update_sessions_are_updated_too(
         completions = generate(fleet)
         assert tokens(completions) == greedy_by_transformers(models[1])
         assert {c.version_min for c in completions} == {1}
+
+
+def test_a_server_that_is_restarted_between_two_buckets_is_sent_all_of_them(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Without sessions it takes the rest as if it had the beginning."""
+    with Fleet.start(older(), models[0], tmp_path) as fleet:
+        server, kills = fleet.servers[0], [signal.SIGKILL]
+
+        def export() -> Iterator[Bucket]:
+            for bucket in export_of(models[1]):
+                yield bucket
+                if kills:
+                    process, started, delivery = server.process, server.incarnation, p._delivery
+                    assert process is not None
+                    assert isinstance(delivery, OnlineDelivery)
+                    futures.wait(delivery._on_the_way)
+                    [running] = psutil.Process(process.pid).children()  # the guard's
+                    running.send_signal(kills.pop())
+                    deadline = time.monotonic() + 60
+                    while server.incarnation == started:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.05)
+
+        p = publisher(fleet, models[1], models, tmp_path, "tensor", export=export, verify=False)
+        p(1)
+        assert tokens(generate(fleet)) == greedy_by_transformers(models[1])
+        p.close()
 
 
 @ONLINE
