@@ -30,11 +30,19 @@ def report(command: str, error: Exception) -> int:
             _let_others_speak(SAME_S)
         print(f"megasapo {command}: {error}", file=sys.stderr)
         return 2
-    if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)):
+    if not _lost_another_rank(error):
         raise error
     _let_others_speak(PEER_S)
     print(f"megasapo {command}: rank {rank} lost another rank, whose message says why: {error}", file=sys.stderr)
     return 1
+
+
+def _lost_another_rank(error: BaseException) -> bool:
+    """Whether this is all that went wrong here: an error that was on its way already is the one to show."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)):
+        return False
+    return error.__context__ is None or _lost_another_rank(error.__context__)
 
 
 def _let_others_speak(seconds: float) -> None:

@@ -24,7 +24,7 @@ sys.exit(failures.report("train", error))
 
 
 def rank(number: int, *flags: str) -> subprocess.Popen[str]:
-    env = {"PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path), "RANK": str(number)}
+    env = {"PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path), "RANK": str(number), "WORLD_SIZE": "4"}
     process = subprocess.Popen(
         [sys.executable, "-c", RANK, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -53,6 +53,20 @@ def test_a_rank_that_lost_another_says_so_in_a_line() -> None:
     said = alone.communicate()[1]
     assert said == "megasapo train: rank 3 lost another rank, whose message says why: gloo: Connection closed by peer\n"
     assert alone.returncode == 1
+
+
+def test_an_error_that_was_there_before_another_rank_was_lost_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    lost = RuntimeError("gloo: Connection closed by peer")
+    lost.__context__ = ValueError("the cause")  # as of an error in cleaning up after it
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        failures.report("train", lost)
+
+
+def test_a_process_without_others_has_lost_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        failures.report("evaluate", RuntimeError("a tool's server: Connection reset by peer"))
 
 
 def test_any_other_error_keeps_its_traceback() -> None:
