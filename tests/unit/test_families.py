@@ -178,6 +178,13 @@ def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
         load_hf([fake_model("local")], tmp_path, topo=None)
     assert "3 tensors of multi-token prediction (model.layers.4.eh_proj.weight, ...) are not trained" in caplog.text
 
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "a.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(extra, "b.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BridgeError, match=r"b\.safetensors: no such file .*model\.layers\.4\.eh_proj"):
+        load_hf([fake_model("local")], tmp_path, topo=None)  # not first when the run's end exports them
+
     save_file(tensors | {"model.layers.5.eh_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(BridgeError, match=r"model\.layers\.5\.eh_proj\.weight' belongs to no parameter"):
         load_hf([fake_model("local")], tmp_path, topo=None)

@@ -96,6 +96,8 @@ def fill(placed: Placed, files: HFFiles) -> None:
 def _say_mtp(mine: Locals, files: HFFiles) -> None:
     passed_over = [name for name in files.names if is_mtp(mine.mtp_layers, name)]
     if passed_over and not (dist.is_initialized() and dist.get_rank()):
+        for name in passed_over:
+            files.spec(name)  # BridgeError now, rather than when a run that has ended is exported
         log.warning(
             "%s: %d tensors of multi-token prediction (%s, ...) are not trained: exports have them as they are here",
             files.directory,
