@@ -105,11 +105,11 @@ def _tables(found: Row, *, everything: bool) -> list[str]:
             width = max(map(len, told))
             lines += [f"{key:{width}} {_said(value)}" for key, value in told.items()] + [""]
     if "tensors" in found:
-        hidden = [] if everything else [r for r in found["tensors"] if figures.EXPERT.fullmatch(r["name"])]
-        shown = [row for row in found["tensors"] if row not in hidden]
+        shown = [row for row in found["tensors"] if everything or not figures.EXPERT.fullmatch(row["name"])]
+        hidden = len(found["tensors"]) - len(shown)
         lines += _table(shown, ("name", "shape", "dtype", "norm", "rms", "max_abs", "not_finite"))
         if hidden:
-            lines.append(f"and {len(hidden)} of single experts (--all)")
+            lines.append(f"and {hidden} of single experts (--all)")
         if found["experts"]:
             columns = ("layer", "weight", "experts", "min", "mean", "max", "spread", "smallest", "largest")
             lines += ["", "norms over the experts of a layer", *_table(found["experts"], columns)]
