@@ -5,11 +5,10 @@ Each is compared with transformers and with the words of the contract, and so wi
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,20 +21,17 @@ import pytest
 from safetensors.torch import load_file
 
 from megasapo.geometry import read_geometry
-from megasapo.publish import Bucket, Publisher
+from megasapo.publish import Bucket
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import OnlineDelivery
 from megasapo.rollout.protocol import INCOMPLETE, RolloutError
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
-from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
+from tests.sglang.calls import LONG, PROMPTS, InFlight, assert_serves, generate, post, publish
 from tests.sglang.conftest import Contract
 from tests.sglang.reference import greedy_of, logprobs_of, routing_of
 from tests.sglang.router import routing
 
-PROMPTS = [(5, 6, 7), (300, 41, 9, 17, 400, 401, 402), (64,)]
-GREEDY = SamplingParams(max_new_tokens=16, temperature=0.0, ignore_eos=True)
-LONG = {"max_new_tokens": 1500, "temperature": 0.0, "ignore_eos": True}  # several seconds: short ones end before a call
 META = {
     *(
         "id",
@@ -48,49 +44,6 @@ META = {
     ),
     *("num_retractions", "input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length"),
 }
-
-
-def generate(
-    c: Contract,
-    sampling: SamplingParams = GREEDY,
-    routed: bool = False,
-    prompts: list[tuple[int, ...]] = PROMPTS,
-) -> list[Completion]:
-    async def run() -> list[Completion]:
-        try:
-            return await c.fleet.generate(prompts, [sampling] * len(prompts), return_routed_experts=routed)
-        finally:
-            await c.fleet.close()
-
-    return asyncio.run(run())
-
-
-def assert_serves(c: Contract, directory: Path, version: int) -> None:
-    for prompt, completion in zip(PROMPTS, generate(c), strict=True):
-        assert completion.output_ids == greedy_of(directory, prompt)
-        expected = logprobs_of(directory, prompt, completion.output_ids)
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
-        assert (completion.version_min, completion.version_max) == (version, version)
-
-
-def publish(c: Contract, directory: Path, version: int, method: Any) -> None:
-    def export() -> Iterator[Bucket]:
-        tensors = list(load_file(directory / "model.safetensors").items())
-        for i in range(0, len(tensors), 30):
-            yield tensors[i : i + 30]
-
-    publisher = Publisher(
-        export,
-        c.fleet,
-        RolloutConfig(publish=method, start_timeout_s=100.0),
-        rank=0,
-        agree=lambda x: x,
-        run_dir=c.run_dir,
-        model_dir=c.old,
-        verify=c.engine == "embedded",  # SGLang's checksum needs CUDA, and is another one
-    )
-    publisher(version)
-    publisher.close()
 
 
 # --- tokens, logprobs, routing ---
@@ -182,12 +135,6 @@ def test_a_stop_token_is_the_last_of_the_output(contract: Contract) -> None:
 # --- fields ---
 
 GREEDY_FIELDS = {"max_new_tokens": 16, "temperature": 0.0}
-
-
-def post(c: Contract, body: dict[str, Any]) -> Any:
-    response = c.http.post("/generate", json={"return_logprob": True, **body})
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def test_field_names_and_the_shape_of_answers(contract: Contract) -> None:
@@ -285,30 +232,6 @@ def test_control_calls_that_cannot_be_done_are_400(contract: Contract, path: str
 
 
 # --- requests in flight ---
-
-
-class InFlight:
-    """A long request in a thread of its own."""
-
-    def __init__(self, c: Contract, rid: str) -> None:
-        self._thread = threading.Thread(target=self._run, args=(c, rid))
-        self._thread.start()
-        deadline = time.monotonic() + 60
-        while c.http.post("/flush_cache").status_code == 200:  # refused once the request runs
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def _run(self, c: Contract, rid: str) -> None:
-        self.answer = post(c, {"rid": rid, "input_ids": [5, 6, 7], "sampling_params": LONG})
-
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def result(self) -> Any:
-        self._thread.join(120)
-        assert not self.running()
-        assert len(self.answer["meta_info"]["output_token_logprobs"]) == len(self.answer["output_ids"])
-        return self.answer
 
 
 def abort_one(c: Contract) -> int:

@@ -18,9 +18,10 @@ from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
+from tests.sglang.calls import publish
 from tests.sglang.conftest import Contract
+from tests.sglang.reference import logprobs_of
 from tests.sglang.router import routing
-from tests.sglang.test_contract import logprobs_of, publish
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.sglang
