@@ -31,6 +31,7 @@ LOOK_EVERY_S = 2.0
 HEALTH_EVERY_S = 30.0
 REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
+LEFT_PAUSED = "; if it answers /model_info, a run that was killed left it paused: POST /continue_generation to it"
 
 
 State = Literal["starting", "ready", "suspect", "dead"]
@@ -285,7 +286,9 @@ class Watch:
             end = server.end()
             if end is not None or time.monotonic() > deadline:
                 end = end or f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
-                if server.process is not None:
+                if server.process is None:
+                    end += LEFT_PAUSED
+                else:
                     await asyncio.to_thread(server.process.stop)
                 server.starting = False
                 raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{server.log_end()}")
