@@ -39,6 +39,9 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
             f.write(f"{_signed(rest.encode()).decode()}\n")
         f.flush()
         os.fsync(f.fileno())
+    for other in folder.glob(f"step_{step:08d}*.jsonl"):  # of a try in another layout, whose checkpoint was lost
+        if not other.name.endswith(f"-of-{num}.jsonl" if part else f"{step:08d}.jsonl"):
+            other.unlink(missing_ok=True)
     kept = {p.name[:13] for p in checkpoints.glob("step_????????*")}
     before = sorted(p for p in folder.glob(f"step_????????{part}.jsonl") if p.name < path.name)
     for old in before[:-1]:  # the last one's checkpoint may still be on its way

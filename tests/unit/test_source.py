@@ -233,6 +233,20 @@ def test_waiting_groups_stay_as_long_as_their_checkpoint(tmp_path: Path) -> None
     assert found == [f"step_{step:08d}.jsonl" for step in (2, 6, 8)]
 
 
+def test_a_step_that_is_taken_again_in_another_layout_leaves_nothing_of_the_first_try(tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return sorted(p.name for p in (tmp_path / "in_flight").iterdir())
+
+    for shard in ((0, 2), (1, 2), (0, 1)):
+        waiting.write(tmp_path, 4, [], shard=shard)
+    assert names() == ["step_00000004.jsonl"]
+    for index in range(12):
+        waiting.write(tmp_path, 4, [], shard=(index, 12))
+    assert names() == sorted(f"step_00000004.part-{index}-of-12.jsonl" for index in range(12))
+    waiting.write(tmp_path, 4, [], shard=(0, 2))
+    assert names() == ["step_00000004.part-0-of-2.jsonl"]
+
+
 def test_an_oversampled_step_takes_what_is_finished_first(world: None, thread: LoopThread) -> None:
     source, stream, fleet = make(thread, max_staleness=1, oversample=1.25)
     fleet.hang = lambda first: first in (0, 3)
