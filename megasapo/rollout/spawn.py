@@ -7,6 +7,7 @@ command runs under `guard` (`python -m megasapo.rollout.spawn -- COMMAND`), whic
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,9 +17,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from megasapo import keys
+from megasapo.launch import PR_SET_PDEATHSIG
 from megasapo.sections import RolloutConfig
 
 LOOPBACK = "127.0.0.1"
@@ -135,7 +138,10 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 def guard(command: list[str]) -> int:
     """Run `command` in a process group of its own until it ends, SIGTERM comes, or stdin (the owner) closes."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    with_us = None
+    if sys.platform.startswith("linux"):
+        with_us = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)  # `pkill -9 -f megasapo` hits us
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=with_us)
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
 

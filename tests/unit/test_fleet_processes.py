@@ -150,6 +150,16 @@ time.sleep(600)
         wait_until(lambda: not any(alive(p) for p in pids), "all ended")
 
 
+def test_a_server_does_not_outlive_its_guard(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(), model, tmp_path) as fleet:
+        served, process = listener(fleet), fleet.servers[0].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(served), "ended")
+        wait_until(lambda: fleet.servers[0].ready, "started again")
+        assert generate(fleet) == -1
+
+
 def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) -> None:
     with Fleet.start(settings(), model, tmp_path) as owner:
         remote = Fleet.start(RolloutConfig(servers=owner.urls, start_timeout_s=20.0), model, tmp_path / "other")
