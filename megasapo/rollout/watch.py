@@ -383,6 +383,16 @@ class Watch:
             log.warning("rollout server %d has been silent for %.0f s: it is ended", server.index, silent_s)
             await asyncio.to_thread(server.process.stop)
 
+    async def _looking(self, server: Server, work: Coroutine[Any, Any, None]) -> None:
+        """Look at a server while it works: one that hangs in it is found out, and the work ends with a Retryable."""
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=LOOK_EVERY_S))[0]:
+                await self._look(server)
+            task.result()
+        finally:
+            task.cancel()
+
     async def _bring_up_to_date(self, server: Server) -> None:
         behind = server.up and server.version not in (None, self._version) and server.refused_version != self._version
         if not behind or self._weights_dir is None:
@@ -393,7 +403,7 @@ class Watch:
             version, weights_dir, client = self._version, self._weights_dir, self.client(server)
             log.warning("rollout server %d lacks version %d: it loads %s", server.index, version, weights_dir)
             try:
-                await client.load_from_disk(weights_dir, version, "retract")
+                await self._looking(server, client.load_from_disk(weights_dir, version, "retract"))
             except Refused as e:
                 server.refused_version, server.trouble = version, str(e)
                 log.error("rollout server %d cannot load version %d and is left out: %s", server.index, version, e)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Retryable
 from megasapo.sections import RolloutConfig
@@ -102,6 +103,30 @@ def test_a_call_that_waits_for_a_hanging_server_ends_when_that_is_found_out(tmp_
             os.kill(first.process.pid, signal.SIGSTOP)
             with pytest.raises(Retryable, match="ServerDisconnectedError"):
                 fleet.run(fleet.control(fleet.servers[0]).stamp(8))
+
+
+def test_a_server_that_hangs_while_it_loads_holds_up_no_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, loading = Servers(SPEED), threading.Event()
+    load = ServerClient.load_from_disk
+
+    async def hang(self: ServerClient, *args: Any) -> None:
+        os.kill(first.process.pid, signal.SIGSTOP)
+        loading.set()
+        await load(self, *args)
+
+    monkeypatch.setattr(ServerClient, "load_from_disk", hang)
+    with serving(first) as urls:
+        with start(urls, tmp_path, health_timeout_s=2.0, request_timeout_s=100_000.0) as fleet:
+            fleet.begin_publish()
+            fleet.end_publish(8, [], tmp_path)
+            assert loading.wait(30)
+            publishing = threading.Thread(target=fleet.begin_publish, daemon=True)
+            publishing.start()
+            publishing.join(60)
+            assert not publishing.is_alive()
+            assert not fleet.servers[0].ready
 
 
 def test_a_leader_that_only_connected_finds_out_too(tmp_path: Path) -> None:
