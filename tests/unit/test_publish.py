@@ -102,9 +102,9 @@ def greedy_by_transformers(directory: Path) -> list[tuple[int, ...]]:
     return out
 
 
-def memory_in_use() -> list[Path]:
-    """What this process shares by name."""
-    return list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+def memory_in_use() -> set[Path]:
+    """What this process shares by name; of what it sent to a server by torch's own pickler some stays until it ends."""
+    return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 @pytest.mark.parametrize("method", ["disk", "distributed", "tensor"])
@@ -112,6 +112,7 @@ def test_servers_have_the_learners_weights_after_a_publish(
     fleet: Fleet, models: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
     """`verify` compares the server's hash with the export's; the greedy tokens are those of transformers."""
+    before = memory_in_use()
     expected = {m: greedy_by_transformers(m) for m in models}
     assert expected[models[0]] != expected[models[1]]
     for version, source in ((1, models[1]), (2, models[0]), (3, models[1])):
@@ -122,7 +123,7 @@ def test_servers_have_the_learners_weights_after_a_publish(
         assert {(c.version_min, c.version_max) for c in completions} == {(version, version)}
         assert not fleet.stale()
         p.close()
-    assert memory_in_use() == []
+    assert memory_in_use() <= before
     if method == "disk":
         assert [d.name for d in (tmp_path / "weights").iterdir()] == ["v3"]
         written = tmp_path / "weights" / "v3"
@@ -319,12 +320,13 @@ def test_a_publish_that_fails_midway_is_sent_again(
 
     monkeypatch.setattr(OnlineDelivery, "send", fail_once)
     monkeypatch.setattr(ServerClient, "stamp", stamp)
+    before = memory_in_use()
     p = publisher(fleet, models[0], models, tmp_path, method)
     p(9)
     buckets = len(list(export_of(models[0])))
     assert len(sent) == 2 + buckets
     assert stamps == [INCOMPLETE, 9]
-    assert memory_in_use() == []
+    assert memory_in_use() <= before
     assert tokens(generate(fleet)) == greedy_by_transformers(models[0])
     p.close()
 
