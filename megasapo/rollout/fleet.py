@@ -138,10 +138,15 @@ class Fleet:
 
     # --- servers and versions: publish, on the rank that started the fleet ---
 
+    @property
+    def failure(self) -> Exception | None:
+        """What stopped the watch, if this rank owns the servers: the last of them is out of restarts."""
+        return None if self._watch is None else self._watch.failure
+
     def check(self) -> None:
-        """Raise what stopped the watch: a server out of restarts."""
-        if self._watch is not None and self._watch.failure is not None:
-            raise RolloutError(str(self._watch.failure)) from self._watch.failure
+        """Raise `failure`."""
+        if self.failure is not None:
+            raise RolloutError(str(self.failure)) from self.failure
 
     def stale(self) -> bool:
         """Whether a server that is up lacks the current version and only a publish can give it: publish again then.

@@ -309,17 +309,21 @@ class RolloutSource:
         finished: Callable[[list[int]], bool],
         version: int,
     ) -> None:
-        """Collective: until `finished` of the sums of all ranks' `progress`; one that failed fails every rank."""
+        """Collective: until `finished` of the sums of all ranks' `progress`; one that failed fails every rank, as does
+        the end of all servers, which the rank that owns them knows of, where a rank still waits.
+        """
         while True:
             wait(futures, timeout=POLL_S)
             error = next((f.exception() for f in futures if f.done() and f.exception() is not None), None)
             lacking = self._fleet is not None and self._fleet.stale()
+            ended = self._fleet.failure if self._fleet is not None else None
             own = (0, 0) if error is not None else progress()
-            flags = torch.tensor([*own, error is not None, lacking], dtype=torch.int64)
+            flags = torch.tensor([*own, error is not None, ended is not None, lacking], dtype=torch.int64)
             dist.all_reduce(flags, group=self._ranks.world_group_cpu)
-            *totals, failures, stale = flags.tolist()
-            if failures:
+            *totals, failures, ends, stale = flags.tolist()
+            if failures or (ends and not finished(totals)):
                 self.failed = True
+                error = error or ended
                 if error is not None:
                     raise error
                 raise RolloutError("rollouts failed on another rank; its message is in that rank's output")

@@ -55,6 +55,7 @@ class Fleet:
         self.hang: Callable[[int], bool] = lambda first: False  # of the first token of a prompt
         self.hanging = self.cancelled = 0
         self.version = 0
+        self.failure: Exception | None = None
 
     async def generate(
         self, inputs: list[tuple[int, ...]], sampling: list[SamplingParams], *, return_routed_experts: bool
@@ -273,6 +274,18 @@ def test_a_finished_group_that_has_become_too_old_is_sampled_again(world: None, 
     groups, _ = source.next(version=2)
     assert scalars(source.take_metrics())["groups/stale"] == len(old) == 10
     assert all(s.completion.version_min == 2 for g in groups for s in g.samples)
+
+
+def test_the_end_of_all_servers_ends_a_wait_but_no_batch_that_is_complete(world: None, thread: LoopThread) -> None:
+    """The rank that owns the servers, whose own requests may be done, knows it before those that others repeat."""
+    source, _, fleet = make(thread)
+    fleet.failure = RolloutError("the last server is out of restarts")
+    assert len(source.next(version=0)[0]) == 8
+    assert not source.failed
+    fleet.hang = lambda first: True
+    with pytest.raises(RolloutError, match="the last server is out of restarts"):
+        source.next(version=1)
+    assert source.failed
 
 
 def test_without_staleness_an_oversampled_step_gives_the_rest_up(world: None, thread: LoopThread) -> None:
