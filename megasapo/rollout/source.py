@@ -321,13 +321,13 @@ class RolloutSource:
             flags = torch.tensor([*own, error is not None, ended is not None, lacking], dtype=torch.int64)
             dist.all_reduce(flags, group=self._ranks.world_group_cpu)
             *totals, failures, ends, stale = flags.tolist()
-            if failures or (ends and not finished(totals)):
+            if not failures and finished(totals):
+                return
+            if failures or ends:
                 self.failed = True
                 error = error or ended
                 if error is not None:
                     raise error
                 raise RolloutError("rollouts failed on another rank; its message is in that rank's output")
-            if finished(totals):
-                return
             if stale:
                 self._republish(version)
