@@ -28,6 +28,7 @@ class Serving:
         self.engine, app = build(options, self.loaded)
         self.asgi = app.asgi()
         self.routes = self.asgi._app.routes  # behind the guard
+        self.held_at = 0
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
@@ -58,10 +59,30 @@ class Serving:
             assert time.monotonic() < deadline, "the condition never held"
             await asyncio.sleep(0.001)
 
-    async def started(self, num_tokens: int = 3) -> None:
-        """Wait until every running sequence has that many tokens, and there is one."""
+    @contextmanager
+    def holding(self, num_tokens: int = 3) -> Iterator[None]:
+        """The engine stands still, as long as this lasts, once all that was asked has at least that many tokens.
+
+        What a test does to running requests then never comes too late, however busy the machine is.
+        """
+        engine = self.engine
+        steppable = engine._steppable
+        engine._steppable = lambda: steppable() and not self._all_have(num_tokens)  # type: ignore[method-assign]
+        self.held_at = num_tokens
+        try:
+            yield
+        finally:
+            with engine._wake:
+                del engine._steppable
+                engine._wake.notify()
+
+    async def started(self, running: int = 1) -> None:
+        """Wait, in `holding`, until so many sequences run and stand still."""
+        await self.until(lambda: self.engine.num_running() == running and self._all_have(self.held_at))
+
+    def _all_have(self, num_tokens: int) -> bool:
         rows = self.engine.batch.rows
-        await self.until(lambda: bool(rows) and all(len(s.output) >= num_tokens for s in rows))
+        return bool(rows) and not self.engine._waiting and all(len(s.output) >= num_tokens for s in rows)
 
 
 @contextmanager

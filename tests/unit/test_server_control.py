@@ -61,13 +61,14 @@ def generating(client, **body):
 
 def test_abort_answers_with_the_partial_tokens(server):
     async def run(client):
-        one, other = generating(client, rid="job-1", return_logprob=True), generating(client, rid="other")
-        await server.started()
-        assert (await client.post("/abort_request", json={"rid": "job"})).status_code == 200
-        aborted = await one
-        assert server.engine.num_running() == 1
-        await client.post("/abort_request", json={"abort_all": True})
-        return aborted, await other
+        with server.holding():
+            one, other = generating(client, rid="job-1", return_logprob=True), generating(client, rid="other")
+            await server.started(2)
+            assert (await client.post("/abort_request", json={"rid": "job"})).status_code == 200
+            aborted = await one
+            assert server.engine.num_running() == 1
+            await client.post("/abort_request", json={"abort_all": True})
+            return aborted, await other
 
     for answer in server.ask(run):
         assert answer.status_code == 200
@@ -83,9 +84,10 @@ def uninterrupted(server, count):
 @pytest.mark.parametrize(("mode", "retractions"), [("in_place", 0), ("retract", 1)])
 def test_pause_and_continue(server, mode, retractions):
     async def run(client):
-        task = generating(client, sampling_params={**LONG, "max_new_tokens": 300})
-        await server.started()
-        paused = await client.post("/pause_generation", json={"mode": mode})
+        with server.holding():
+            task = generating(client, sampling_params={**LONG, "max_new_tokens": 300})
+            await server.started()
+            paused = await client.post("/pause_generation", json={"mode": mode})
         assert paused.json() == {"message": "Generation paused successfully.", "status": "ok"}
         late = generating(client, sampling_params=SHORT)
         flushed = await client.post("/flush_cache")
@@ -104,9 +106,10 @@ def test_pause_and_continue(server, mode, retractions):
 
 def test_pause_abort_and_abort_while_waiting(server):
     async def run(client):
-        task = generating(client)
-        await server.started()
-        await client.post("/pause_generation", json={})
+        with server.holding():
+            task = generating(client)
+            await server.started()
+            await client.post("/pause_generation", json={})
         first = (await task).json()
         waiting = generating(client, rid="waiting")
         await server.until(lambda: server.engine.num_unfinished() == 1)
@@ -124,9 +127,10 @@ def test_pause_abort_and_abort_while_waiting(server):
 
 def test_flush_waits_when_told_to(server):
     async def run(client):
-        task = generating(client, sampling_params={**LONG, "max_new_tokens": 150})
-        await server.started()
-        assert (await client.post("/flush_cache")).status_code == 400
+        with server.holding():
+            task = generating(client, sampling_params={**LONG, "max_new_tokens": 150})
+            await server.started()
+            assert (await client.post("/flush_cache")).status_code == 400
         patient = await client.post("/flush_cache?timeout=30")
         await task
         return patient, await client.get("/flush_cache?timeout=soon")
@@ -187,10 +191,11 @@ def test_control_calls_take_sglangs_fields_that_change_nothing(server, model_dir
 
 def test_health_while_busy_and_while_paused(server):
     async def run(client):
-        task = generating(client, rid="busy")
-        await server.started()
-        busy = (await client.get("/health")).status_code
-        await client.post("/pause_generation", json={"mode": "in_place"})
+        with server.holding():
+            task = generating(client, rid="busy")
+            await server.started()
+            busy = (await client.get("/health")).status_code
+            await client.post("/pause_generation", json={"mode": "in_place"})
         paused = (await client.get("/health_generate")).status_code
         await client.post("/continue_generation", json={})
         await client.post("/abort_request", json={"rid": "busy"})
@@ -217,13 +222,13 @@ def test_a_crash_of_the_engine_surfaces_everywhere(model_dir):
     with serving(model_dir) as s:
 
         async def run(client):
-            running, streaming = generating(client), generating(client, stream=True)
-            await s.started()
-
             def explode(version):
                 raise RuntimeError("boom")
 
-            s.engine.batch.step = explode
+            with s.holding():
+                running, streaming = generating(client), generating(client, stream=True)
+                await s.started(2)
+                s.engine.batch.step = explode
             answers = [await running, await streaming, await generating(client)]
             return answers, await client.get("/health"), await client.post("/flush_cache")
 
@@ -314,9 +319,10 @@ def test_stopping_fails_what_runs(model_dir):
     with serving(model_dir) as s:
 
         async def run(client):
-            task = generating(client)
-            await s.started()
-            await asyncio.to_thread(s.engine.stop)
+            with s.holding():
+                task = generating(client)
+                await s.started()
+                await asyncio.to_thread(s.engine.stop)
             return await task
 
         answer = s.ask(run)

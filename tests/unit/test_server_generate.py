@@ -104,12 +104,11 @@ def test_requests_that_join_while_others_run_get_the_same_tokens(server, referen
             params = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
             return (await client.post("/generate", json={"input_ids": prompt, "sampling_params": params})).json()
 
-        tasks, running = [], []
-        for prompt, count in zip(PROMPTS, [1200, 600, 45, 25, 20], strict=True):  # two outlast the others' start
-            tasks.append(asyncio.create_task(one(prompt, count)))
-            await server.started(len(tasks))
-            running.append(server.engine.num_running())
-        assert max(running) > 1
+        tasks = []
+        with server.holding():
+            for prompt, count in zip(PROMPTS, [40, 30, 45, 25, 20], strict=True):
+                tasks.append(asyncio.create_task(one(prompt, count)))
+                await server.started(len(tasks))
         return await asyncio.gather(*tasks)
 
     answers = server.ask(staggered)
@@ -235,11 +234,12 @@ def test_routing_is_not_kept_for_others(server):
         prompts = [[i + 3] * 5 for i in range(8)]
         params = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": prompts, "sampling_params": params, "return_routed_experts": True}
-        task = asyncio.create_task(client.post("/generate", json=body))
-        await server.started(20)
-        await server.until(lambda: kept.extend(server.engine.batch.rows) or True)
-        await client.post("/abort_request", json={"abort_all": True})
-        return await task
+        with server.holding(20):
+            task = asyncio.create_task(client.post("/generate", json=body))
+            await server.started(8)
+            kept.extend(server.engine.batch.rows)
+            await client.post("/abort_request", json={"abort_all": True})
+            return await task
 
     server.ask(run)
     assert len(kept) == 8

@@ -160,13 +160,13 @@ def test_overwriting_the_file_does_not_reach_the_model(tmp_path):
 
 def test_an_update_waits_for_what_runs_and_holds_back_what_comes(server, dirs):
     async def run(client):
-        first = asyncio.create_task(
-            client.post("/generate", json=ASK | {"sampling_params": {**SHORT, "max_new_tokens": 80}})
-        )
-        await server.started()
+        long = ASK | {"sampling_params": {**SHORT, "max_new_tokens": 80}}
         body = {"model_path": str(dirs[1]), "weight_version": "1"}
-        update = asyncio.create_task(client.post("/update_weights_from_disk", json=body))
-        await server.until(lambda: len(server.engine._inbox) == 1)
+        with server.holding():
+            first = asyncio.create_task(client.post("/generate", json=long))
+            await server.started()
+            update = asyncio.create_task(client.post("/update_weights_from_disk", json=body))
+            await server.until(lambda: len(server.engine._inbox) == 1)
         late = await client.post("/generate", json=ASK)
         return (await first).json(), (await update).status_code, late.json()
 
@@ -180,9 +180,10 @@ def test_an_update_waits_for_what_runs_and_holds_back_what_comes(server, dirs):
 def test_an_update_while_paused_is_at_once_and_in_the_spans(server, dirs, mode):
     async def run(client):
         params = {**SHORT, "max_new_tokens": 60}
-        task = asyncio.create_task(client.post("/generate", json={"input_ids": [5, 6], "sampling_params": params}))
-        await server.started()
-        await client.post("/pause_generation", json={"mode": mode})
+        with server.holding():
+            task = asyncio.create_task(client.post("/generate", json={"input_ids": [5, 6], "sampling_params": params}))
+            await server.started()
+            await client.post("/pause_generation", json={"mode": mode})
         waiting = asyncio.create_task(client.post("/generate", json=ASK))
         await server.until(lambda: server.engine.num_unfinished() == 2)
         body = {"model_path": str(dirs[1]), "weight_version": "1"}
@@ -204,11 +205,12 @@ def test_an_update_while_paused_is_at_once_and_in_the_spans(server, dirs, mode):
 def test_abort_all_before_an_update(server, dirs):
     async def run(client):
         params = {**SHORT, "max_new_tokens": 1500}
-        task = asyncio.create_task(client.post("/generate", json=ASK | {"sampling_params": params}))
-        await server.started()
         body = {"model_path": str(dirs[1]), "abort_all_requests": True}
-        assert (await client.post("/update_weights_from_disk", json=body)).status_code == 200
-        return (await task).json()
+        with server.holding():
+            task = asyncio.create_task(client.post("/generate", json=ASK | {"sampling_params": params}))
+            await server.started()
+            assert (await client.post("/update_weights_from_disk", json=body)).status_code == 200
+            return (await task).json()
 
     assert server.ask(run)["meta_info"]["finish_reason"]["type"] == "abort"
 
