@@ -16,7 +16,7 @@ from megasapo.rollout.local.model import Loaded, load
 from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.server import build
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0  # of what hangs
 
 
 class Serving:

@@ -259,7 +259,13 @@ def test_a_requeued_job_waits_for_its_earlier_attempt(
         assert "waiting" not in capsys.readouterr().out
         requeued = Place("there", 0, 1, "17", 1)
         if gone:
-            threading.Timer(1.5, holder.kill).start()
+            wait_for = lock._wait_for
+
+            def wait_for_its_end(*args: Any) -> None:
+                wait_for(*args)
+                holder.kill()
+
+            monkeypatch.setattr(lock, "_wait_for", wait_for_its_end)
             with lock.hold(tmp_path, requeued):
                 assert json.loads((tmp_path / "lock").read_text())["attempt"] == 1
         else:

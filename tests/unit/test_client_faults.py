@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import socket
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,6 @@ from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Refused, Retryable, RolloutError
-from megasapo.rollout.spawn import free_port
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.unit.standin_server import Standin, serving
@@ -32,7 +34,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fleet_of(*urls: str, version: int | None = 7, leader_index: int = 0, **settings: Any) -> Fleet:
-    defaults = {"deterministic": False, "request_timeout_s": 5.0, "retry_for_s": 5.0}
+    defaults = {"deterministic": False, "request_timeout_s": 120.0, "retry_for_s": 120.0}
     fleet = Fleet(RolloutConfig(servers=urls, **{**defaults, **settings}), urls, LIMITS, leader_index)
     for server in fleet.servers:
         server.ready = True
@@ -137,6 +139,7 @@ def test_many_failures_of_a_server_are_one_line_and_a_number(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [(i,) for i in range(1, 41)]
+    monkeypatch.setattr(dispatch_module, "SAY_EVERY_S", 600.0)
     with serving(Standin([500] * 80 + ["ok"])) as server:
         fleet = fleet_of(server.url)
         generate(fleet, prompts)
@@ -172,10 +175,20 @@ def test_the_ceiling_ends_the_retries_with_the_servers_message() -> None:
     assert len(server.times) >= 3
 
 
-def test_the_ceiling_counts_from_the_first_failure() -> None:
+def test_the_ceiling_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may run long and time out; it still has its retries."""
-    with serving(Standin(["slow", "ok"])) as server:
-        (completion,) = generate(fleet_of(server.url, request_timeout_s=0.5, retry_for_s=0.4), [(1, 2)])
+    passed_s = 0.0
+
+    class Long(Standin):
+        async def _act(self, action: Any, body: dict[str, Any], send: Any) -> None:
+            nonlocal passed_s
+            passed_s += 1000.0 if action == 500 else 0.0
+            await super()._act(action, body, send)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s)
+    monkeypatch.setattr(client_module, "time", clock)
+    with serving(Long([500, "ok"])) as server:
+        (completion,) = generate(fleet_of(server.url), [(1, 2)])
     assert completion.output_ids == (3, 4, 5)
 
 
@@ -188,8 +201,10 @@ def test_other_4xx_is_not_retried(status: int) -> None:
 
 
 def test_nobody_listening_is_retryable() -> None:
-    with pytest.raises(Retryable, match="ClientConnectorError"):
-        once(f"http://127.0.0.1:{free_port()}")
+    with socket.socket() as taken:  # so that nobody else can listen
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(Retryable, match="ClientConnectorError"):
+            once(f"http://127.0.0.1:{taken.getsockname()[1]}")
 
 
 def test_a_timeout_is_retryable_and_says_how_long() -> None:
@@ -273,7 +288,7 @@ def test_a_failure_cancels_the_other_requests() -> None:
 
     with serving(OneRefused(["ok"])) as server:
         with pytest.raises(Refused):
-            generate(fleet_of(server.url, request_timeout_s=60.0))
+            generate(fleet_of(server.url))
 
 
 def test_no_more_requests_in_flight_than_allowed() -> None:
@@ -283,6 +298,8 @@ def test_no_more_requests_in_flight_than_allowed() -> None:
         async def _act(self, action: Any, body: dict[str, Any], send: Any) -> None:
             self.now += 1
             self.most = max(self.most, self.now)
+            while self.most < 3:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.02)
             self.now -= 1
             await super()._act(action, body, send)
@@ -314,7 +331,7 @@ def test_jitter_leaves_seeded_randomness_alone() -> None:
 
     random.seed(5)
     before = random.getstate()
-    assert asyncio.run(retrying(attempt, what="it", for_s=5)) == "done"
+    assert asyncio.run(retrying(attempt, what="it", for_s=120)) == "done"
     assert random.getstate() == before
 
 

@@ -135,7 +135,7 @@ def test_a_shell_reads_back_what_was_meant(config: str) -> None:
     odd = "run.name=run", 'data.prompt_key=it\'s $HOME "`x`"'
     made = plan(config, *odd, "--server-tp", "4")
     script = cluster.shell_assignments(made) + '\nprintf "%s\\0" "${TRAIN[@]}" "${SERVER_COMMANDS[@]}" "$NPROC"'
-    done = subprocess.run(["bash", "-uec", script], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", "-uec", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\0")[:-1] == [*made.train, *(s.shell for s in made.servers), "8"]
     assert shlex.split(made.servers[0].shell)[1:] == ["exec", *made.servers[0].command]
@@ -213,7 +213,7 @@ def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> N
     key.write_text("-secret-secret\n")  # a key that is made begins with anything of base64, so with this, too
     command = [sys.executable, str(SGLANG_WITH_KEY), str(key), "--port", "5"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+        command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["14 __main__ False", "False"]
@@ -222,13 +222,13 @@ def test_sglang_is_given_the_key_in_process_and_logs_it_not(tmp_path: Path) -> N
     from_environment = {"MEGASAPO_API_KEY": "secret-secret", "MEGASAPO_ADMIN_API_KEY": "secret-admin"}
     command[2] = "-"
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path), **from_environment}
+        command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(tmp_path), **from_environment}
     )
     assert done.stdout.split("\n")[:2] == ["13 __main__ False", "False"], done.stderr
     assert done.stderr.count("***") == 4
     assert "secret" not in done.stderr
     command[2] = str(key)
     key.write_text("short")
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert "expected one key of at least 8 characters" in refused.stderr

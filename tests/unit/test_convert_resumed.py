@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,31 @@ from tests.disks import fill, small_disk
 from tests.unit.conversion import TOOL, convert, make_moe
 
 PAGE = 4096
+# Imported by every python of a conversion: once so many files are finished, none is any more, and it stands still.
+HELD = """
+import time
+from megasapo.convert.job import Folder
+finish = Folder.finish
+def held(self, *args):
+    while len(list((self.path / "records").glob("*.json"))) >= {files}:
+        time.sleep(0.1)
+    finish(self, *args)
+Folder.finish = held
+"""
+
+
+def started(tool: list[str], directory: Path, files: int, **how: Any) -> subprocess.Popen[bytes]:
+    """A conversion that stands still with so many files finished, until it is killed."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(HELD.format(files=files))
+    path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen([sys.executable, *tool], env=os.environ | {"PYTHONPATH": path}, **how)
+
+
+def wait_for_records(folder: Path, files: int, process: subprocess.Popen[bytes]) -> None:
+    while len(list((folder / "records").glob("*.json"))) < files:
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +57,10 @@ def test_a_killed_conversion_goes_on_where_it_was(models: Path, tmp_path: Path) 
     """Files that were finished are kept, those changed meanwhile are made again, and the result is the same."""
     arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "20KB"]
     folder = tmp_path / ".out.converting"
-    process = subprocess.Popen([sys.executable, str(TOOL), *arguments], env=os.environ, stderr=subprocess.DEVNULL)
-    while len(list((folder / "records").glob("*.json"))) < 4 and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
+    process = started([str(TOOL), *arguments], tmp_path / "held", 4, stderr=subprocess.DEVNULL)
+    wait_for_records(folder, 4, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     finished = sorted((folder / "records").glob("*.json"))
     kept = {p.stem: (folder / "files" / p.stem).stat().st_ino for p in finished}
@@ -80,19 +105,18 @@ def test_stopped_when_all_is_written_it_goes_on_and_the_record_fits(
 def test_stopped_with_its_processes_it_goes_on(how: str, models: Path, tmp_path: Path) -> None:
     """The end of the first process ends the others, which would go on writing beside the next start."""
     arguments = ["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out"), "--shard-size", "10KB"]
-    tool = [sys.executable, str(TOOL), *arguments, "--nproc", "2"]
+    tool = [str(TOOL), *arguments, "--nproc", "2"]
     folder = tmp_path / ".out.converting"
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(tool, stderr=said, start_new_session=True)
-    while len(list((folder / "records").glob("*.json"))) < 3 and process.poll() is None:
-        time.sleep(0.001)
+        process = started(tool, tmp_path / "held", 3, stderr=said, start_new_session=True)
+    wait_for_records(folder, 3, process)
     if how == "kill -9":
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)  # which a terminal sends to all of them
-    assert process.wait() == (-signal.SIGKILL if how == "kill -9" else 130), "it was too fast to be stopped"
+    assert process.wait() == (-signal.SIGKILL if how == "kill -9" else 130)
     assert "Traceback" not in (tmp_path / "said").read_text()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while alive_in_session(process.pid):
         assert time.monotonic() < deadline, "its processes go on"
         time.sleep(0.05)

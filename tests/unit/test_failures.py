@@ -17,6 +17,8 @@ from megasapo.errors import UserError
 if "--handled" in sys.argv:
     flag = launch.stop_flag()
     os.kill(os.getpid(), signal.SIGTERM)
+if "--patient" in sys.argv:
+    failures.SAME_S = 600.0
 print("begins", flush=True)
 error = UserError("no such thing") if "--user" in sys.argv else RuntimeError("gloo: Connection closed by peer")
 sys.exit(failures.report("train", error))
@@ -34,7 +36,7 @@ def rank(number: int, *flags: str) -> subprocess.Popen[str]:
 
 
 def test_rank_0_says_what_is_wrong_and_the_others_are_ended_before_they_repeat_it() -> None:
-    first, second = rank(0, "--user"), rank(1, "--user")
+    first, second = rank(0, "--user"), rank(1, "--user", "--patient")
     assert first.communicate() == ("", "megasapo train: no such thing\n")
     assert first.returncode == 2
     time.sleep(0.5)  # until it waits

@@ -18,11 +18,13 @@ import pytest
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
 from megasapo.rollout.spawn import SGLANG_WITH_KEY, server_command
+from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
 ONE = SamplingParams(max_new_tokens=1)
+TIMEOUT_S = 120.0  # of what hangs
 
 
 @pytest.fixture
@@ -35,23 +37,23 @@ def model(tmp_path: Path) -> Path:
 
 
 def settings(*flags: str, **over: Any) -> RolloutConfig:
-    defaults = {"start_timeout_s": 20.0, "retry_for_s": 20.0, "deterministic": False}
+    defaults = {"start_timeout_s": TIMEOUT_S, "retry_for_s": TIMEOUT_S, "deterministic": False}
     return RolloutConfig(
         engine="sglang", spawn_command=(sys.executable, FAKE, "{port}"), server_args=flags, **{**defaults, **over}
     )
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while not true():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not in {TIMEOUT_S} s: {what}"
         time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter while it is read
         return False
 
 
@@ -94,14 +96,22 @@ def test_a_server_that_never_gets_healthy_stops_the_start(model: Path, tmp_path:
 
 
 def test_a_missing_command_stops_the_start(model: Path, tmp_path: Path) -> None:
-    cfg = RolloutConfig(engine="sglang", spawn_command=("/nonexistent/server", "{port}"), start_timeout_s=20.0)
+    cfg = RolloutConfig(engine="sglang", spawn_command=("/nonexistent/server", "{port}"), start_timeout_s=TIMEOUT_S)
     with pytest.raises(RolloutError, match=r"(?s)ended with code 1.*/nonexistent/server"):
         Fleet.start(cfg, model, tmp_path)
 
 
 def test_a_killed_server_comes_back_at_its_url_and_requests_wait_for_it(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restart = Watch._restart
+
+    async def once_it_is_missed(self: Watch, server: Server, why: str) -> None:
+        while not fleet._dispatch._counts:
+            await asyncio.sleep(0.01)
+        await restart(self, server, why)
+
+    monkeypatch.setattr(Watch, "_restart", once_it_is_missed)
     with Fleet.start(settings(), model, tmp_path) as fleet:
         urls, old = fleet.urls, listener(fleet)
         os.kill(old, signal.SIGKILL)
@@ -117,10 +127,11 @@ def test_a_killed_server_comes_back_at_its_url_and_requests_wait_for_it(
 
 def test_restarts_have_an_end(model: Path, tmp_path: Path) -> None:
     with Fleet.start(settings(max_restarts=1), model, tmp_path) as fleet:
-        for _ in range(2):
-            wait_until(lambda: fleet.servers[0].up, "up")
+        server = fleet.servers[0]
+        for restarts in range(2):
+            wait_until(lambda: server.up, "up")
             os.kill(listener(fleet), signal.SIGKILL)
-            wait_until(lambda: not fleet.servers[0].up, "noticed")
+            wait_until(lambda restarts=restarts: server.restarts > restarts, "noticed")  # type: ignore[misc]
         wait_until(lambda: fleet._watch is not None and fleet._watch.failure is not None, "given up")
         with pytest.raises(RolloutError, match=r"rollout\.max_restarts=1 times"):
             generate(fleet)
@@ -134,7 +145,7 @@ import sys, time
 from megasapo.sections import RolloutConfig
 from megasapo.rollout.fleet import Fleet
 cfg = RolloutConfig(engine="sglang", spawn_command=({sys.executable!r}, {FAKE!r}, "{{port}}"),
-                    server_args=("--child", {str(tmp_path / "child")!r}), start_timeout_s=20.0)
+                    server_args=("--child", {str(tmp_path / "child")!r}), start_timeout_s={TIMEOUT_S})
 fleet = Fleet.start(cfg, {str(model)!r}, {str(tmp_path)!r})
 print(fleet.servers[0].process.pid, flush=True)
 time.sleep(600)
@@ -162,7 +173,7 @@ def test_a_server_does_not_outlive_its_guard(model: Path, tmp_path: Path) -> Non
 
 def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) -> None:
     with Fleet.start(settings(), model, tmp_path) as owner:
-        remote = Fleet.start(RolloutConfig(servers=owner.urls, start_timeout_s=20.0), model, tmp_path / "other")
+        remote = Fleet.start(RolloutConfig(servers=owner.urls, start_timeout_s=TIMEOUT_S), model, tmp_path / "other")
         with remote:
             assert generate(remote) == -1
             assert remote.servers[0].process is None

@@ -11,7 +11,7 @@ import torch
 from megasapo.rollout.local import protocol
 from megasapo.rollout.local.engine import EngineError
 from megasapo.rollout.local.stream import Stream
-from tests.serving import serving
+from tests.serving import TIMEOUT_S, serving
 from tests.tiny import make_model
 
 LONG = {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}
@@ -131,7 +131,7 @@ def test_flush_waits_when_told_to(server):
             task = generating(client, sampling_params={**LONG, "max_new_tokens": 150})
             await server.started()
             assert (await client.post("/flush_cache")).status_code == 400
-        patient = await client.post("/flush_cache?timeout=30")
+        patient = await client.post(f"/flush_cache?timeout={TIMEOUT_S}")
         await task
         return patient, await client.get("/flush_cache?timeout=soon")
 
@@ -300,8 +300,8 @@ def test_a_control_call_that_nobody_waits_for_any_more_does_not_disturb_the_end(
     """A health check gives up on an engine in a long step; its call is still queued when the engine stops."""
     with serving(model_dir) as s:
         entered, go_on = threading.Event(), threading.Event()
-        s.engine.control(lambda: (entered.set(), go_on.wait(60)))
-        assert entered.wait(60)
+        s.engine.control(lambda: (entered.set(), go_on.wait(TIMEOUT_S)))
+        assert entered.wait(TIMEOUT_S)
         given_up, waited_for = (s.engine.control(lambda: None) for _ in range(2))
         assert given_up.cancel()
         stopping = threading.Thread(target=s.engine.stop)
@@ -311,7 +311,7 @@ def test_a_control_call_that_nobody_waits_for_any_more_does_not_disturb_the_end(
         go_on.set()
         stopping.join()
         with pytest.raises(EngineError, match="shutting down"):
-            waited_for.result(timeout=60)
+            waited_for.result(timeout=TIMEOUT_S)
         assert not s.engine.crashed
 
 

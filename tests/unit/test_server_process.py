@@ -1,11 +1,14 @@
 """`megasapo serve` as a process: its command line, the ready line, how it ends, and clients that go away."""
 
+import http.client
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import httpx
 import pytest
@@ -15,7 +18,7 @@ from megasapo.rollout.local.options import parse
 from tests.tiny import make_model
 
 COMMAND = [sys.executable, "-m", "megasapo.rollout.local"]
-DEADLINE_S = 90.0
+DEADLINE_S = 300.0  # of what hangs
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ class Process:
         self.process.stdout.close()
 
     def running(self):
-        loads = httpx.get(f"{self.url}/v1/loads", timeout=30, trust_env=False).json()["loads"][0]
+        loads = httpx.get(f"{self.url}/v1/loads", timeout=DEADLINE_S, trust_env=False).json()["loads"][0]
         return loads["num_running_reqs"]
 
     def wait_until_running(self, count):
@@ -65,46 +68,8 @@ class Process:
 
 
 LONG = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
-
-
-def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
-    with Process(model_dir) as server:
-        assert server.url.startswith("http://127.0.0.1:")
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/generate", json=LONG, timeout=1.0, trust_env=False)
-        server.wait_until_running(0)
-        body = LONG | {"stream": True}
-        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60, trust_env=False) as answer:
-            lines = answer.iter_lines()  # kept: dropping it would close the connection
-            assert next(lines).startswith("data: ")
-            server.wait_until_running(1)
-        server.wait_until_running(0)
-
-        answers = []
-        waiting = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=LONG, timeout=60, trust_env=False))
-        )
-        waiting.start()
-        server.wait_until_running(1)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
-        waiting.join(30)
-        assert answers[0].status_code == 500
-        assert "shutting down" in answers[0].json()["error"]["message"]
-
-
-def test_ctrl_c_ends_it_without_a_word(model_dir, tmp_path):
-    with (tmp_path / "stderr").open("w") as stderr, Process(model_dir, stderr=stderr) as server:
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0
-    assert (tmp_path / "stderr").read_text() == ""
-
-
-def test_exit_with_parent(model_dir):
-    with Process(model_dir, "--exit-with-parent") as server:
-        assert httpx.get(f"{server.url}/health", timeout=30, trust_env=False).status_code == 200
-        server.process.stdin.close()
-        assert server.process.wait(30) == 0
+# A step takes so long that LONG outlives every wait: who ends it is who is tested, however busy the machine is.
+SLOW = "import time; step = server.Batch.step; server.Batch.step = lambda *a: (time.sleep(0.2), step(*a))[1]"
 
 
 def wrapped(code):
@@ -116,21 +81,66 @@ def wrapped(code):
     ]
 
 
+def sent(server, path, body):
+    """A connection on which that was asked, and nothing has been read yet."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.request("POST", path, json.dumps(body))
+    return closing(connection)
+
+
+def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
+    with Process(model_dir, command=wrapped(SLOW)) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        with sent(server, "/generate", LONG):
+            server.wait_until_running(1)
+        server.wait_until_running(0)
+        with sent(server, "/generate", LONG | {"stream": True}) as stream:
+            assert stream.getresponse().readline().startswith(b"data: ")
+            server.wait_until_running(1)
+        server.wait_until_running(0)
+
+        with sent(server, "/generate", LONG) as waiting:
+            server.wait_until_running(1)
+            server.process.send_signal(signal.SIGTERM)
+            answer = waiting.getresponse()
+            assert answer.status == 500
+            assert "shutting down" in json.load(answer)["error"]["message"]
+        assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_ctrl_c_ends_it_without_a_word(model_dir, tmp_path):
+    with (tmp_path / "stderr").open("w") as stderr, Process(model_dir, stderr=stderr) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(DEADLINE_S) == 0
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+def test_exit_with_parent(model_dir):
+    with Process(model_dir, "--exit-with-parent") as server:
+        assert httpx.get(f"{server.url}/health", timeout=DEADLINE_S, trust_env=False).status_code == 200
+        server.process.stdin.close()
+        assert server.process.wait(DEADLINE_S) == 0
+
+
 def test_sigterm_ends_a_server_that_waits_for_a_learner(model_dir):
     """Joining blocks a thread for up to 300 s."""
-    with Process(model_dir, command=wrapped("server.STUCK_S = 2.0")) as server:
-        body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/init_weights_update_group", json=body, timeout=1.0, trust_env=False)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 1
+    code = (
+        "server.STUCK_S = 2.0; from megasapo.rollout.local.control import WeightGroup; join = WeightGroup.join; "
+        "WeightGroup.join = lambda *a: (print('joins', flush=True), join(*a))[1]"
+    )
+    body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    with Process(model_dir, command=wrapped(code)) as server:
+        with sent(server, "/init_weights_update_group", body | {"group_name": "g"}):
+            assert server.process.stdout.readline() == "joins\n"
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(DEADLINE_S) == 1
 
 
 def test_groups_are_left_at_the_end(model_dir):
     mark = "server.Control.close = lambda self: print('left the groups', flush=True)"
     with Process(model_dir, command=wrapped(mark)) as server:
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(DEADLINE_S) == 0
         assert server.process.stdout.read() == "left the groups\n"
 
 
@@ -157,7 +167,7 @@ def test_help_does_not_import_torch():
         "except SystemExit as e:\n    assert e.code == 0\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     assert "--enable-return-routed-experts" in done.stdout
 
@@ -205,8 +215,7 @@ def test_a_port_in_use_is_named(model_dir):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [*COMMAND, "--model", str(model_dir), "--port", str(port)], capture_output=True, text=True, timeout=90
-        )
+        command = [*COMMAND, "--model", str(model_dir), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode != 0
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megasapo.checksum import weights_checksum
 from megasapo.rollout.local.weights import Weights, _view, served_entries
 from megasapo.rollout.weight_group import WeightGroup, host_store
-from tests.serving import serving
+from tests.serving import TIMEOUT_S, serving
 from tests.tiny import make_model
 
 SHORT = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -244,9 +244,9 @@ def test_sessions_and_versions(server):
 def send(connection, directory, calls):
     """Rank 0, in a process of its own as in life: broadcasts `calls`, each a list of names, each or flattened."""
     file = load_file(directory / "model.safetensors")
-    store = host_store("127.0.0.1", 2, 30.0)
+    store = host_store("127.0.0.1", 2, TIMEOUT_S)
     connection.send(store.port)
-    group = WeightGroup.join("127.0.0.1", store.port, 0, 2, "g", "gloo", 30.0, store=store)
+    group = WeightGroup.join("127.0.0.1", store.port, 0, 2, "g", "gloo", TIMEOUT_S, store=store)
     for names, flat in calls:
         tensors = [converted(name, file.get(name, torch.ones(3))) for name in names]
         if flat:
@@ -272,7 +272,7 @@ def test_update_by_broadcast(server, dirs):
     sender.start()
 
     async def run(client):
-        assert await asyncio.to_thread(here.poll, 60), "the sender did not start"
+        assert await asyncio.to_thread(here.poll, TIMEOUT_S), "the sender did not start"
         body = {"master_address": "127.0.0.1", "master_port": here.recv(), "rank_offset": 1, "world_size": 2}
         answers = [
             await client.post("/init_weights_update_group", json=body | {"group_name": "g", "backend": "gloo"}),
@@ -296,7 +296,7 @@ def test_update_by_broadcast(server, dirs):
     try:
         answers = server.ask(run)
         here.send("done")
-        sender.join(30)
+        sender.join(TIMEOUT_S)
     finally:
         sender.kill()
     assert [a.status_code for a in answers] == [200, 200, 200, 400, 200, 200, 200, 200]

@@ -190,7 +190,7 @@ class Rank:
         return self.rank
 
     def barrier(self) -> None:
-        self.meeting.wait(20)
+        self.meeting.wait(120)
 
 
 def guard_of(run_dir: Path, rules: list[dict[str, Any]], mode: str = "act", **settings: Any) -> Guard:
@@ -260,7 +260,7 @@ def dump_from_both_leaders(run_dir: Path, failing: bool, monkeypatch: pytest.Mon
     for t in threads:
         t.start()
     for t in threads:
-        t.join(30)
+        t.join(120)
     return errors
 
 

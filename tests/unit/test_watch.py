@@ -31,7 +31,7 @@ from megasapo.log import heartbeat
 from megasapo.log.heartbeat import Heartbeat, write_json
 
 NOW = 1_700_000_000.0
-TIMEOUT_S = 60
+TIMEOUT_S = 120  # of what hangs
 
 
 def rank(number: int, **over: Any) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def output_until(terminal: int, pattern: str) -> str:
 
 
 def test_live_view_follows_the_run_and_the_terminals_size(run_dir: Path) -> None:
-    put(run_dir, *(rank(n, written=time.time()) for n in range(4)))
+    put(run_dir, *(rank(n, written=time.time() + TIMEOUT_S) for n in range(4)))
     with live(run_dir) as (process, terminal):
         first = output_until(terminal, r"RUNNING.*ranks: 4 of 4 alive")
         assert first.startswith(watch.ENTER)
@@ -359,6 +359,8 @@ def test_short_phases_are_not_all_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(heartbeat, "write_json", lambda path, record: written.append(record["phase"]))
     began = time.monotonic()
     with Heartbeat(tmp_path, Place("n1", 0, 1, "", 0)) as beat:
+        while not written:  # the thread has begun
+            time.sleep(0.001)
         for _ in range(1000):
             with beat.phase("update"):
                 pass
