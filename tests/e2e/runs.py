@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-TIMEOUT_S = 240
+TIMEOUT_S = 900  # of what hangs
 FAULTS = (
     "rollout/retries",
     "rollout/unreachable",
@@ -72,23 +72,24 @@ class Run:
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
-    def processes(self, *words: str) -> list[psutil.Process]:
-        """Those of the run whose command line has all `words`."""
+    def processes(self, is_wanted: Callable[[psutil.Process], bool] = lambda p: True) -> list[psutil.Process]:
+        """Those of the run; one that ends while it is looked at is left out."""
         found = []
         for p in [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]:
             try:
-                line = " ".join(p.cmdline())
+                if is_wanted(p):
+                    found.append(p)
             except psutil.NoSuchProcess:
                 continue
-            if all(w in line for w in words):
-                found.append(p)
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        return [p for p in self.processes("megasapo") if "RANK" in p.environ() and not self._is_server(p)]
+        return self.processes(
+            lambda p: "megasapo" in " ".join(p.cmdline()) and "RANK" in p.environ() and not self._is_server(p)
+        )
 
     def servers(self) -> list[psutil.Process]:
-        return [p for p in self.processes("megasapo.rollout.local") if self._is_server(p)]
+        return self.processes(self._is_server)
 
     @staticmethod
     def _is_server(p: psutil.Process) -> bool:
@@ -96,13 +97,10 @@ class Run:
 
     def close(self) -> None:
         """Nothing of the run may outlive the test."""
-        left = self.processes("") if self._process.poll() is None else []
-        for p in left:
-            try:
+        for p in self.processes() if self._process.poll() is None else []:
+            with suppress(psutil.NoSuchProcess):
                 p.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self._process.wait(10)
+        self._process.wait(TIMEOUT_S)
         self._out.close()
 
 
@@ -118,7 +116,8 @@ def running(command: str, config: Path, *overrides: str, log: Path) -> Iterator[
 def kill_hard(processes: list[psutil.Process]) -> None:
     assert processes, "nothing to kill"
     for p in processes:
-        p.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended with one before it
+            p.kill()
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

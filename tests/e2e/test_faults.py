@@ -102,7 +102,7 @@ def test_a_step_whose_evaluation_fails_is_written_and_saved(tmp_path: Path, sett
 
 
 def test_kill_everything(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
-    config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes("")))
+    config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes()))
     finish(tmp_path, config)
     assert_as_unbroken(tmp_path / "run", unbroken)
 

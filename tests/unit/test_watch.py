@@ -29,6 +29,7 @@ from megasapo.errors import UserError
 from megasapo.launch import Place
 from megasapo.log import heartbeat
 from megasapo.log.heartbeat import Heartbeat, write_json
+from tests.dist.launcher import free_ports
 
 NOW = 1_700_000_000.0
 TIMEOUT_S = 120  # of what hangs
@@ -304,9 +305,7 @@ def test_live_view_puts_the_terminal_back(run_dir: Path, number: signal.Signals,
 
 def test_tensorboard_is_served_from_the_run_directory(run_dir: Path) -> None:
     (run_dir / "tensorboard").mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    [port] = free_ports(1)  # which it takes seconds later
     command = [sys.executable, "-m", "megasapo.cli", "watch", str(run_dir), "--tensorboard", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
