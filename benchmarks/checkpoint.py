@@ -25,6 +25,7 @@ from benchmarks import measure
 from benchmarks.learner import Learner, sequences
 from benchmarks.learner_work import Work, add_model_options, add_work_options, make_work, model_shape
 from benchmarks.measure import Seconds
+from megasapo import launch
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ParallelConfig
 from tests.tiny import make_model
@@ -45,11 +46,14 @@ class Saving:
 
     def step(self, work: Work) -> None:
         self._learner.step(sequences(work))
+        began = time.perf_counter()
+        self.save()
+        self.calls.append(time.perf_counter() - began)
+
+    def save(self) -> None:
         if self._saves:
             self._steps += 1
-            began = time.perf_counter()
             self._learner.policy.save(self._where, {"step": self._steps})
-            self.calls.append(time.perf_counter() - began)
 
     def finish(self) -> None:
         self._learner.policy.finish_saving()
@@ -64,6 +68,7 @@ def compare(
 ) -> tuple[dict[str, list[Seconds]], dict[str, Saving]]:
     """Seconds of `steps` steps in a row, round by round, without the wait for what is in flight at their end."""
     learners = {mode: Saving(mode, work, topo, where) for mode in MODES}
+    launch.freeze_heap()
 
     def run(learner: Saving) -> Callable[[], Seconds]:
         def several() -> None:
@@ -71,6 +76,7 @@ def compare(
                 learner.step(work)
 
         def turn() -> Seconds:
+            learner.save()  # so that the first step, too, stands beside a writer
             seconds = measure.timed(several)
             learner.finish()
             return seconds
@@ -109,7 +115,7 @@ def row(mode: str, seen: dict[str, list[Seconds]], learner: Saving, steps: int) 
     clock = [run.clock / steps for run in seen[mode]]
     middle, by_none = measure.median(seen[mode]), measure.ratio(seen[mode], seen["none"])
     seconds = (f"{statistics.median(clock):.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}", f"{middle.cpu / steps:.2f}")
-    call = f"{statistics.median(learner.calls):.3f}" if learner.calls else ""
+    call = "" if mode.startswith("none") else f"{statistics.median(learner.calls):.3f}"
     return mode, *seconds, f"{by_none.clock:.3f}", f"{by_none.cpu:.3f}", call
 
 

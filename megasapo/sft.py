@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megasapo import run
+from megasapo import launch, run
 from megasapo.config import Config, ConfigError
 from megasapo.layout import slots_for
 from megasapo.types import TrainSequence
@@ -74,6 +74,7 @@ def train(cfg: Config) -> None:
         cleanup.callback(log.close)
         meter = Meter.start(cfg, topo, old_logprobs=False, reference=False)
         cleanup.callback(meter.close)
+        launch.freeze_heap()
         step = _loop(cfg, topo, policy, examples, directory, log, meter, heartbeat, step, steps)
         with heartbeat.phase("save"):
             policy.finish_saving()

@@ -272,6 +272,7 @@ def train(cfg: Config) -> None:
             parts = _make_parts(cfg, topo, directory, last, heartbeat, cleanup)
             step = resume(parts, last)
         directory.resumed(last, finished=step >= cfg.train.steps)
+        launch.freeze_heap()
         step = loop(parts, step)
         with heartbeat.phase("save"):
             parts.policy.finish_saving()

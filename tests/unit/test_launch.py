@@ -88,3 +88,16 @@ def test_a_rank_whose_launcher_died_before_it_began_ends() -> None:
     assert ranks[os.getpid()].stdout == "went on\n"
     assert ranks[gone].returncode == 1
     assert f"process {gone}, is gone" in ranks[gone].stderr
+
+
+def test_a_frozen_heap_is_thawed_at_the_end() -> None:
+    """Libraries that count what they gave out (nanobind) would complain about all of it otherwise."""
+    script = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print('at the end', gc.get_freeze_count()))\n"
+        "from megasapo import launch\n"
+        "launch.freeze_heap()\n"
+        "print('frozen', gc.get_freeze_count() > 1000)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["frozen True", "at the end 0"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 import uvicorn
 
+from megasapo import launch
 from megasapo.rollout.local.app import App
 from megasapo.rollout.local.batch import Batch
 from megasapo.rollout.local.control import Control
@@ -39,14 +39,12 @@ def serve(options: Options, listener: socket.socket) -> int:
         torch.set_num_threads(options.threads)
     loaded = load(options)
     engine, app = build(options, loaded)
-    gc.collect()
-    gc.freeze()  # what imports and the model left behind need not be walked again between steps
+    launch.freeze_heap()
     engine.start()
     try:
         asyncio.run(_listen_and_serve(options, engine, app, listener))
     finally:
         engine.stop()
-        gc.unfreeze()  # else libraries find their objects alive at the very end, and print them (nanobind)
     return 1 if engine.crashed else 0
 
 
