@@ -9,6 +9,7 @@ the experts that were used are written alike. Defaults to fp32; `model.dtype=bfl
 from __future__ import annotations
 
 import json
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,9 @@ class Line:
 
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
-    parser = Parser(prog="megasapo score", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, metavar="HF_DIR")
-    parser.add_argument("--data", required=True, type=Path, metavar="IN.jsonl")
+    parser = Parser(prog="megasapo score", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="of an HF model or a converted checkpoint")
+    parser.add_argument("--data", required=True, type=Path, metavar="IN.jsonl", help='lines {"input_ids": [...]}')
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl")
     parser.add_argument("--routing", action="store_true", help="write the experts that were used, too")
     parser.add_argument(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megasapo.metrics import Metrics
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
-    from megasapo.rollout.source import RolloutSource
+    from megasapo.rollout.source import LoopThread, RolloutSource
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Event, Guard
 
@@ -327,6 +327,7 @@ def _make_parts(
     check_prompts(cfg.model.path, dataset, cfg.rollout.max_new_tokens)
     held_out = load_eval_prompts(cfg, tokenizer)[topo.dp_rank :: topo.dp] if cfg.train.eval_every else []
     stream = PromptStream(dataset, cfg.run.seed, cfg.data.shuffle)
+    thread, scorer = _start_graders(cfg, topo, cleanup)
     algo, steps = settings.resolve(cfg.algo, cfg.rollout), cfg.train.steps * cfg.algo.mini_batches
     policy = Policy(cfg, topo, algo, temperature=cfg.rollout.temperature, total_steps=steps)
     cleanup.callback(policy.close)
@@ -347,7 +348,7 @@ def _make_parts(
         verify=cfg.rollout.publish_verify,
     )
     cleanup.callback(publisher.close)
-    source, evaluate = _make_source(cfg, topo, tokenizer, stream, held_out, fleet, publisher, cleanup)
+    source, evaluate = _make_source(cfg, topo, tokenizer, stream, held_out, fleet, publisher, thread, scorer, cleanup)
     resume_step = checkpoint.step_of(last) if last else None
     log = make_log(cfg.log, directory.path, topo.rank == 0, resume_step=resume_step, total_steps=cfg.train.steps)
     cleanup.callback(log.close)
@@ -380,6 +381,18 @@ def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: 
     return fleet
 
 
+def _start_graders(cfg: Config, topo: Topology, cleanup: ExitStack) -> tuple[LoopThread, rewards.RewardModel]:
+    """The event loop of rollouts, and in it the graders; leaders load them, before a model takes its time to load."""
+    from megasapo.rollout.source import LoopThread
+
+    thread, scorer = LoopThread(), rewards.RewardModel(cfg.reward)
+    cleanup.callback(thread.close)
+    if topo.is_leader:
+        thread.run(scorer.start())
+        cleanup.callback(lambda: thread.run(scorer.close()))
+    return thread, scorer
+
+
 def _make_source(
     cfg: Config,
     topo: Topology,
@@ -388,21 +401,17 @@ def _make_source(
     held_out: list[Prompt],
     fleet: Fleet | None,
     publisher: Publisher,
+    thread: LoopThread,
+    scorer: rewards.RewardModel,
     cleanup: ExitStack,
 ) -> tuple[RolloutSource, Callable[[int], dict[str, float]]]:
     """The source of groups, and the function that measures this leader's held-out problems through the same servers."""
     from megasapo.evaluate import evaluate, summary
-    from megasapo.rewards.model import RewardModel
     from megasapo.rollout.episode import Completer
     from megasapo.rollout.sampler import Sampler
-    from megasapo.rollout.source import LoopThread, RolloutSource
+    from megasapo.rollout.source import RolloutSource
 
-    thread = LoopThread()
-    cleanup.callback(thread.close)
-    scorer = RewardModel(cfg.reward)
     if fleet is not None:
-        thread.run(scorer.start())
-        cleanup.callback(lambda: thread.run(scorer.close()))
         cleanup.callback(lambda: thread.run(fleet.close()))
 
     decode = partial(tokenizer.decode, skip_special_tokens=True)

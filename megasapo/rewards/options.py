@@ -9,18 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 
+class OptionError(ValueError):
+    """A reward's function cannot be called as it will be; the message says all there is to know."""
+
+
 def bind_options(
     name: str, function: Callable[..., Any], options: dict[str, Any], given: tuple[str, ...] = ()
 ) -> functools.partial[Any]:
     """`function(prompt, response, **options)` with the options filled in; `given` are filled in by the caller.
 
-    Raises ValueError that names an unknown or a missing option.
+    Raises OptionError that names an unknown or a missing option, or parameters that do not take prompt and response.
     """
-    parameters = list(inspect.signature(function).parameters.values())
-    if len(parameters) < 2:
-        raise ValueError(
-            f"reward {name}: must take (prompt, response), takes ({', '.join(p.name for p in parameters)})"
-        )
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    try:
+        signature.bind_partial(None, None)
+    except TypeError:
+        raise OptionError(f"reward {name}: is called as f(prompt, response), and takes {signature}") from None
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     known = {p.name: p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for option in options:
@@ -28,8 +33,9 @@ def bind_options(
             usable = [k for k in known if k not in given]
             close = difflib.get_close_matches(option, usable, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(usable) or 'none'}"
-            raise ValueError(f"reward {name}: unknown option {option!r}; {hint}")
+            raise OptionError(f"reward {name}: unknown option {option!r}; {hint}")
     missing = [k for k, p in known.items() if p.default is p.empty and k not in options and k not in given]
     if missing:
-        raise ValueError(f"reward {name}: needs the option {missing[0]!r}")
+        given_instead = "; what a problem has is in prompt.answer and prompt.fields" if ":" in name else ""
+        raise OptionError(f"reward {name}: needs the option {missing[0]!r}{given_instead}")
     return functools.partial(function, **options)

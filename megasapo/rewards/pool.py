@@ -174,9 +174,10 @@ class GraderPool:
                     await worker.send(settings)
                 line = await process.stdout.readline()
             code = None if line else await process.wait()
-            answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended with exit code {code}"}
+            ended = f"reward {self._target}: cannot be loaded: its process ended with exit code {code}"
+            answer: dict[str, Any] = json.loads(line) if line else {"error": ended}
             if "error" in answer:
-                raise RewardError(f"reward {self._target}: cannot be loaded: {answer['error']}")
+                raise RewardError(answer["error"])
         except BaseException as e:
             worker.kill()  # nobody else knows of it yet
             await worker.close()

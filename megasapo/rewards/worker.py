@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from megasapo.rewards.options import bind_options
+from megasapo.rewards.options import OptionError, bind_options
 
 FRAME = struct.Struct("!I")  # length of the pickle that follows
 
@@ -36,7 +36,8 @@ def main() -> None:
     try:
         grade = load(settings["target"], settings["options"])
     except BaseException as e:  # reported to the parent, which stops the run with it
-        _write(answers, {"error": _short(e)})
+        known = isinstance(e, OptionError)
+        _write(answers, {"error": str(e) if known else f"reward {settings['target']}: cannot be loaded: {_short(e)}"})
         return
     is_async = inspect.iscoroutinefunction(inspect.unwrap(grade.func))  # type: ignore[attr-defined]
     _write(answers, {"ready": True, "is_async": is_async})
@@ -47,13 +48,13 @@ def main() -> None:
 
 
 def load(target: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """The function behind `package.module:function`, its options bound. Raises ValueError or what importing raises."""
+    """The function behind `package.module:function`, its options bound. Raises OptionError or what importing raises."""
     module_name, _, function_name = target.partition(":")
     function = importlib.import_module(module_name)
     for name in function_name.split("."):
         function = getattr(function, name)
     if not callable(function):
-        raise ValueError(f"{target} is not a function but {type(function).__name__}")
+        raise OptionError(f"reward {target}: is not a function but {type(function).__name__}")
     return bind_options(target, function, options)
 
 

@@ -101,6 +101,16 @@ def test_a_step_whose_evaluation_fails_is_written_and_saved(tmp_path: Path, sett
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
+def test_a_grader_that_cannot_be_loaded_stops_the_run_before_its_model(tmp_path: Path, settings: Settings) -> None:
+    made = settings(tmp_path) | {"reward": {"rewards": [{"name": "tests.e2e.graders:absent"}]}}
+    with running("train", write_config(tmp_path / "config.yaml", made), log=tmp_path / "log") as run:
+        assert run.wait() != 0
+    output = run.output()
+    assert "tests.e2e.graders:absent: cannot be loaded: AttributeError" in output
+    assert "million parameters" not in output
+    assert "waiting for rollout servers" not in output
+
+
 def test_kill_everything(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
     config, _ = start_and_break(tmp_path, settings, lambda r: kill_hard(r.processes()))
     finish(tmp_path, config)

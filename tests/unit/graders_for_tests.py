@@ -45,4 +45,16 @@ async def judge(prompt: Prompt, response: str) -> float:
     return 0.5
 
 
+def of_another_library(*, completions: list[str], answer: str) -> float:
+    return 1.0
+
+
+def with_an_answer(prompt: Prompt, response: str, answer: str) -> float:
+    return 1.0
+
+
+def wrapped(*args: object, **options: object) -> float:
+    return float(len(str(args[1])))
+
+
 not_a_function = 3

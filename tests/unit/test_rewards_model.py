@@ -213,11 +213,19 @@ def test_wrong_settings_are_refused(bad: RewardSpec, message: str) -> None:
         (spec(f"{GRADERS}:absent"), "cannot be loaded: AttributeError"),
         (spec(f"{GRADERS}:not_a_function"), "is not a function but int"),
         (spec(f"{GRADERS}:length", scal=2), "unknown option 'scal'; did you mean 'scale'"),
+        (spec(f"{GRADERS}:of_another_library"), r"called as f\(prompt, response\), and takes \(\*, completions"),
+        (spec(f"{GRADERS}:with_an_answer"), "needs the option 'answer'; what a problem has is in prompt.answer"),
     ],
 )
 def test_graders_that_cannot_be_loaded_stop_the_start(bad: RewardSpec, message: str) -> None:
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as stopped:
         score([bad], ["x"])
+    assert str(stopped.value).count("reward ") == 1
+    assert "options.py" not in str(stopped.value)
+
+
+def test_a_grader_may_take_whatever_it_is_given() -> None:
+    assert rewards([spec(f"{GRADERS}:wrapped")], ["abc"]) == [3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a hung grader is tied to its parent by a Linux call")
