@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine, table
+from megasapo.hf_files import INDEX, TensorSpec
 from megasapo.mcore.blueprint import blueprint
-from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec
 from megasapo.mcore.bridge.save import SafetensorsWriter, assign_files, write_json
 from megasapo.sections import ParallelConfig
 from tests.tiny import MOE_SHAPE, SHAPE, write_tokenizer

@@ -27,13 +27,13 @@ from megasapo.algo.estimators import mismatch_kl
 from megasapo.config import Config
 from megasapo.data.prompts import PromptDataset
 from megasapo.data.tokenizer import load_tokenizer
-from megasapo.geometry import read_geometry
+from megasapo.geometry import read_config, read_geometry
 from megasapo.mcore import model, step
 from megasapo.mcore.replay import RoutingReplay
 from megasapo.mcore.scorer import Scorer
 from megasapo.mcore.topology import Topology
 from megasapo.rollout.fleet import Fleet
-from megasapo.rollout.weight_files import Writer, read_config
+from megasapo.rollout.weight_files import Writer
 from megasapo.routing.flips import flips
 from megasapo.routing.validate import RoutingRule, validate
 from megasapo.sections import PrecisionConfig

@@ -15,21 +15,26 @@ from megasapo.config import ConfigError
 from megasapo.families import family
 from megasapo.families.sizes import BACKWARD, Fields, Geometry, Latent, Parameters
 
-__all__ = ["BACKWARD", "Geometry", "Latent", "Parameters", "geometry", "read_geometry"]
+__all__ = ["BACKWARD", "Geometry", "Latent", "Parameters", "geometry", "read_config", "read_geometry"]
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """An HF directory's config.json. Raises ConfigError when there is none or it cannot be read."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give the directory of an HF model")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: not valid JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(config).__name__}")
+    return config
 
 
 def read_geometry(model_path: str | Path) -> Geometry:
     """The sizes in an HF directory's config.json. Raises ConfigError when there is none or it cannot be used."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.path={model_path}: no config.json there; give the directory of an HF model")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ConfigError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(config).__name__}")
-    return geometry(config, source=str(path))
+    return geometry(read_config(model_path), source=str(Path(model_path) / "config.json"))
 
 
 def geometry(config: Mapping[str, Any], source: str = "config.json") -> Geometry:

@@ -25,9 +25,8 @@ from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, reso
 from megasapo.convert.verify import check_logprobs, check_tensors
 from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
 from megasapo.errors import UserError
-from megasapo.geometry import read_geometry
+from megasapo.geometry import read_config, read_geometry
 from megasapo.layout import check_layout, fewest_ranks
-from megasapo.mcore.bridge.load import read_config
 from megasapo.sections import ParallelConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

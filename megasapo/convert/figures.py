@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megasapo.convert.sources import Source
-from megasapo.mcore.bridge.hf_files import TensorSpec
+from megasapo.hf_files import TensorSpec
 
 EXPERT = re.compile(r"(?P<before>.*layers\.(?P<layer>\d+)\..*experts\.)(?P<expert>\d+)\.(?P<what>.+)")
 FUSED = re.compile(r".*layers\.(?P<layer>\d+)\..*experts\.(?P<what>[^.]*)")  # one tensor of all experts

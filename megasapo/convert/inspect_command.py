@@ -27,7 +27,7 @@ from megasapo.convert.sources import (
     resolved,
 )
 from megasapo.errors import UserError
-from megasapo.mcore.bridge.load import read_config
+from megasapo.geometry import read_config
 from megasapo.mcore.torch_dist import StoredTensors
 
 Row = dict[str, Any]

@@ -16,12 +16,12 @@ from megasapo import checkpoints
 from megasapo.convert.errors import ConvertError
 from megasapo.families.mtp import mtp_names
 from megasapo.families.weights import Piece
+from megasapo.geometry import read_config
+from megasapo.hf_files import INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import copy_out
-from megasapo.mcore.bridge.hf_files import INDEX, SINGLE, TensorSpec, has_weights
-from megasapo.mcore.bridge.load import read_config
 from megasapo.mcore.bridge.placement import Placed, nearest
 from megasapo.mcore.bridge.save import Carried
 from megasapo.mcore.torch_dist import StoredTensors

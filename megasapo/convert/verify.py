@@ -20,9 +20,9 @@ from megasapo.checksum import Checksum
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.sources import HFSource, MegatronSource
 from megasapo.convert.work import Request, ToHF, Work, megatron_source
-from megasapo.geometry import read_geometry
-from megasapo.mcore.bridge.hf_files import HFFiles
-from megasapo.mcore.bridge.load import fill, read_config
+from megasapo.geometry import read_config, read_geometry
+from megasapo.hf_files import HFFiles
+from megasapo.mcore.bridge.load import fill
 
 LARGEST_DIFFERENCE = 1e-3  # of a logprob, in fp32 on both sides
 LENGTHS = (33, 64)

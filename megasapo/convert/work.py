@@ -20,11 +20,12 @@ from megasapo.convert.sources import HFSource, MegatronSource, Source
 from megasapo.families.mtp import exported_config, mtp_names
 from megasapo.families.weights import Shape
 from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK
+from megasapo.geometry import read_config
+from megasapo.hf_files import INDEX, TensorSpec
 from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
-from megasapo.mcore.bridge.hf_files import INDEX, TensorSpec
-from megasapo.mcore.bridge.load import check_files, fill, read_config
+from megasapo.mcore.bridge.load import check_files, fill
 from megasapo.mcore.bridge.placement import Placed, as_it_is, keeps_dtype
 from megasapo.mcore.bridge.save import Carried, SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces

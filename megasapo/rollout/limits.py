@@ -6,7 +6,6 @@ otherwise than its own without a word. It must not import torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 
 from megasapo.data.prompts import PromptDataset
 from megasapo.errors import ConfigError
-from megasapo.geometry import read_geometry
+from megasapo.geometry import read_config, read_geometry
 from megasapo.rollout.protocol import RolloutError
 from megasapo.routing.validate import RoutingRule
 from megasapo.types import SamplingParams
@@ -37,15 +36,11 @@ class ModelLimits:
 
     @staticmethod
     def read(model_path: str | Path) -> ModelLimits:
-        """From model_path/config.json. Raises RolloutError naming what is missing."""
-        path = Path(model_path) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise RolloutError(f"{path}: cannot read the model's configuration: {e}") from e
+        """From model_path/config.json. Raises RolloutError naming what is missing, ConfigError where nothing is."""
+        config = read_config(model_path)
         missing = [k for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers") if k not in config]
         if missing:
-            raise RolloutError(f"{path}: no {', '.join(missing)}")
+            raise RolloutError(f"{model_path}/config.json: no {', '.join(missing)}")
         experts = next((config[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if k in config), 0)
         return ModelLimits(
             vocab_size=config["vocab_size"],
@@ -188,14 +183,8 @@ def refuse_quantising_flags(flags: Sequence[str]) -> None:
 
 def _served_config(info: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config.json of a server's model; None where this machine has none."""
-    path = Path(str(info.get("model_path"))) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise RolloutError(f"{path}: cannot read the configuration of the servers' model: {e}") from e
-    return config if isinstance(config, dict) else {}
+    directory = Path(str(info.get("model_path")))
+    return read_config(directory) if (directory / "config.json").is_file() else None
 
 
 def size_of(flags: Sequence[str], *spellings: str) -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK, quantise_blocks
-from megasapo.geometry import geometry
+from megasapo.geometry import geometry, read_config
+from megasapo.hf_files import HFFiles
 from megasapo.rollout.protocol import RolloutError
-from megasapo.rollout.weight_files import Bucket, Writer, read_config, tensors
+from megasapo.rollout.weight_files import Bucket, Writer
 
 LATENT = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})  # DeepSeek's attention
 LINEAR = LATENT | {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -82,9 +83,9 @@ def quantise_checkpoint(source: str | Path, target: str | Path, *, bucket_bytes:
     config = quantised_config(read_config(source), source)
     writer = Writer(target)
     try:
-        bucket: Bucket = []
-        for named in tensors(source):
-            bucket += quantise_bucket([named])
+        files, bucket = HFFiles(source), Bucket()
+        for name in files.names:
+            bucket += quantise_bucket([(name, files.read(name))])
             if sum(tensor.nbytes for _, tensor in bucket) >= bucket_bytes:
                 writer.add(bucket)
                 bucket = []

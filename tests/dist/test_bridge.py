@@ -105,7 +105,7 @@ def _check_model(directory, out, topo) -> None:
     from megasapo.families.mtp import mtp_names
     from megasapo.sections import ModelConfig
     from megasapo.mcore import bridge, model
-    from megasapo.mcore.bridge.hf_files import HFFiles
+    from megasapo.hf_files import HFFiles
     from megasapo.mcore.bridge.load import load_files
 
     dtype = json.loads((directory / "config.json").read_text())["dtype"]

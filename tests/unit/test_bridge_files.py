@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megasapo.errors import ConfigError
 from megasapo.families.weights import BridgeError
-from megasapo.mcore.bridge.hf_files import HFFiles
-from megasapo.mcore.bridge.load import load_files, load_hf, read_config
+from megasapo.geometry import read_config
+from megasapo.hf_files import HFFiles
+from megasapo.mcore.bridge.load import load_files, load_hf
 from megasapo.mcore.bridge.placement import place
 from tests.unit.bridge_fakes import EXPERTS, HF_MOE, MOE_FFN, VOCAB, H, fake_model, fill_from
 
@@ -163,7 +165,7 @@ def test_wrong_shape_and_dtype(tmp_path: Path, hf: dict[str, torch.Tensor]) -> N
 
 
 def test_missing_directory_file_and_index_entry(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(BridgeError, match=r"nowhere/config\.json: no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere/config\.json: no such file"):
         read_config(tmp_path / "nowhere")
     with pytest.raises(BridgeError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
         HFFiles(tmp_path / "nowhere")

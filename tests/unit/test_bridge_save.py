@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasapo.checksum import Checksum, weights_checksum
+from megasapo.hf_files import TensorSpec
 from megasapo.mcore.bridge.export import _is_contiguous
-from megasapo.mcore.bridge.hf_files import TensorSpec
 from megasapo.mcore.bridge.save import SafetensorsWriter, _put_in_place, assign_files, write_companions
 
 TENSORS = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megasapo.errors import UserError
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import (
     UNSTAMPED,
@@ -147,7 +148,7 @@ def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
 def test_an_unusable_config_json_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(RolloutError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         ModelLimits.read(tmp_path)
 
 

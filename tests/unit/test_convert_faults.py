@@ -79,7 +79,7 @@ def _edit(d: Path, change) -> None:
         (_truncated, ("model.safetensors: truncated: tensor 'model.",)),
         (_garbage, ("model.safetensors: not a safetensors file",)),
         (_integers, ("tensor 'model.norm.weight' has dtype I64",)),
-        (_broken_config, ("config.json: not a JSON file",)),
+        (_broken_config, ("config.json: not valid JSON",)),
         (_pickled, ("neither an HF directory", "pytorch_model.bin is no safetensors file")),
         (_other_quantisation, ("config.json: quantization_config=", "awq")),
         (_unknown_family, ("model_type='bert' is not supported", "qwen3_moe")),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megasapo.errors import ConfigError
+from megasapo.families.weights import BridgeError
 from megasapo.rollout.limits import check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import is_quantised, quantise_bucket, quantise_checkpoint, rollout_model
@@ -118,7 +120,7 @@ def test_directories_that_are_refused(models: dict[str, Path], tmp_path: Path) -
         quantise_checkpoint(models["dense"], target)
     with pytest.raises(RolloutError, match="already quantised"):
         quantise_checkpoint(target, tmp_path / "twice")
-    with pytest.raises(RolloutError, match="cannot read the model's configuration"):
+    with pytest.raises(ConfigError, match=r"nothing/config\.json: no such file"):
         quantise_checkpoint(tmp_path / "nothing", tmp_path / "twice")
 
 
@@ -128,7 +130,7 @@ def test_a_failure_leaves_nothing_behind(models: dict[str, Path], tmp_path: Path
     (broken / "config.json").write_bytes((models["dense"] / "config.json").read_bytes())
     data = (models["dense"] / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(RolloutError, match="broken: cannot read the weights"):
+    with pytest.raises(BridgeError, match=r"broken/model\.safetensors: truncated"):
         quantise_checkpoint(broken, tmp_path / "out" / "fp8")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -241,7 +243,7 @@ def test_running_servers_must_hold_the_right_kind(
 
 def test_a_servers_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RolloutError, match=r"config\.json: cannot read"):
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
         check_quantization("http://s", {"model_path": str(tmp_path)}, "none")
 
 

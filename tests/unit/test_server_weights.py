@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megasapo.checksum import weights_checksum
-from megasapo.rollout.local.weights import Weights, _view, served_entries
+from megasapo.hf_files import HFFiles
+from megasapo.rollout.local.weights import Weights, _view, served_specs
 from megasapo.rollout.weight_group import WeightGroup, host_store
 from tests.serving import TIMEOUT_S, serving
 from tests.tiny import make_model
@@ -119,7 +120,8 @@ def truncated(source, target):
 
 def missing_shard(source, target):
     shutil.copy(source / "model.safetensors", target / "a.safetensors")
-    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    there = dict.fromkeys(load_file(source / "model.safetensors"), "a.safetensors")
+    index = {"weight_map": there | {"y": "b.safetensors"}}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -127,7 +129,7 @@ def missing_shard(source, target):
     ("spoil", "words"),
     [
         (lambda source, target: None, "no such weights"),
-        (truncated, "cannot read"),
+        (truncated, "truncated: tensor"),
         (missing_shard, "b.safetensors"),
         (lambda source, target: (target / "model.safetensors.index.json").write_text("{}"), "index"),
         (rewritten(lambda file: file.pop("model.norm.weight")), "lacks 1 weights, the first is 'model.norm.weight'"),
@@ -318,5 +320,5 @@ def test_a_group_that_nobody_leads_is_an_error_and_the_server_lives(server, monk
 def test_layers_after_the_models_last_are_not_its_weights(tmp_path):
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(2, 2) for i in range(12)}
     save_file(tensors | {"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    found = served_entries(tmp_path, num_layers=10)
+    found = served_specs(HFFiles(tmp_path), num_layers=10)
     assert set(found) == {"lm_head.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(10))}

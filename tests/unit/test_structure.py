@@ -21,6 +21,7 @@ LAYERS = [
         "sections",
         "families",
         "checksum",
+        "hf_files",
         "errors",
         "keys",
         "checkpoints",

@@ -13,8 +13,8 @@ import torch
 
 from megasapo.families.weights import Box, BridgeError, full_box
 from megasapo.fp8.blocks import SCALE, dequantise_blocks
-from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, Entry, HFFiles
-from megasapo.mcore.bridge.load import read_config
+from megasapo.geometry import read_config
+from megasapo.hf_files import DTYPE_NAMES, Entry, HFFiles
 
 FP8 = "F8_E4M3"
 

@@ -17,7 +17,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import nn
 
 from megasapo.families.weights import Box, BridgeError, Piece, Shape
-from megasapo.mcore.bridge.hf_files import TensorSpec
+from megasapo.hf_files import TensorSpec
 from megasapo.mcore.bridge.placement import Locals, as_stored, place
 from megasapo.mcore.topology import Topology
 

@@ -5,7 +5,6 @@ Every rank reads only the boxes it holds, piece by piece; nothing is sent betwee
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +19,8 @@ from torch import nn
 
 from megasapo.families.mtp import is_mtp
 from megasapo.families.weights import BridgeError
-from megasapo.mcore.bridge.hf_files import FLOATS, HFFiles
+from megasapo.geometry import read_config
+from megasapo.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, as_stored, find_hf, nearest, place
 from megasapo.mcore.compat import set_quantised
 
@@ -62,20 +62,6 @@ def check_files(mine: Locals, files: HFFiles) -> None:
         shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
-
-
-def read_config(hf_dir: str | Path) -> dict[str, Any]:
-    """The contents of config.json. Raises BridgeError when there is none, or it is broken."""
-    path = Path(hf_dir) / "config.json"
-    if not path.is_file():
-        raise BridgeError(f"{path}: no such file; an HF model directory has one")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise BridgeError(f"{path}: not a JSON file: {e}") from e
-    if not isinstance(config, dict):
-        raise BridgeError(f"{path}: not the configuration of a model: {str(config)[:100]}")
-    return config
 
 
 @torch.no_grad()

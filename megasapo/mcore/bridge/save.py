@@ -21,10 +21,10 @@ from torch import nn
 from megasapo.checkpoints import sync
 from megasapo.families.mtp import exported_config, mtp_layers, mtp_names
 from megasapo.families.weights import BridgeError
+from megasapo.geometry import read_config
+from megasapo.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import Export, NamedTensors
-from megasapo.mcore.bridge.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weights
-from megasapo.mcore.bridge.load import read_config
 from megasapo.mcore.bridge.placement import keeps_dtype
 from megasapo.mcore.topology import Topology
 

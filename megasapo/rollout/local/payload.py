@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from megasapo.rollout.weight_files import DTYPES
+from megasapo.hf_files import DTYPES
 
 HEADER_BYTES = 64
 MEMORY = Path("/dev/shm")

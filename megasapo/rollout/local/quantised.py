@@ -18,15 +18,16 @@ from megasapo.errors import UserError
 from megasapo.families.gpt_oss import RELEASED
 from megasapo.fp8.blocks import ROW_BLOCK, WEIGHT_BLOCK, dequantise_blocks, quantise_blocks
 from megasapo.fp8.formats import E4M3
-from megasapo.rollout.local.weights import Weights, served_entries
+from megasapo.hf_files import HFFiles
+from megasapo.rollout.local.weights import Weights, served_specs
 
 
 def load(path: str, config: Any, dtype: Any, device: str) -> tuple[PreTrainedModel, Weights]:
     """The model of an FP8 directory, ready to run. Raises UserError for another kind of quantisation."""
     _check(path, config.quantization_config)
     del config.quantization_config  # transformers would want its own FP8 kernels, which need a GPU
-    found = served_entries(Path(path), config.get_text_config().num_hidden_layers)
-    names = [name for name, entry in found.items() if entry.dtype is E4M3.dtype]
+    found = served_specs(HFFiles(path), config.get_text_config().num_hidden_layers)
+    names = [name for name, spec in found.items() if spec.dtype is E4M3.dtype]
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
     model.to(device).eval().requires_grad_(False)

@@ -10,16 +10,20 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megasapo.checksum import Checksum
+from megasapo.errors import UserError
 from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK, dequantise_blocks
 from megasapo.fp8.formats import E4M3
-from megasapo.rollout.weight_files import Entry, WeightError, entries, tensors
+from megasapo.hf_files import HFFiles, TensorSpec
+
+
+class WeightError(UserError, ValueError):
+    """Weights were refused; the message says which and why. The old ones are intact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +100,23 @@ class Weights:
             raise WeightError(f"weight {name!r} was updated without {lacking!r}")
 
     def load(self, directory: str) -> None:
-        """Replace all weights by those of an HF directory. Raises WeightError, before writing, unless all fit."""
-        path = Path(directory)
-        found = served_entries(path, self._num_layers)
-        for name, entry in found.items():
-            self.check(name, entry.shape, entry.dtype)
+        """Replace all weights by those of an HF directory. Raises WeightError, before writing, unless all fit.
+
+        BridgeError where they cannot be read.
+        """
+        files = HFFiles(directory)
+        found = served_specs(files, self._num_layers)
+        for name, spec in found.items():
+            self.check(name, spec.shape, spec.dtype)
         missing = [name for name in self.names if name not in found]
         if missing:
             raise WeightError(f"{directory} lacks {len(missing)} weights, the first is {missing[0]!r}")
-        for name, tensor in tensors(path, {name for name in found if name.endswith(SCALE)}):
-            _check_scales(name, tensor)
+        for name in found:
+            if name.endswith(SCALE):
+                _check_scales(name, files.read(name))
         self.begin()
-        for name, tensor in tensors(path, set(found)):
-            self._put(name, tensor)
+        for name in found:
+            self._put(name, files.read(name))
 
     def checksum(self) -> str:
         """megasapo.checksum over the names that a file of this model has."""
@@ -145,11 +153,10 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def served_entries(path: Path, num_layers: int) -> dict[str, Entry]:
+def served_specs(files: HFFiles, num_layers: int) -> dict[str, TensorSpec]:
     """Of an HF directory's weights, those of the model: not of layers after its last, for multi-token prediction."""
-    found = entries(path)
-    layers = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in found}
-    return {name: found[name] for name, layer in layers.items() if layer is None or int(layer[1]) < num_layers}
+    layers = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in files.names}
+    return {name: files.spec(name) for name, layer in layers.items() if layer is None or int(layer[1]) < num_layers}
 
 
 def file_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:

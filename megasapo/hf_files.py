@@ -1,6 +1,7 @@
 """Reads boxes of tensors out of an HF directory's safetensors, one file or an index of shards, without whole tensors.
 
-Used by load.py. Every error names the file and the tensor. Knows nothing of models.
+Used by the learner, by the embedded server and by whatever converts. Every error names the file and the tensor. Knows
+nothing of models.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class HFFiles:
 
     @property
     def names(self) -> list[str]:
+        """Of all tensors, file by file."""
         return list(self._file_of)
 
     def file(self, name: str) -> Path:
@@ -111,12 +113,12 @@ class HFFiles:
             return dict.fromkeys(self._header(SINGLE, wanted=None), SINGLE)
         index = self.directory / INDEX
         if not index.is_file():
-            raise BridgeError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
+            raise BridgeError(f"{self.directory}: no such weights: has neither {SINGLE} nor {INDEX}")
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return dict(sorted(file_of.items(), key=lambda item: item[1]))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BridgeError(f"{index}: not an index of safetensors files: {e!r}") from e
-        return dict(weight_map)
 
     def _header(self, file: str, wanted: str | None) -> dict[str, Entry]:
         if file not in self._headers:
