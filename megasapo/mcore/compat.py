@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-import queue
 import warnings
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
@@ -41,7 +40,6 @@ def apply() -> None:
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
     _keep_adam_step()
-    _save_without_a_manager_process()
     _order_pipeline_messages()
     _silence_known_warnings()
     _refuse_foreign_pickles()
@@ -99,18 +97,6 @@ def _order_pipeline_messages() -> None:
 
     p2p._batched_p2p_ops = batched
     p2p.P2PCommunicator._communicate_shapes = shapes
-
-
-def _save_without_a_manager_process() -> None:
-    """Collect the results of a checkpoint's writers in this process, where a synchronous save runs.
-
-    0.16.1 to 0.19.2 start a multiprocessing manager for them at the first save, in every rank: seconds of start-up, and
-    a process that outlives a rank killed by -9. Only their own asynchronous saves need it; ours are saver.py's.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def _silence_known_warnings() -> None:
