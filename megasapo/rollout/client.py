@@ -124,7 +124,7 @@ class ServerClient:
         an aborted answer comes as far as it got (finish_reason abort), otherwise it is a BadAnswer as well.
         """
         body = generate_request(input_ids, sampling, return_routed_experts=routed is not None, rid=rid)
-        content = await self._call("POST", "/generate", body, timeout_s=self._request_timeout_s, key=self._keys.api)
+        content = await self._call("POST", "/generate", body, timeout_s=self._request_timeout_s)
         answer = self._parsed("/generate", content)
         try:
             return read_completions(answer, input_ids, sampling, routed, partial=partial)
@@ -134,7 +134,7 @@ class ServerClient:
 
     async def check_health(self) -> None:
         """Raises Retryable unless the server is up and its model generates a token."""
-        await self._call("GET", "/health_generate", None, timeout_s=self._question_timeout_s, key=None)
+        await self._call("GET", "/health_generate", None, timeout_s=self._question_timeout_s)
 
     async def model_info(self) -> dict[str, Any]:
         return await self._question("/model_info")
@@ -270,11 +270,11 @@ class ServerClient:
     # --- transport ---
 
     async def _question(self, path: str) -> dict[str, Any]:
-        content = await self._call("GET", path, None, timeout_s=self._question_timeout_s, key=self._keys.api)
+        content = await self._call("GET", path, None, timeout_s=self._question_timeout_s)
         return self._object(path, content)
 
     async def _control(self, path: str, body: dict[str, Any] | None, *, parse: bool = True) -> dict[str, Any]:
-        content = await self._call("POST", path, body, timeout_s=self._control_timeout_s, key=self._keys.control)
+        content = await self._call("POST", path, body, timeout_s=self._control_timeout_s, control=True)
         answer = self._object(path, content) if parse else {}
         if answer.get("success") is False:
             raise Refused(f"{self.url}{path}: {answer.get('message')}", 200)
@@ -295,8 +295,10 @@ class ServerClient:
             raise BadAnswer(f"{self.url}{path}: {len(content)} bytes that are not JSON: {e}") from e
 
     async def _call(
-        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, key: str | None
+        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, control: bool = False
     ) -> bytes:
+        """`control`: with the admin key, where there is one."""
+        key = self._keys.control if control else self._keys.api
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -314,7 +316,8 @@ class ServerClient:
         if status in (408, 429) or status >= 500:  # 408: out of sglang-router's queue
             raise Retryable(f"{self.url}{path}: {status}: {_message(content)}")
         if status >= 300:
-            hint = ", so it asks for another key: see rollout.api_key_file" if status == 401 else ""
+            setting = "rollout.admin_api_key_file" if control else "rollout.api_key_file"
+            hint = f", so it asks for another key: see {setting}" if status == 401 else ""
             raise Refused(f"{self.url}{path}: {status}: {_message(content)}{hint}", status)
         return content
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,9 @@ from megasapo import keys
 from megasapo.errors import ConfigError
 from megasapo.evaluate import main as evaluate
 from megasapo.rollout.fleet import Fleet
-from megasapo.rollout.protocol import Refused
 from megasapo.sections import RolloutConfig
-from megasapo.types import Completion, SamplingParams
-from tests.tiny import make_model
 from tests.unit.load import model
 from tests.unit.standin_server import Standin, serving
-from tests.unit.test_server_process import Process
 
 
 def test_a_file_counts_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,27 +61,3 @@ def test_evaluate_asks_a_running_server_with_the_key(tmp_path: Path, monkeypatch
         with pytest.raises(KeyError, match="model_path"):  # the stand-in has no model
             evaluate(["--url", server.url])
     assert [headers["authorization"] for _, headers in server.asked] == ["Bearer of-the-environment"]
-
-
-def test_a_server_with_an_admin_key_samples_and_is_updated(tmp_path: Path) -> None:
-    directory = make_model(tmp_path / "model")
-    files = {name: str(tmp_path / name) for name in ("api_key_file", "admin_api_key_file")}
-    for name, path in files.items():
-        Path(path).write_text(f"the-{name}")
-    flags = [part for name, path in files.items() for part in (f"--{name.replace('_', '-')}", path)]
-
-    async def sample(fleet: Fleet) -> list[Completion]:
-        try:
-            return await fleet.generate([(5, 6)], [SamplingParams(max_new_tokens=2)])
-        finally:
-            await fleet.close()
-
-    with Process(directory, *flags) as server:
-        cfg = RolloutConfig(servers=(server.url,), deterministic=False, **files)
-        with Fleet.start(cfg, directory, tmp_path / "run") as fleet:
-            fleet.run(fleet.control(fleet.servers[0]).load_from_disk(directory, 3, "retract"))
-            [completion] = asyncio.run(sample(fleet))
-            assert completion.version_min == 3
-        with Fleet.start(cfg.model_copy(update={"admin_api_key_file": None}), directory, tmp_path / "run") as fleet:
-            with pytest.raises(Refused, match=r"401: .*another key: see rollout\.api_key_file"):
-                fleet.run(fleet.control(fleet.servers[0]).pause("retract"))
