@@ -18,15 +18,15 @@ START_S = 300.0
 
 
 @contextmanager
-def routing(workers: Sequence[str], key: str, log: Path) -> Iterator[str]:
-    """The URL of a router that knows all `workers`, until the end of the block."""
+def routing(workers: Sequence[str], key: str, log: Path, options: Sequence[str] = ()) -> Iterator[str]:
+    """The URL of a router that knows all `workers`, until the end of the block. `options`: more of its own."""
     if not sglang_python().exists():
         pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh, or pytest -m 'not sglang'")
     port, prometheus_port = free_ports(2)  # it takes them seconds later
     command = [str(sglang_python()), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     # its default policy keeps prompts with a common beginning at one server until that is 64 requests ahead
     command += ["--policy", "round_robin", "--log-level", "warn"]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(prometheus_port)]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(prometheus_port), *options]
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0, trust_env=False) as http:

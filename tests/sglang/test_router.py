@@ -38,13 +38,14 @@ class Behind:
 
 
 @pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Behind]:
+def behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Behind]:
     old, new = make_model(tmp_path / "old", seed=1), make_model(tmp_path / "new", seed=2)
-    settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 200.0}
+    settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 200.0, "request_timeout_s": 200.0}
+    options = getattr(request, "param", ())
     servers = RolloutConfig(spawn=2, max_restarts=0, server_args=("--threads", "1"), **settings)
     with Fleet.start(servers, old, tmp_path / "servers") as owner:
         key = tmp_path / "servers" / "api_key"
-        with routing(owner.urls, key.read_text(), tmp_path / "router.log") as url:
+        with routing(owner.urls, key.read_text(), tmp_path / "router.log", options) as url:
             cfg = RolloutConfig(servers=owner.urls, router=url, api_key_file=str(key), **settings)
             with Fleet.start(cfg, old, tmp_path / "run") as fleet, httpx.Client(base_url=url) as http:
                 yield Behind(owner, Contract("embedded", fleet, http, old, new, tmp_path / "run"))
@@ -102,6 +103,19 @@ def test_a_killed_worker_loses_no_sample(behind: Behind) -> None:
     completions = sample(run.fleet, LONG, kill)
     assert {len(c.output_ids) for c in completions} == {300}
     assert_sampled_from(run.new, completions, 1)
+
+
+GIVES_UP = ("--request-timeout-secs=10", "--health-check-interval-secs=2", "--health-failure-threshold=1")
+
+
+@pytest.mark.parametrize("behind", [GIVES_UP], indirect=True)
+def test_a_worker_that_hangs_loses_no_sample_and_nothing_waits_for_our_own_timeout(behind: Behind) -> None:
+    run, process = behind.run, behind.owner.servers[0].process
+    assert process is not None
+    publish(run, run.new, 1, "disk")
+    os.kill(process.pid, signal.SIGSTOP)
+    assert_sampled_from(run.new, sample(run.fleet, SamplingParams(max_new_tokens=12, ignore_eos=True)), 1)
+    assert "rollout/retries" not in run.fleet.take_metrics()  # the router repeats what it had sent there
 
 
 def test_the_key_is_asked_for_through_the_router(behind: Behind, tmp_path: Path) -> None:
