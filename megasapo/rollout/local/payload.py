@@ -67,7 +67,8 @@ def parse(payload: str) -> list[tuple[str, SharedTensor]]:
 
 
 def read(tensors: Sequence[tuple[str, SharedTensor]]) -> list[tuple[str, torch.Tensor]]:
-    """Copies of the tensors. Raises PayloadError where the memory is not there, not ours or not of the said size."""
+    """Copies of the tensors, whose memory is given back. Raises PayloadError where it is not there, not ours or not of
+    the said size."""
     with ExitStack() as opened:
         files: dict[Storage, BinaryIO] = {}
         copies = []
@@ -80,7 +81,18 @@ def read(tensors: Sequence[tuple[str, SharedTensor]]) -> list[tuple[str, torch.T
             if file.readinto(copy.view(-1).view(torch.uint8).numpy()) != shared.num_bytes:  # type: ignore[attr-defined]
                 raise PayloadError(f"shared memory {shared.storage.file!r} became shorter while {name!r} was read")
             copies.append((name, copy))
+    for storage in {id(shared.storage): shared.storage for _, shared in tensors}.values():
+        _give_back(storage)
     return copies
+
+
+def _give_back(storage: Storage) -> None:
+    """Let the sender free the memory: it has counted the reader as a holder, once for each time a payload names it.
+
+    The count is torch's, and atomic. No manager is named, which makes torch use this process's own.
+    """
+    memory = torch.UntypedStorage._new_shared_filename_cpu(b"", f"/{storage.file}".encode(), storage.num_bytes)
+    memory._shared_decref()
 
 
 def _open(storage: Storage) -> BinaryIO:
