@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from megasapo.sections import RolloutConfig
 LOOPBACK = "127.0.0.1"
 TERM_GRACE_S = 10.0
 SGLANG_WITH_KEY = Path(__file__).with_name("sglang_with_key.py")  # run by its path: SGLang's python has no megasapo
+LOAD_FILE = re.compile(r"/dev/shm/sglang_loads_\S+\.shm$", re.MULTILINE)
 ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
@@ -153,9 +155,23 @@ def guard(command: list[str]) -> int:
     threading.Thread(target=owner_gone, daemon=True).start()
     while child.poll() is None and not over.wait(0.2):
         pass
+    left_behind = _load_files(child.pid)
     # also after the child ended by itself: its own children (schedulers) may be left
     end_group(child, TERM_GRACE_S)
+    for file in left_behind:
+        file.unlink(missing_ok=True)
     return child.returncode
+
+
+def _load_files(group: int) -> set[Path]:
+    """What processes of this group have mapped of the files in which SGLang (0.5.21) publishes its load: 16 KB for each
+    start, of a random name, which it never removes."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if os.getpgid(int(process.name)) == group:
+                found |= set(LOAD_FILE.findall((process / "maps").read_text()))
+    return {Path(name) for name in found}
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from megasapo.keys import Keys
 from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
-from megasapo.rollout.spawn import end_group, free_port
+from megasapo.rollout.spawn import end_group
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
+from tests.dist.launcher import free_ports
 from tests.sglang.calls import assert_serves, publish
 from tests.sglang.conftest import HERE, Contract, sglang_python
 from tests.tiny import make_model
@@ -54,7 +55,8 @@ class Guarded:
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    engine, root, port = request.param, tmp_path_factory.mktemp(request.param), free_port()
+    engine, root = request.param, tmp_path_factory.mktemp(request.param)
+    [port] = free_ports(1)
     old, new = make_model(root / "old", seed=1), make_model(root / "new", seed=2)
     (root / "key").write_text(f"{BOTH.api}\n")
     if engine == "embedded":

@@ -17,7 +17,7 @@ import pytest
 
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
-from megasapo.rollout.spawn import SGLANG_WITH_KEY, server_command
+from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, server_command
 from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
@@ -169,6 +169,29 @@ def test_a_server_does_not_outlive_its_guard(model: Path, tmp_path: Path) -> Non
         wait_until(lambda: not alive(served), "ended")
         wait_until(lambda: fleet.servers[0].ready, "started again")
         assert generate(fleet) == -1
+
+
+def test_what_sglang_leaves_in_memory_goes_with_its_server_and_no_other(tmp_path: Path) -> None:
+    script = """if True:
+        import mmap, sys, time
+        with open(sys.argv[1], "w+b") as file:
+            file.truncate(100)
+            memory = mmap.mmap(file.fileno(), 100)
+        print("it is mapped", flush=True)
+        time.sleep(600)
+    """
+    own, others = (Path(f"/dev/shm/sglang_loads_{os.getpid()}_{whose}.shm") for whose in ("own", "others"))
+    others.write_bytes(bytes(100))
+    try:
+        process = ServerProcess([sys.executable, "-c", script, str(own)], tmp_path / "log", exits_with_stdin=False)
+        wait_until(lambda: "\nit is mapped" in process.log_tail(), "mapped")
+        assert own.exists()
+        process.stop()
+        assert not own.exists()
+        assert others.exists()
+    finally:
+        own.unlink(missing_ok=True)
+        others.unlink()
 
 
 def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) -> None:
