@@ -15,7 +15,8 @@ from megasapo.geometry import Geometry
 from megasapo.layout import Problem, divisors, layout_problems, token_problems
 from megasapo.plan.hardware import Gpu
 from megasapo.plan.memory import Held, Memory, held_parameters, worst_stage
-from megasapo.plan.timing import Setting, Timing, estimate
+from megasapo.plan.timing import Timing, estimate
+from megasapo.plan.traffic import Setting
 from megasapo.plan.work import Degrees, Work
 from megasapo.sections import ParallelConfig
 

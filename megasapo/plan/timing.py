@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megasapo.config import Config
-from megasapo.geometry import Geometry
 from megasapo.plan.hardware import ASSUMED, Gpu
-from megasapo.plan.memory import DTYPE_BYTES, held_parameters, layer_counts, layer_saved_bytes
+from megasapo.plan.memory import held_parameters, layer_counts, layer_saved_bytes
 from megasapo.plan.traffic import (
-    Groups,
+    Setting,
     Traffic,
     gradient_traffic,
     layer_traffic,
@@ -20,7 +18,6 @@ from megasapo.plan.traffic import (
     step_boundaries,
     total_traffic,
 )
-from megasapo.plan.work import Degrees, Work
 
 Pass = dict[str, float]  # seconds of one micro-batch in one stage, by what they go into
 
@@ -39,34 +36,12 @@ class Timing:
         return self.model_flops / (self.seconds * world * gpu.flops)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What every function here needs."""
-
-    cfg: Config
-    geometry: Geometry
-    degrees: Degrees
-    work: Work
-    gpu: Gpu
-    node: int
-    recompute: str
-
-    @property
-    def width(self) -> int:
-        return DTYPE_BYTES[self.cfg.model.dtype]
-
-    @property
-    def flops(self) -> float:
-        return self.gpu.flops / (1 if self.width == 2 else ASSUMED.fp32_slowdown)
-
-
 def estimate(s: Setting) -> Timing:
     """One step: old logprobs (and the reference's), every mini-batch's forward, backward and update, publication."""
-    groups = Groups.of(s.degrees, s.node)
-    forwards = [_stage_pass(s, groups, stage, backward=False) for stage in range(s.degrees.pp)]
-    backwards = [_stage_pass(s, groups, stage, backward=True) for stage in range(s.degrees.pp)]
-    boundary = step_boundaries(s.geometry, s.degrees, groups, s.gpu, s.work.mean_micro_tokens, s.width)
-    slowest = max(range(s.degrees.pp), key=lambda i: _seconds(forwards[i][0]) + _seconds(backwards[i][0]))
+    forwards = [_stage_pass(s, stage, backward=False) for stage in range(s.degrees.pp)]
+    backwards = [_stage_pass(s, stage, backward=True) for stage in range(s.degrees.pp)]
+    boundary = step_boundaries(s)
+    slowest = max(range(s.degrees.pp), key=lambda i: sum([*forwards[i][0].values(), *backwards[i][0].values()]))
     forward, backward = forwards[slowest], backwards[slowest]
     all_but_first = 1 - 1 / s.work.mini_batches  # of the mini-batches have a pass for old logprobs
     only_forward = all_but_first * (s.cfg.algo.old_logprobs == "learner") + bool(s.cfg.algo.kl_coef)
@@ -82,8 +57,7 @@ def estimate(s: Setting) -> Timing:
     whole = {kind: amount * micro for kind, amount in parts.items() if amount}
     bubbles = s.work.mini_batches * (s.degrees.pp - 1) / s.degrees.vpp
     whole["bubble"] = sum(parts.values()) * bubbles
-    gradients = gradient_traffic(s.geometry, s.degrees, groups, s.gpu, s.cfg.model.dtype)
-    publish = publish_traffic(s.geometry, s.degrees, s.node, s.gpu, s.cfg.model.dtype)
+    gradients, publish = gradient_traffic(s), publish_traffic(s)
     whole["dp"] = gradients.seconds * s.work.mini_batches
     whole["optimizer"] = _optimizer_seconds(s) * s.work.mini_batches
     whole["publish"] = publish.seconds
@@ -96,21 +70,17 @@ def estimate(s: Setting) -> Timing:
     )
 
 
-def _seconds(found: tuple[Pass, dict[str, Traffic]] | Pass) -> float:
-    return sum((found if isinstance(found, dict) else found[0]).values())
-
-
-def _stage_pass(s: Setting, groups: Groups, stage: int, *, backward: bool) -> tuple[Pass, dict[str, Traffic]]:
+def _stage_pass(s: Setting, stage: int, *, backward: bool) -> tuple[Pass, dict[str, Traffic]]:
     """One micro-batch through one stage: seconds and messages. Recomputation counts as backward."""
     seconds: Pass = {}
     traffic: dict[str, Traffic] = {}
     again = backward and s.recompute == "full"
     for moe, layers in layer_counts(s.geometry, s.degrees, stage).items():
         found = _layer_seconds(s, moe, backward=backward)
-        moved = _layer_traffic(s, groups, moe, backward=backward)
+        moved = layer_traffic(s, moe=moe, backward=backward)
         if again:
             found = _added(found, _layer_seconds(s, moe, backward=False))
-            moved = _added(moved, _layer_traffic(s, groups, moe, backward=False))
+            moved = _added(moved, layer_traffic(s, moe=moe, backward=False))
         elif backward and s.recompute == "selective":
             found["attention"] += _layer_seconds(s, moe, backward=False)["attention"]
         for kind, amount in found.items():
@@ -121,15 +91,10 @@ def _stage_pass(s: Setting, groups: Groups, stage: int, *, backward: bool) -> tu
         flops = 2 * s.geometry.vocab * s.geometry.hidden * s.work.mean_micro_tokens / (s.degrees.tp * s.degrees.cp)
         seconds["head"] = flops * (3 if backward else 1) / (s.flops * ASSUMED.gemm)  # logits are computed again
         states = s.work.mean_micro_tokens / s.degrees.cp * s.geometry.hidden * s.width
-        traffic["tp"] = traffic["tp"] + groups.tp.gather(states, s.gpu) * (2 if backward else 1)
+        traffic["tp"] = traffic["tp"] + s.groups.tp.gather(states, s.gpu) * (2 if backward else 1)
     for kind, message in traffic.items():
         seconds[kind] = message.seconds
     return seconds, traffic
-
-
-def _layer_traffic(s: Setting, groups: Groups, moe: bool, *, backward: bool) -> dict[str, Traffic]:
-    tokens = s.work.mean_micro_tokens
-    return layer_traffic(s.geometry, s.degrees, groups, s.gpu, tokens, moe=moe, width=s.width, backward=backward)
 
 
 def _layer_seconds(s: Setting, moe: bool, *, backward: bool) -> Pass:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megasapo.config import Config
 from megasapo.geometry import Geometry
 from megasapo.plan.hardware import ASSUMED, Gpu
 from megasapo.plan.memory import DTYPE_BYTES, held_parameters
@@ -97,19 +98,35 @@ class Groups:
         )
 
 
-def layer_traffic(
-    geometry: Geometry,
-    degrees: Degrees,
-    groups: Groups,
-    gpu: Gpu,
-    tokens: float,
-    *,
-    moe: bool,
-    width: int,
-    backward: bool,
-) -> dict[str, Traffic]:
-    """One layer's forward or backward pass over a micro-batch of `tokens`, by kind."""
-    g, d = geometry, degrees
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One layout of one configuration on one kind of GPU: what messages and seconds are counted for."""
+
+    cfg: Config
+    geometry: Geometry
+    degrees: Degrees
+    work: Work
+    gpu: Gpu
+    node: int  # GPUs on one machine
+    recompute: str
+
+    @property
+    def groups(self) -> Groups:
+        return Groups.of(self.degrees, self.node)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BYTES[self.cfg.model.dtype]
+
+    @property
+    def flops(self) -> float:
+        return self.gpu.flops / (1 if self.width == 2 else ASSUMED.fp32_slowdown)
+
+
+def layer_traffic(s: Setting, *, moe: bool, backward: bool) -> dict[str, Traffic]:
+    """One layer's forward or backward pass over a micro-batch, by kind."""
+    g, d, groups, tokens, gpu, width = s.geometry, s.degrees, s.groups, s.work.mean_micro_tokens, s.gpu, s.width
     states, attended = (groups.tp.gather(tokens / d.cp * size * width, gpu) for size in (g.hidden, g.attention_input))
     # forward: gather before and scatter after; backward: the same in reverse, and the input gathered once more
     before = 2 if backward else 1
@@ -124,33 +141,30 @@ def layer_traffic(
     return found
 
 
-def step_boundaries(
-    geometry: Geometry, degrees: Degrees, groups: Groups, gpu: Gpu, tokens: float, width: int
-) -> Traffic:
+def step_boundaries(s: Setting) -> Traffic:
     """Hidden states sent on by one rank in one direction for one micro-batch, by all of its chunks."""
-    states = tokens / (degrees.tp * degrees.cp) * geometry.hidden * width
-    return groups.pp.send(states, gpu) * degrees.vpp
+    states = s.work.mean_micro_tokens / (s.degrees.tp * s.degrees.cp) * s.geometry.hidden * s.width
+    return s.groups.pp.send(states, s.gpu) * s.degrees.vpp
 
 
-def gradient_traffic(geometry: Geometry, degrees: Degrees, groups: Groups, gpu: Gpu, dtype: str) -> Traffic:
+def gradient_traffic(s: Setting) -> Traffic:
     """Of one optimizer step: fp32 gradients scattered, weights gathered; the stage that takes longest."""
-    width = DTYPE_BYTES[dtype]
     stages = []
-    for stage in range(degrees.pp):
-        held = held_parameters(geometry, degrees, stage)
+    for stage in range(s.degrees.pp):
+        held = held_parameters(s.geometry, s.degrees, stage)
         found = Traffic()
-        for group, count in ((groups.dense, held.dense), (groups.experts, held.experts)):
-            found += group.gather(count * 4, gpu) + group.gather(count * width, gpu)
+        for group, count in ((s.groups.dense, held.dense), (s.groups.experts, held.experts)):
+            found += group.gather(count * 4, s.gpu) + group.gather(count * s.width, s.gpu)
         stages.append(found)
     return max(stages, key=lambda t: t.seconds)
 
 
-def publish_traffic(geometry: Geometry, degrees: Degrees, node: int, gpu: Gpu, dtype: str) -> Traffic:
+def publish_traffic(s: Setting) -> Traffic:
     """Of one publication: all weights to rank 0, and from there over its network card to the servers."""
-    total = geometry.parameters().total * DTYPE_BYTES[dtype]
-    near = min(1.0, node / degrees.world)
-    inside, outside = total * (near - 1 / degrees.world), total * (1 - near)
-    seconds = (inside / gpu.nvlink + (outside + total) / gpu.network) / ASSUMED.link
+    total = s.geometry.parameters().total * s.width
+    near = min(1.0, s.node / s.degrees.world)
+    inside, outside = total * (near - 1 / s.degrees.world), total * (1 - near)
+    seconds = (inside / s.gpu.nvlink + (outside + total) / s.gpu.network) / ASSUMED.link
     return Traffic(max(0.0, inside), outside + total, seconds)
 
 

@@ -21,7 +21,7 @@ from megasapo.mcore import head
 from megasapo.plan import memory
 from megasapo.plan.hardware import ASSUMED, GPUS
 from megasapo.plan.search import Cluster, judge, layouts, problems, rank
-from megasapo.plan.traffic import Group, Groups, layer_traffic
+from megasapo.plan.traffic import Group, Groups, Setting, layer_traffic
 from megasapo.plan.work import Degrees, Work
 from megasapo.sections import ParallelConfig
 from tests.unit.test_geometry import QWEN3_0_6B, QWEN3_30B_A3B
@@ -156,10 +156,9 @@ def test_groups_lie_where_ranks_do() -> None:
 
 def test_messages_of_a_layer_by_hand() -> None:
     d = degrees(8, tp=2, cp=2, ep=4)
-    moved = {
-        backward: layer_traffic(BIG, d, Groups.of(d, 8), H100, 4096, moe=True, width=2, backward=backward)
-        for backward in (False, True)
-    }
+    work = replace(Work.of(settings(), d, 4096), mean_micro_tokens=4096)
+    setting = Setting(settings(), BIG, d, work, H100, 8, "none")
+    moved = {backward: layer_traffic(setting, moe=True, backward=backward) for backward in (False, True)}
     states = 4096 / 2 * 2048 * 2
     assert moved[False]["tp"].nvlink == 2 * states / 2  # one gather, one scatter; half is not one's own
     assert moved[True]["tp"].nvlink == 3 * states / 2
