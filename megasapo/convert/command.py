@@ -182,7 +182,7 @@ def _parallel(overrides: Sequence[str], direction: str) -> ParallelConfig:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", text)
     if match is None or match[2].upper() not in UNITS or float(match[1]) * UNITS[match[2].upper()] < 1:
         raise ConvertError(f"--shard-size {text}: give a size such as 5GB, 500MB or 2GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -75,10 +75,9 @@ class Job:
     """
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise ConvertError(f"{target} exists: remove it, or name another directory")
-        self._target, self._identity = target, json.dumps(identity, sort_keys=True, indent=1)
-        self.folder = Folder(target.absolute().with_name(f".{target.absolute().name}.converting"))
+        self._target, self._identity = target.resolve(), json.dumps(identity, sort_keys=True, indent=1)
+        self._refuse_existing()
+        self.folder = Folder(self._target.with_name(f".{self._target.name}.converting"))
 
     def __enter__(self) -> Job:
         with writing(self.folder.path):
@@ -89,9 +88,23 @@ class Job:
         except BlockingIOError as e:
             self._lock.close()
             raise ConvertError(f"another conversion into {self._target} is running: wait for it, or stop it") from e
+        try:
+            self._refuse_existing()  # one that another has made since
+        except ConvertError:
+            self._leave()
+            raise
         with writing(self.folder.path / "identity.json"):
             self._begin()
         return self
+
+    def _refuse_existing(self) -> None:
+        """ConvertError for a target that the finished directory could not take the place of."""
+        if self._target.exists() and not (self._target.is_dir() and not any(self._target.iterdir())):
+            raise ConvertError(f"{self._target} exists: remove it, or name another directory")
+        if self._target.is_mount():
+            raise ConvertError(
+                f"{self._target}: a file system is mounted there, whose place no directory can take: name one inside it"
+            )
 
     def _begin(self) -> None:
         told = self.folder.path / "identity.json"
@@ -114,6 +127,9 @@ class Job:
         return kept
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         if not self.folder.files.exists() or not any(self.folder.files.iterdir()):
             shutil.rmtree(self.folder.path, ignore_errors=True)  # nothing to go on with
         self._lock.close()
@@ -141,8 +157,8 @@ class Job:
             for path in self.folder.files.iterdir():
                 sync(path)
             sync(self.folder.files)
-            self.folder.files.rename(self._target.absolute())
-            sync(self._target.absolute().parent)
+            self.folder.files.rename(self._target)
+            sync(self._target.parent)
 
 
 def fingerprint(directory: Path) -> list[list[Any]]:

@@ -221,6 +221,7 @@ def test_an_existing_target_is_left_as_it_was(models: Path, tmp_path: Path, caps
         (("hf-to-megatron", "moe", "--quantize", "fp8_block"), "--quantize"),
         (("hf-to-megatron", "moe", "--dtype", "float16"), "--dtype float16"),
         (("hf-to-megatron", "moe", "--shard-size", "5XB"), "--shard-size 5XB: give a size such as"),
+        (("hf-to-megatron", "moe", "--shard-size", "1.2.3"), "--shard-size 1.2.3: give a size such as"),
         (("hf-to-megatron", "moe", "--nproc", "0"), "--nproc 0"),
         (("megatron-to-hf", "moe.mcore", "parallel.tp=2"), "any source's is found by itself"),
     ],

@@ -17,8 +17,10 @@ import pytest
 from megasapo import checkpoints
 from megasapo.convert import command
 from megasapo.convert.command import main
+from megasapo.convert.errors import ConvertError
+from megasapo.convert.job import Job
 from tests.disks import fill, small_disk
-from tests.unit.conversion import TOOL, convert, make_moe
+from tests.unit.conversion import TOOL, assert_equal, convert, make_moe, tensors
 
 PAGE = 4096
 # Imported by every python of a conversion: once so many files are finished, none is any more, and it stands still.
@@ -150,6 +152,38 @@ def test_only_one_conversion_at_a_time(models: Path, tmp_path: Path, capsys: pyt
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["hf-to-megatron", "--src", str(models / "moe"), "--dst", str(tmp_path / "out")]) == 2
     assert "another conversion into" in capsys.readouterr().err
+
+
+def test_a_target_that_another_made_meanwhile_is_left_alone(models: Path, tmp_path: Path) -> None:
+    """Between the look whether it is there and the lock, as where two are started at once and one is quick."""
+    late = Job(tmp_path / "out", {})
+    convert("hf-to-megatron", models / "moe", tmp_path / "out")
+    with pytest.raises(ConvertError, match="out exists"):
+        late.__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_target_that_is_a_link_is_made_where_it_points(is_there: bool, models: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large disk"
+    large.mkdir()
+    if is_there:
+        (large / "real").mkdir()
+    (tmp_path / "out").symlink_to(large / "real")
+    convert("hf-to-hf", models / "moe", tmp_path / "out", "--verify-tensors")
+    assert (tmp_path / "out").is_symlink()
+    assert [p.name for p in large.iterdir()] == ["real"]
+    assert_equal(tensors(large / "real"), tensors(models / "moe"))
+
+
+def test_a_mounted_disk_is_refused_as_a_target_and_a_directory_in_it_is_none(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        assert main(["hf-to-hf", "--src", str(models / "moe"), "--dst", str(disk)]) == 2
+        assert "disk: a file system is mounted there" in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == ["disk"]
+        convert("hf-to-hf", models / "moe", disk / "out")
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
