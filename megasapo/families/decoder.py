@@ -106,8 +106,13 @@ def transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     }
 
 
-def softmax_router(*, normalised: bool) -> dict[str, Any]:
+def softmax_router(sizes: Geometry, *, normalised: bool) -> dict[str, Any]:
     """A router that takes the softmax over all experts; `normalised`: and divides by the sum of the chosen ones."""
+    if normalised and sizes.top_k == 1:
+        raise ConfigError(
+            f"num_experts_per_tok=1 with normalised scores is not supported for {sizes.model_type}: every chosen "
+            "expert's weight would be 1, and no router could be trained"
+        )
     # the softmax over the chosen ones alone is the same as normalising afterwards
     return {"moe_router_pre_softmax": not normalised}
 

@@ -50,7 +50,7 @@ def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     sliding = [kind == SLIDING for kind in hf.layer_types]
     return {
         **decoder.transformer_fields(hf, sizes),
-        **decoder.softmax_router(normalised=True),
+        **decoder.softmax_router(sizes, normalised=True),
         "bias_dropout_fusion": False,  # not with biases in Transformer Engine's grouped experts
         "activation_func": "quick_gelu",
         "activation_func_clamp_value": hf.swiglu_limit,

@@ -13,7 +13,7 @@ from megasapo.families.weights import WeightTable
 
 def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require(hf, sliding_window=None, router_jitter_noise=0.0)
-    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=True)
+    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(sizes, normalised=True)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -15,7 +15,7 @@ SHARED_GATE = Rule((f"{MCORE}mlp.shared_experts.gate_weight",), (f"{HF}mlp.share
 
 def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
     decoder.require_full_attention(hf)
-    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=hf.norm_topk_prob)
+    return decoder.transformer_fields(hf, sizes) | decoder.softmax_router(sizes, normalised=hf.norm_topk_prob)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -12,7 +12,7 @@ from megasapo.families.weights import WeightTable
 
 
 def _transformer_fields(hf: Any, sizes: Geometry) -> dict[str, Any]:
-    return qwen3.transformer_fields(hf, sizes) | decoder.softmax_router(normalised=hf.norm_topk_prob)
+    return qwen3.transformer_fields(hf, sizes) | decoder.softmax_router(sizes, normalised=hf.norm_topk_prob)
 
 
 def _geometry(fields: Fields) -> Geometry:

@@ -106,6 +106,7 @@ def test_mxfp4_checkpoints_are_refused_with_what_to_do() -> None:
         ("mixtral", {"sliding_window": 4096}, "sliding_window=4096 is not supported for mixtral; only None is"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalised scores is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=4 is not supported"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported for gpt_oss; only True is"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
