@@ -62,6 +62,7 @@ def test_companions_and_recorded_dtype(tmp_path: Path) -> None:
     source.mkdir()
     out.mkdir()
     kept = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja"]
+    kept += ["tiktoken.model", "tokenization_own.py", "configuration_own.py"]
     for name in [*kept, "vocab.json", "model.safetensors", "optimizer.pt", "README.md"]:
         (source / name).write_text(name)
     config = {"model_type": "qwen3", "torch_dtype": "float32", "dtype": "float32"}

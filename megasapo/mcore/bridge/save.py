@@ -39,6 +39,8 @@ COMPANIONS = (  # beside config.json, what an HF directory needs to be served
     "merges.txt",
     "chat_template*",
     "*.tiktoken",
+    "tiktoken.model",
+    "*.py",  # config.json's auto_map names them, and some tokenizers are nothing else
 )
 
 
