@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,14 +112,18 @@ class HFFiles:
     def _locate(self) -> dict[str, str]:
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(self._header(SINGLE, wanted=None), SINGLE)
-        index = self.directory / INDEX
-        if not index.is_file():
+        path = self.directory / INDEX
+        if not path.is_file():
             raise BridgeError(f"{self.directory}: no such weights: has neither {SINGLE} nor {INDEX}")
         try:
-            file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return dict(sorted(file_of.items(), key=lambda item: item[1]))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise BridgeError(f"{index}: not an index of safetensors files: {e!r}") from e
+            weight_map = json.loads(path.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise BridgeError(f"{path}: not an index of safetensors files: {e!r}") from e
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise BridgeError(
+                f"{path}: not an index of safetensors files: its weight_map names no file for each tensor"
+            )
+        return dict(sorted(weight_map.items(), key=lambda item: item[1]))
 
     def _header(self, file: str, wanted: str | None) -> dict[str, Entry]:
         if file not in self._headers:
@@ -144,12 +149,21 @@ def _read_header(path: Path, wanted: str | None) -> dict[str, Entry]:
         if size < 8 or length > size - 8:
             raise BridgeError(f"{path}: truncated inside its header, {size} bytes{asked}")
         try:
-            header: dict[str, Any] = json.loads(f.read(length))
+            header = json.loads(f.read(length))
         except ValueError as e:
             raise BridgeError(f"{path}: not a safetensors file{asked}: {e}") from e
+    if not isinstance(header, dict):
+        raise BridgeError(f"{path}: not a safetensors file{asked}: its header is {str(header)[:100]}")
     header.pop("__metadata__", None)
-    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        end = 8 + length + info["data_offsets"][1]
-        if end > size:
-            raise BridgeError(f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}")
-    return {name: Entry(tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
+    entries: dict[str, Entry] = {}
+    ends: dict[str, int] = {}
+    for name, info in header.items():
+        try:
+            entries[name] = Entry(tuple(map(index, info["shape"])), str(info["dtype"]))
+            ends[name] = 8 + length + index(info["data_offsets"][1])
+        except (KeyError, IndexError, TypeError) as e:
+            raise BridgeError(f"{path}: tensor {name!r} has a broken entry in the header: {str(info)[:200]}") from e
+    for name in sorted(ends, key=lambda name: ends[name]):
+        if ends[name] > size:
+            raise BridgeError(f"{path}: truncated: tensor {name!r} ends at byte {ends[name]}, the file has {size}")
+    return entries

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megasapo.convert import figures
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.sources import (
@@ -25,6 +23,7 @@ from megasapo.convert.sources import (
     model_of,
     record_of,
     resolved,
+    run_settings,
 )
 from megasapo.errors import UserError
 from megasapo.geometry import read_config
@@ -75,10 +74,9 @@ def facts(directory: Path) -> Row:
     for name in ("step", "format", "world_size", "layout", "converted"):
         if name in record:
             found[name] = record[name]
-    settings = directory.parent.parent / "config.yaml"
-    if is_megatron(directory) and settings.is_file():
-        run = yaml.safe_load(settings.read_text())
-        found |= {"model": run["model"]["path"]} | ({} if "layout" in found else {"layout": run["parallel"]})
+    run = run_settings(directory) if is_megatron(directory) else None
+    if run is not None:
+        found["model"] = run["model"]["path"]
     if (directory / "config.json").is_file():
         config = read_config(directory)
         found |= {name: config[name] for name in ("model_type", "dtype", "quantization_config") if name in config}

@@ -178,16 +178,29 @@ def model_of(directory: Path, given: str | None) -> Path:
     elif (directory / "config.json").is_file():
         return directory
     else:
-        settings = directory.parent.parent / "config.yaml"
-        if not settings.is_file():
+        settings = run_settings(directory)
+        if settings is None:
             raise ConvertError(
-                f"{directory}: nothing says which model this is (no config.json, no {settings}): name the model's HF "
-                "directory with --model"
+                f"{directory}: nothing says which model this is (no config.json, and no config.yaml of its run): name "
+                "the model's HF directory with --model"
             )
-        candidate, whence = Path(yaml.safe_load(settings.read_text())["model"]["path"]), f"model.path of {settings}"
+        candidate, whence = Path(settings["model"]["path"]), "model.path of its run"
     if not (candidate / "config.json").is_file():
         raise ConvertError(f"{candidate}: no config.json there ({whence}): name the model's HF directory with --model")
     return candidate
+
+
+def run_settings(directory: Path) -> dict[str, Any] | None:
+    """The config.yaml of the run whose checkpoint this is, with model.path in it; None where there is no such run."""
+    path = directory.absolute().parent.parent / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as e:
+        raise ConvertError(f"{path}: not a YAML file: {e}") from e
+    model = found.get("model") if isinstance(found, dict) else None
+    return found if isinstance(model, dict) and isinstance(model.get("path"), str) else None
 
 
 def refuse_damaged(directory: Path) -> None:

@@ -25,7 +25,7 @@ from megasapo.hf_files import INDEX, TensorSpec
 from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
-from megasapo.mcore.bridge.load import check_files, fill
+from megasapo.mcore.bridge.load import check_files, fill, refuse_other_head
 from megasapo.mcore.bridge.placement import Placed, as_it_is, keeps_dtype
 from megasapo.mcore.bridge.save import Carried, SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
@@ -84,7 +84,9 @@ def make_work(request: Request) -> Work:
             return ToHF(request, megatron_source(request))
         case "hf-to-hf":
             source = HFSource(request.source, request.fp8_as)
-            check_files(blueprint(request.model, ParallelConfig()).locals[0], source.files)
+            whole = blueprint(request.model, ParallelConfig()).locals[0]
+            check_files(whole, source.files)
+            refuse_other_head(whole, source.files)
             return ToHF(request, source)
 
 
@@ -105,6 +107,7 @@ class ToMegatron:
         plan = blueprint(request.model, request.parallel)
         for mine in plan.locals:
             check_files(mine, self._files)
+        refuse_other_head(plan.locals[0], self._files)
         self._stored: dict[str, list[Stored]] = {}
         self.outputs = []
         for i, group in enumerate(self._groups([*plan.stored, *map(self._as_it_is, self._mtp)])):

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megasapo.errors import UserError
 from megasapo.families.weights import Shape
+from megasapo.mcore.slices import make_up
 
 
 class StoredError(UserError, RuntimeError):
@@ -57,17 +58,21 @@ class StoredTensors:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            index = FileSystemReader(directory).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as e:
-            raise StoredError(f"{directory / '.metadata'}: cannot read the checkpoint's index: {e!r}") from e
-        tensors = index.state_dict_metadata.items()
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: value for key, value in tensors if isinstance(value, TensorStorageMetadata)
-        }
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self._whole: set[str] = set()  # those whose parts have been looked at
         self._places: dict[tuple[str, Shape], Place] = {}
         self._chunks: dict[tuple[str, Shape], Shape] = {}
         self._offsets: dict[str, list[Shape]] = defaultdict(list)
+        try:
+            self._read_index()
+        except Exception as e:  # damaged pickles fail in many ways
+            raise StoredError(f"{directory / '.metadata'}: cannot read the checkpoint's index: {e!r}") from e
+
+    def _read_index(self) -> None:
+        index = FileSystemReader(self.directory).read_metadata()
+        for key, value in index.state_dict_metadata.items():
+            if isinstance(value, TensorStorageMetadata):
+                self.tensors[key] = value
         for entry, info in index.storage_data.items():
             if entry.fqn in self.tensors:
                 at = entry.fqn, tuple(entry.offset or ())
@@ -110,6 +115,12 @@ class StoredTensors:
     def _tensor(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:
             raise StoredError(f"{self.directory}: the checkpoint has no tensor {key!r}")
+        if key not in self._whole:  # what is in no part would be whatever memory held before
+            if not make_up(self.tensors[key].size, self.tensors[key].chunks):
+                raise StoredError(
+                    f"{self.directory / '.metadata'}: the parts of {key!r} do not make up the whole tensor"
+                )
+            self._whole.add(key)
         return self.tensors[key]
 
     def _load(self, key: str, offset: Shape) -> torch.Tensor:

@@ -89,13 +89,39 @@ def test_values_are_cast_to_the_parameters_dtype(
     assert torch.equal(norm, hf["model.norm.weight"].to(dtype).float())
 
 
-def test_tied_embeddings_need_no_head_and_ignore_one(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:
+def test_tied_embeddings_need_no_head_and_take_a_copy_for_one(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:
     del hf["lm_head.weight"]
-    for extra in ({}, {"lm_head.weight": torch.zeros(VOCAB, H)}):
+    for extra in ({}, {"lm_head.weight": hf["model.embed_tokens.weight"].clone()}):
         write(tmp_path, hf | extra)
         last = fake_model("local", pp=(1, 2), tied=True)
         load_hf([last], tmp_path, topo=None)
         assert torch.equal(last.tensors["output_layer.weight"], hf["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("change", ["a value of the last row", "its size"])
+def test_another_head_than_the_tied_embedding_is_refused(
+    change: str, tmp_path: Path, hf: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 would take it, and warn; older ones and servers take the embedding."""
+    head = hf["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    write(tmp_path, hf | {"lm_head.weight": head if change == "a value of the last row" else head[:-1].clone()})
+    monkeypatch.setattr("megasapo.mcore.bridge.load.ROWS_BYTES", 8 * H * 5)  # so that there are some
+    for stage in (0, 1):
+        model = fake_model("local", pp=(stage, 2), tied=True)
+        with pytest.raises(
+            BridgeError, match=r"'lm_head\.weight' is not 'model\.embed_tokens\.weight'.*set that to false"
+        ):
+            load_hf([model], tmp_path, topo=None)
+        assert all(t.isnan().all() for t in model.tensors.values())
+
+
+def test_angles_that_older_files_hold_are_passed_over(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:
+    write(tmp_path, hf | {"model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    load(tmp_path)
+    write(tmp_path, hf | {"model.layers.2.self_attn.rotary_emb.scale": torch.ones(2)})
+    with pytest.raises(BridgeError, match=r"rotary_emb\.scale' belongs to no parameter"):
+        load(tmp_path)
 
 
 def test_only_what_is_shown_is_compared_with_every_name(
@@ -189,6 +215,34 @@ def test_missing_directory_file_and_index_entry(tmp_path: Path, hf: dict[str, to
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "found", ['{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}', "[1]", ""]
+)
+def test_what_is_no_index_is_named(found: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(found)
+    with pytest.raises(BridgeError, match=r"index\.json: not an index of safetensors files"):
+        HFFiles(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["shape", "dtype", "data_offsets"])
+@pytest.mark.parametrize("found", [None, ["a", "b"], "absent"])
+def test_a_broken_entry_in_a_header_names_the_tensor(
+    field: str, found: object, tmp_path: Path, hf: dict[str, torch.Tensor]
+) -> None:
+    write(tmp_path, hf)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if found == "absent":
+        del header[EXPERT][field]
+    else:
+        header[EXPERT][field] = found
+    encoded = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[start:])
+    with pytest.raises(BridgeError, match=rf"model\.safetensors: tensor '{EXPERT}' has "):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_truncated_file_names_the_first_tensor_cut(tmp_path: Path, hf: dict[str, torch.Tensor], shards: int) -> None:
     write(tmp_path, hf, shards)
@@ -204,9 +258,10 @@ def test_truncated_file_names_the_first_tensor_cut(tmp_path: Path, hf: dict[str,
     file.write_bytes(content[:100])
     with pytest.raises(BridgeError, match=rf"{file.name}: truncated inside its header, 100 bytes"):
         load(tmp_path)
-    file.write_bytes((50).to_bytes(8, "little") + b"\xff" * 100)
-    with pytest.raises(BridgeError, match=rf"{file.name}: not a safetensors file"):
-        load(tmp_path)
+    for header in (b"\xff" * 50, b"[1]", b"null"):
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BridgeError, match=rf"{file.name}: not a safetensors file"):
+            load(tmp_path)
 
 
 def test_nothing_is_copied_when_something_does_not_fit(tmp_path: Path, hf: dict[str, torch.Tensor]) -> None:

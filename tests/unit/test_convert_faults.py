@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -64,6 +66,27 @@ def _unknown_family(d: Path) -> None:
     (d / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
 
 
+def _quantised_by_a_word(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    (d / "config.json").write_text(json.dumps(config | {"quantization_config": "fp8"}))
+
+
+def _blocks_of_nothing(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    told = {"quant_method": "fp8", "weight_block_size": [0, 128]}
+    (d / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+
+
+def _a_word_for_a_number(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    (d / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "small"}))
+
+
+def _other_head(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    (d / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 def _edit(d: Path, change) -> None:
     found = load_file(d / "model.safetensors")
     change(found)
@@ -82,6 +105,10 @@ def _edit(d: Path, change) -> None:
         (_broken_config, ("config.json: not valid JSON",)),
         (_pickled, ("neither an HF directory", "pytorch_model.bin is no safetensors file")),
         (_other_quantisation, ("config.json: quantization_config=", "awq")),
+        (_quantised_by_a_word, ("config.json: quantization_config=", "only quant_method=fp8")),
+        (_blocks_of_nothing, ("config.json: quantization_config=", "only quant_method=fp8")),
+        (_a_word_for_a_number, ("config.json: transformers cannot read it", "rms_norm_eps")),
+        (_other_head, ("model.safetensors: 'lm_head.weight' is not 'model.embed_tokens.weight'",)),
         (_unknown_family, ("model_type='bert' is not supported", "qwen3_moe")),
     ],
 )
@@ -173,6 +200,64 @@ def test_a_bad_megatron_checkpoint_is_named_and_no_target_is_there(
     for words in said:
         assert words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_no_byte_of_an_index_can_be_changed_unnamed(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a checkpoint without hashes: what can be read all the same is converted, all else is one error."""
+    source = tmp_path / "src"
+    shutil.copytree(models / "moe.mcore", source)
+    (source / "megasapo.json").unlink()
+    index = (source / ".metadata").read_bytes()
+    generator = random.Random(3)
+    for _ in range(40):
+        at = generator.randrange(len(index))
+        (source / ".metadata").write_bytes(index[:at] + bytes([generator.randrange(256)]) + index[at + 1 :])
+        if main(["megatron-to-hf", "--src", str(source), "--dst", str(tmp_path / "out")]) == 0:
+            shutil.rmtree(tmp_path / "out")
+            continue
+        error = capsys.readouterr().err
+        assert error.startswith("convert_checkpoint: ")
+        assert str(source) in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_of_which_a_part_is_nowhere_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(models / "moe.mcore", source)
+    (source / "megasapo.json").unlink()
+    index = pickle.loads((source / ".metadata").read_bytes())
+    assert len(index.state_dict_metadata["output_layer.weight"].chunks) == 2
+    del index.state_dict_metadata["output_layer.weight"].chunks[1]
+    (source / ".metadata").write_bytes(pickle.dumps(index))
+    assert main(["megatron-to-hf", "--src", str(source), "--dst", str(tmp_path / "out")]) == 2
+    assert ".metadata: the parts of 'output_layer.weight' do not make up the whole" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "nothing says which model this is"),
+        ("model: of another program\n", "nothing says which model this is"),
+        ("model: {path: null}\n", "nothing says which model this is"),
+        ("a: [1\n", "config.yaml: not a YAML file"),
+        ("model: {path: nowhere}\n", "nowhere: no config.json there (model.path of its run)"),
+    ],
+)
+def test_a_runs_settings_that_do_not_say_the_model(
+    text: str, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.yaml is a name that other programs take, too."""
+    source = tmp_path / "a" / "checkpoints" / "b"
+    shutil.copytree(models / "moe.mcore", source)
+    (source / "config.json").unlink()
+    (tmp_path / "a" / "config.yaml").write_text(text)
+    assert main(["megatron-to-hf", "--src", str(source), "--dst", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
 
 
 def _record_changed(d: Path) -> None:

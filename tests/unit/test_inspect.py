@@ -120,16 +120,18 @@ def test_tables_name_what_differs_and_what_is_broken(
 def test_a_checkpoint_of_an_unknown_model_is_shown_by_its_own_keys(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(models / "a.mcore", tmp_path / "mcore")
-    (tmp_path / "mcore" / "config.json").unlink()
-    found = told(capsys, tmp_path / "mcore")
+    checkpoint = tmp_path / "saved" / "mcore"
+    shutil.copytree(models / "a.mcore", checkpoint)
+    (checkpoint / "config.json").unlink()
+    (tmp_path / "config.yaml").write_text("model: of another program")
+    found = told(capsys, checkpoint)
     rows = {row["name"]: row for row in found["tensors"]}
     expected = load_file(models / "a" / "model.safetensors")["model.embed_tokens.weight"].double().norm().item()
     assert rows["embedding.word_embeddings.weight"]["norm"] == pytest.approx(expected)
     assert rows["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]["shape"] == [4, 64, 64]
-    assert main([str(tmp_path / "mcore"), str(models / "a")]) == 2
+    assert main([str(checkpoint), str(models / "a")]) == 2
     assert "--model" in capsys.readouterr().err
-    assert told(capsys, tmp_path / "mcore", models / "a", "--model", models / "a")["difference"]["different"] == 0
+    assert told(capsys, checkpoint, models / "a", "--model", models / "a")["difference"]["different"] == 0
 
 
 def test_brief_reads_no_tensor_and_mistakes_are_one_line(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -72,13 +71,13 @@ class DequantisedFiles(HFFiles):
 
 def _block(directory: Path) -> tuple[int, int] | None:
     """The block size of an FP8 directory, None for one that is not quantised; BridgeError for other quantisations."""
-    told: dict[str, Any] | None = read_config(directory).get("quantization_config")
+    told = read_config(directory).get("quantization_config")
     if told is None:
         return None
-    size = told.get("weight_block_size")
-    if told.get("quant_method") != "fp8" or not isinstance(size, list) or len(size) != 2:
+    size = told.get("weight_block_size") if isinstance(told, dict) and told.get("quant_method") == "fp8" else None
+    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         raise BridgeError(
             f"{directory / 'config.json'}: quantization_config={json.dumps(told)[:200]}: only quant_method=fp8 with "
             "weight_block_size=[128, 128] is read: take the model's unquantised directory"
         )
-    return int(size[0]), int(size[1])
+    return size[0], size[1]

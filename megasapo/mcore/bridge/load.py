@@ -6,6 +6,7 @@ Every rank reads only the boxes it holds, piece by piece; nothing is sent betwee
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -18,7 +19,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
 from megasapo.families.mtp import is_mtp
-from megasapo.families.weights import BridgeError
+from megasapo.families.weights import BridgeError, full_box
 from megasapo.geometry import read_config
 from megasapo.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, as_stored, find_hf, nearest, place
@@ -26,6 +27,9 @@ from megasapo.mcore.compat import set_quantised
 
 log = logging.getLogger(__name__)
 MOST_PROBLEMS_SHOWN = 5
+ROWS_BYTES = 64 << 20  # that are compared at a time
+ROTATION = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""What older files have beside weights: it follows from config.json, and transformers passes it over, too."""
 
 
 def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> None:
@@ -49,6 +53,7 @@ def load_files(chunks: Sequence[nn.Module], files: HFFiles, hf_config: Any) -> N
     """The same from opened files, which count the bytes read."""
     mine = place(chunks, hf_config)
     check_files(mine, files)
+    refuse_other_head(mine, files)
     _say_mtp(mine, files)
     for placed in mine.placed:
         fill(placed, files)
@@ -62,6 +67,27 @@ def check_files(mine: Locals, files: HFFiles) -> None:
         shown = [describe() for describe in problems[:MOST_PROBLEMS_SHOWN]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise BridgeError("\n".join(shown))
+
+
+def refuse_other_head(mine: Locals, files: HFFiles) -> None:
+    """BridgeError where config.json says that the head is the embedding, and the files have another one.
+
+    transformers 5 would compute with the files' head, transformers 4 and SGLang with the embedding.
+    """
+    head, embedding = mine.table.tied
+    wanted = any(embedding in placed.names for placed in mine.placed)
+    if not (mine.is_tied and wanted and {head, embedding} <= set(files.names)):
+        return
+    shape = files.entry(embedding).shape
+    rows = max(1, ROWS_BYTES // (8 * prod(shape[1:])))
+    boxes = [((at, min(at + rows, shape[0])), *full_box(shape[1:])) for at in range(0, shape[0], rows)]
+    if files.entry(head).shape != shape or any(
+        not torch.equal(files.read(head, box), files.read(embedding, box)) for box in boxes
+    ):
+        raise BridgeError(
+            f"{files.file(head)}: {head!r} is not {embedding!r}, and config.json says tie_word_embeddings: set that to "
+            "false, or remove the tensor"
+        )
 
 
 @torch.no_grad()
@@ -124,10 +150,10 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 
 
 def _is_elsewhere(mine: Locals, name: str) -> bool:
-    if is_mtp(mine.mtp_layers, name):
+    if is_mtp(mine.mtp_layers, name) or ROTATION.fullmatch(name):
         return True
     if mine.is_tied and name == mine.table.tied[0]:
-        return True  # as transformers does: the embedding is used in its place
+        return True  # the same as the embedding: see refuse_other_head
     found = find_hf(mine.table, name)
     if found is None:
         return False
