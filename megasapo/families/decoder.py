@@ -204,11 +204,6 @@ def experts(
     )
 
 
-EXPERT_BIAS = Rule(
-    (f"{MCORE}mlp.router.expert_bias",), (f"{HF}mlp.gate.e_score_correction_bias",), whole, keeps_dtype=True
-)
-
-
 def shared_experts(name: str) -> tuple[Rule, ...]:
     """The expert that every token passes, by the name that HF gives it."""
     hf, mcore = f"{HF}mlp.{name}.", f"{MCORE}mlp.shared_experts."
@@ -216,3 +211,10 @@ def shared_experts(name: str) -> tuple[Rule, ...]:
         Rule((f"{mcore}linear_fc1.weight",), (f"{hf}gate_proj.weight", f"{hf}up_proj.weight"), gate_up),
         Rule((f"{mcore}linear_fc2.weight",), (f"{hf}down_proj.weight",), columns),
     )
+
+
+EXPERT_BIAS = Rule(
+    (f"{MCORE}mlp.router.expert_bias",), (f"{HF}mlp.gate.e_score_correction_bias",), whole, keeps_dtype=True
+)
+# those of a sigmoid router, and the shared ones
+DEEPSEEK_EXPERTS = (*experts(), EXPERT_BIAS, *shared_experts("shared_experts"))

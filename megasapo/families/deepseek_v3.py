@@ -10,7 +10,7 @@ from typing import Any
 
 from megasapo.config import ConfigError
 from megasapo.families import decoder
-from megasapo.families.decoder import EMBEDDING, EXPERT_BIAS, HEAD, HF, MCORE, MLP, MLP_NORM, PROJECTION
+from megasapo.families.decoder import DEEPSEEK_EXPERTS, EMBEDDING, HEAD, HF, MCORE, MLP, MLP_NORM, PROJECTION
 from megasapo.families.family import Family, Rotary
 from megasapo.families.sizes import Fields, Geometry, Latent
 from megasapo.families.weights import Layout, Rule, WeightTable, rows, whole
@@ -126,21 +126,5 @@ ATTENTION = (
     PROJECTION,
     MLP_NORM,
 )
-
-FAMILY = Family(
-    _geometry,
-    _transformer_fields,
-    WeightTable(
-        (
-            EMBEDDING,
-            *ATTENTION,
-            *MLP,
-            *decoder.experts(),
-            EXPERT_BIAS,
-            *decoder.shared_experts("shared_experts"),
-            *HEAD,
-        ),
-        mtp_layers=True,
-    ),
-    rotary=_rotary,
-)
+WEIGHTS = WeightTable((EMBEDDING, *ATTENTION, *MLP, *DEEPSEEK_EXPERTS, *HEAD), mtp_layers=True)
+FAMILY = Family(_geometry, _transformer_fields, WEIGHTS, rotary=_rotary)

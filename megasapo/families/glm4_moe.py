@@ -10,8 +10,8 @@ from typing import Any
 
 from megasapo.families import decoder
 from megasapo.families.decoder import (
+    DEEPSEEK_EXPERTS,
     EMBEDDING,
-    EXPERT_BIAS,
     HEAD,
     INPUT_NORM,
     MLP,
@@ -43,24 +43,6 @@ def _geometry(fields: Fields) -> Geometry:
     )
 
 
-FAMILY = Family(
-    _geometry,
-    _transformer_fields,
-    WeightTable(
-        (
-            EMBEDDING,
-            INPUT_NORM,
-            QKV,
-            QKV_BIAS,
-            *QK_NORM,
-            PROJECTION,
-            MLP_NORM,
-            *MLP,
-            *decoder.experts(),
-            EXPERT_BIAS,
-            *decoder.shared_experts("shared_experts"),
-            *HEAD,
-        ),
-        mtp_layers=True,
-    ),
-)
+ATTENTION = (INPUT_NORM, QKV, QKV_BIAS, *QK_NORM, PROJECTION, MLP_NORM)
+WEIGHTS = WeightTable((EMBEDDING, *ATTENTION, *MLP, *DEEPSEEK_EXPERTS, *HEAD), mtp_layers=True)
+FAMILY = Family(_geometry, _transformer_fields, WEIGHTS)

@@ -26,18 +26,6 @@ def _geometry(fields: Fields) -> Geometry:
     )
 
 
-FAMILY = Family(
-    _geometry,
-    _transformer_fields,
-    WeightTable(
-        (
-            EMBEDDING,
-            INPUT_NORM,
-            QKV,
-            PROJECTION,
-            MLP_NORM,
-            *decoder.experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
-            *HEAD,
-        )
-    ),
-)
+EXPERTS = decoder.experts("block_sparse_moe", gate="w1", up="w3", down="w2")
+WEIGHTS = WeightTable((EMBEDDING, INPUT_NORM, QKV, PROJECTION, MLP_NORM, *EXPERTS, *HEAD))
+FAMILY = Family(_geometry, _transformer_fields, WEIGHTS)

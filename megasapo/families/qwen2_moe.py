@@ -31,22 +31,6 @@ def _geometry(fields: Fields) -> Geometry:
     )
 
 
-FAMILY = Family(
-    _geometry,
-    _transformer_fields,
-    WeightTable(
-        (
-            EMBEDDING,
-            INPUT_NORM,
-            QKV,
-            QKV_BIAS,
-            PROJECTION,
-            MLP_NORM,
-            *MLP,
-            *decoder.experts(),
-            *decoder.shared_experts("shared_expert"),
-            SHARED_GATE,
-            *HEAD,
-        )
-    ),
-)
+ATTENTION = (INPUT_NORM, QKV, QKV_BIAS, PROJECTION, MLP_NORM)
+EXPERTS = (*decoder.experts(), *decoder.shared_experts("shared_expert"), SHARED_GATE)
+FAMILY = Family(_geometry, _transformer_fields, WeightTable((EMBEDDING, *ATTENTION, *MLP, *EXPERTS, *HEAD)))
