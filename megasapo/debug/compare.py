@@ -14,6 +14,7 @@ import numpy as np
 
 from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, UNQUANTISED, Passes, Variant
 from megasapo.debug.samples import Dumped
+from megasapo.routing.flips import flips
 from megasapo.routing.validate import offset_of
 from megasapo.score import used
 
@@ -26,8 +27,7 @@ MOST = 80.0  # of a log-ratio in exp: more would overflow in single precision el
 
 def rerouted(reference: np.ndarray, experts: np.ndarray) -> np.ndarray:
     """[n - 1, L] bool: where two routings [n - 1, L, K] are not the same set; False where `reference` is unknown."""
-    differs = (np.sort(reference, -1).astype(np.int32) != np.sort(experts, -1).astype(np.int32)).any(-1)
-    return differs & (reference.astype(np.int32) >= 0).all(-1)
+    return flips(reference, experts).num > 0
 
 
 def expected_experts(sample: Dumped, passes: Passes) -> np.ndarray | None:

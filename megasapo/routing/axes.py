@@ -26,8 +26,6 @@ class Axes:
     sweep_groups: tuple[tuple[int, ...], ...] | None  # decoder layers of the C groups of a sweep
     tau_pos: float
     tau_neg: float
-    grpo_clip: tuple[float, float]  # below and above 1
-    gspo_clip: tuple[float, float]
 
     @property
     def num_moments(self) -> int:

@@ -20,6 +20,8 @@ from megasapo.routing.axes import MOVES, POSITION_EDGES, ROUTINGS, SEEN, SIGNS, 
 from megasapo.routing.flips import Flips, flips
 from megasapo.routing.scored import TERMS, ScoredSequence, check
 
+GRPO_CLIP, GSPO_CLIP = default_clip("grpo"), default_clip("gspo")
+
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -56,8 +58,6 @@ def decompose(
     sweep_groups: tuple[tuple[int, ...], ...] | None = None,
     tau_pos: float,
     tau_neg: float,
-    grpo_clip: tuple[float, float] = default_clip("grpo"),
-    gspo_clip: tuple[float, float] = default_clip("gspo"),
 ) -> Decomposition:
     """Sum up scored sequences; none give the empty decomposition, which merges with any other of the same axes.
 
@@ -66,7 +66,7 @@ def decompose(
     A loss token with a log-probability that is NaN, infinite or beyond -1e6 is counted as broken and left out.
     ValueError naming the sequence: other terms, shapes or expert ids that do not fit, a sweep that is missing.
     """
-    axes = Axes(terms, layers, num_experts, sweep_groups, tau_pos, tau_neg, grpo_clip, gspo_clip)
+    axes = Axes(terms, layers, num_experts, sweep_groups, tau_pos, tau_neg)
     sums = _zeros(axes)
     for sequence in sequences:
         check(sequence, terms, len(layers), num_experts, None if sweep_groups is None else len(sweep_groups))
@@ -138,8 +138,8 @@ def _add_tokens(
         token_ratio, sequence_ratio = _ratio(seen), _ratio(seen.mean(keepdims=True))
         gates = gate(seen, sequence.advantage, tau_pos=axes.tau_pos, tau_neg=axes.tau_neg).sum()
         sums["counterfactual"][i] += (
-            _num_clipped(token_ratio, sequence.advantage, axes.grpo_clip),
-            _num_clipped(sequence_ratio, sequence.advantage, axes.gspo_clip),
+            _num_clipped(token_ratio, sequence.advantage, GRPO_CLIP),
+            _num_clipped(sequence_ratio, sequence.advantage, GSPO_CLIP),
             gates if sequence.advantage > 0 else 0.0,
             gates if sequence.advantage < 0 else 0.0,
         )
