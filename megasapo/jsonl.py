@@ -23,33 +23,11 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
-    """Leave only the rows that are wanted. No file: nothing."""
+    """Leave only the rows that are wanted; on disk when it returns. No file: nothing."""
     if path.exists():
-        rows = read(path)
+        rows = [row for row in read(path) if wanted(row)]
         with placed(path) as unfinished:
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows if wanted(row)), encoding="utf-8")
-
-
-def cut_after(path: Path, last_step: int | None) -> None:
-    """Shorten a file with steps in order to those up to `last_step` (None: to nothing).
-
-    Raises ValueError naming the line if one that is not the torn last cannot be read.
-    """
-    keep_bytes = 0
-    lines = path.read_bytes().splitlines(keepends=True) if last_step is not None else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as e:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a line of metrics: {line[:80]!r}; repair or move the file") from e
-        if step > last_step or not line.endswith(b"\n"):
-            break
-        keep_bytes += len(line)
-    with path.open("rb+") as f:
-        f.truncate(keep_bytes)
-        os.fsync(f.fileno())
+            append(unfinished, rows)
 
 
 def read(path: Path, last_bytes: int | None = None) -> list[Row]:

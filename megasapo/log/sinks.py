@@ -188,8 +188,10 @@ class JsonlSink:
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self._path = path
-        if path.exists():
-            jsonl.cut_after(path, resume_step)
+        if resume_step is None:
+            path.unlink(missing_ok=True)
+        else:
+            jsonl.keep(path, lambda row: row["step"] <= resume_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: Step) -> None:
@@ -202,7 +204,7 @@ class JsonlSink:
         self._file.close()
         undone = [{"rollback": rollback} | row for row in jsonl.read(self._path) if row["step"] > last_step]
         jsonl.append(self._path.with_name(ROLLED_BACK), undone)
-        jsonl.cut_after(self._path, last_step)
+        jsonl.keep(self._path, lambda row: row["step"] <= last_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megasapo.errors import UserError
 from megasapo.log.rollouts import sample_texts, write_rollouts
 from megasapo.log.sinks import ConsoleSink, Step, make_log
 from megasapo.metrics import Hist
@@ -56,7 +57,7 @@ def test_fresh_start_cuts_an_earlier_run(tmp_path: Path) -> None:
 
 def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of metrics"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON: .*; repair or remove it"):
         make_log(JSONL, tmp_path, True, resume_step=3)
 
 
