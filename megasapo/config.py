@@ -17,6 +17,7 @@ from pydantic import ValidationError, model_validator
 from megasapo import contradictions, sections
 from megasapo.errors import ConfigError as ConfigError
 from megasapo.overrides import apply_override, numbers
+from megasapo.placed import placed
 from megasapo.sections import Section
 
 
@@ -54,16 +55,22 @@ class Config(Section):
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in a YAML file with `a.b=value` overrides (values are YAML). Raises ConfigError."""
-    path = Path(path)
+    return from_dict(read(Path(path)), overrides, source=str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The sections in a YAML file, unchecked. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        raw = yaml.load(path.read_text(), _EachKeyOnce) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce) or {}
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
-    return from_dict(raw, overrides, source=str(path))
+    return raw
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -89,7 +96,8 @@ def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), 
 
 def save(cfg: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    with placed(path) as unfinished:
+        unfinished.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

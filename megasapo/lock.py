@@ -27,6 +27,7 @@ from megasapo.log.heartbeat import LONGEST_S
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without a lock daemon
 CLOCK_S = 5  # by which a machine may correct its clock, and with it when a process began
 PATIENCE_S = 3 * LONGEST_S  # a process that lives has written a sign of life by then
+UNKNOWN = {"host": "", "pid": 0, "since": 0.0, "job": "", "attempt": 0}
 DYING_S = 300  # that Slurm and a file system may take to be rid of a job's earlier attempt
 
 
@@ -68,7 +69,7 @@ def refuse_held(run_dir: Path, place: Place) -> None:
 def _open(run_dir: Path) -> TextIO:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        return (run_dir / "lock").open("a+")
+        return (run_dir / "lock").open("a+", errors="replace")
     except OSError as e:
         raise ConfigError(f"run.dir={run_dir.parent}, run.name={run_dir.name}: cannot write there: {e}") from e
 
@@ -104,24 +105,34 @@ def _lives(owner: dict[str, Any], run_dir: Path, place: Place, works: bool, pati
         return began is not None and abs(began - owner["since"]) < CLOCK_S
     sign = run_dir / "logs" / "ranks" / "rank_0.json"
     first = _read(sign)
-    if first is None or first["state"] != "running":
+    if first is None or _has_ended(first, sign):
         return False
     print(
-        f"{run_dir} was last used on {owner['host']}: looking for signs of life there for {patience_s:.0f} s",
+        f"{run_dir} was last used on {owner['host'] or 'an unknown machine'}: looking for signs of life there for "
+        f"{patience_s:.0f} s",
         flush=True,
     )
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         time.sleep(min(1.0, patience_s / 10))
         now = _read(sign)
-        if now is not None and now["written"] != first["written"]:
+        if now is not None and now != first:
             return True
     return False
 
 
+def _has_ended(text: bytes, sign: Path) -> bool:
+    """Whether a job's last sign of life says so; a damaged one says nothing, and whoever lives writes it anew."""
+    try:
+        return bool(json.loads(text)["state"] != "running")
+    except (ValueError, TypeError, KeyError):
+        print(f"{sign} is damaged, as after a loss of power: {text[:40]!r}", flush=True)
+        return False
+
+
 def _message(run_dir: Path, owner: dict[str, Any] | None) -> str:
     job = f", Slurm job {owner['job']}" if owner and owner["job"] else ""
-    who = f"process {owner['pid']} on {owner['host']}{job}" if owner else "another process"
+    who = f"process {owner['pid']} on {owner['host']}{job}" if owner and owner["host"] else "another process"
     return (
         f"{run_dir} is in use by {who}: two jobs would destroy each other's files. Wait for it, stop it (touch "
         f"{run_dir / 'stop'}), or choose another run.name; if it is surely gone, remove {run_dir / 'lock'}"
@@ -129,16 +140,21 @@ def _message(run_dir: Path, owner: dict[str, Any] | None) -> str:
 
 
 def _owner(file: TextIO) -> dict[str, Any] | None:
+    """Who wrote into the lock file and has not ended; of a damaged one nobody knows."""
     file.seek(0)
     text = file.read()
     try:
-        return dict(json.loads(text)) if text else None
-    except ValueError:  # of a job that was killed while it wrote it
+        return UNKNOWN | json.loads(text) if text else None
+    except (ValueError, TypeError):
+        print(f"{file.name} is damaged, as after a kill or a loss of power: {text[:40]!r}", flush=True)
+        return UNKNOWN
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
         return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _began(pid: int) -> float | None:

@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from megasapo import config, launch, layout, lock
+from megasapo import checkpoints, config, jsonl, launch, layout, lock
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
 from megasapo.placed import placed
@@ -112,7 +110,7 @@ def refuse_other_command(command: str, cfg: Config) -> None:
 def finished(cfg: Config) -> bool:
     """Whether `megasapo train` has taken all steps that are asked for now."""
     done = cfg.run_dir / "done"
-    return done.exists() and json.loads(done.read_text())["step"] >= cfg.train.steps
+    return done.exists() and int(jsonl.parse(done.read_bytes(), done)["step"]) >= cfg.train.steps
 
 
 def join(cfg: Config, cleanup: ExitStack) -> tuple[Topology, Heartbeat, RunDir]:
@@ -152,15 +150,13 @@ class RunDir:
     def finish(self, command: str, step: int) -> None:
         """Write `done`: the run has ended by itself."""
         if self._is_main:
-            with placed(self.path / "done") as unfinished:
-                unfinished.write_text(json.dumps({"command": command, "step": step}))
+            checkpoints.write_durably(self.path / "done", json.dumps({"command": command, "step": step}))
 
     def _save_config(self, cfg: Config) -> None:
         path = self.path / "config.yaml"
         if path.exists() and (self.path / "checkpoints" / "latest").exists():  # else nothing of it is continued
-            before = yaml.safe_load(path.read_text())
-            for line in config.differences(before, cfg.model_dump(mode="json")):
-                print(f"{self.path}: setting changed since the run began: {line}", flush=True)
+            for line in _changes(path, cfg):
+                print(f"{self.path}: {line}", flush=True)
         config.save(cfg, path)
 
     def stop_requested(self) -> bool:
@@ -177,6 +173,18 @@ class RunDir:
             return (self.path / "stop").read_text().strip()
         except FileNotFoundError:
             return None
+
+
+def _changes(path: Path, cfg: Config) -> list[str]:
+    """What to say of the configuration that was saved at `path`: what `cfg` changes, or that it is lost."""
+    try:
+        before = config.read(path)
+    except ConfigError as e:
+        return [f"what changed since the run began cannot be told, {path.name} is written anew: {e}"]
+    if not before:
+        return [f"what changed since the run began cannot be told: {path.name} is empty, as after a loss of power"]
+    changed = config.differences(before, cfg.model_dump(mode="json"))
+    return [f"setting changed since the run began: {line}" for line in changed]
 
 
 class Phases:

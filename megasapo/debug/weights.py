@@ -5,9 +5,9 @@ Called by the debugger. The weights published with version v are those after v s
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from megasapo import jsonl
 from megasapo.config import ConfigError
 
 
@@ -42,5 +42,5 @@ def kept(run_dir: Path, started_from: str) -> dict[int, Path]:
                 found[int(number)] = path
     done = run_dir / "done"
     if done.is_file() and (run_dir / "hf" / "config.json").is_file():
-        found[int(json.loads(done.read_text())["step"])] = run_dir / "hf"
+        found[int(jsonl.parse(done.read_bytes(), done)["step"])] = run_dir / "hf"
     return found

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megasapo import config as configuration
 from megasapo import jsonl
 from megasapo.errors import UserError
 from megasapo.jsonl import Row
@@ -73,13 +72,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no metrics.jsonl: not a run, or its log.sinks leaves out jsonl{inside}")
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} has no config.yaml: give the directory that `megasapo train` made")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        raise UserError(f"{path / 'config.yaml'}: not valid YAML: {e}") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{path / 'config.yaml'}: expected a mapping of sections, found {type(config).__name__}")
-    return config
+    return configuration.read(path / "config.yaml")
 
 
 def _read_run(path: Path, config: dict[str, Any], label: str) -> Run:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,6 +307,40 @@ def test_a_job_of_another_machine_is_judged_by_its_signs_of_life(alive: bool, tm
         ended.set()
         if alive:
             thread.join()
+
+
+@pytest.mark.parametrize("torn", ["sign", "lock", "both"])
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_a_loss_of_power_has_torn_is_named_and_decides_nothing(
+    alive: bool,
+    torn: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    owner = json.dumps({"host": "there", "pid": 1, "since": 1.0, "job": "", "attempt": 0})
+    (tmp_path / "lock").write_text(owner if torn == "sign" else owner[:20])
+    sign = tmp_path / "logs" / "ranks" / "rank_0.json"
+    sign.parent.mkdir(parents=True)
+    running = json.dumps({"state": "running", "written": 0})
+    sign.write_text(running if torn == "lock" else "")
+
+    def wait(_: float) -> None:  # meanwhile a process that lives writes again
+        if alive:
+            (tmp_path / "new").write_text(json.dumps({"state": "running", "written": 1}))
+            os.replace(tmp_path / "new", sign)
+
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=wait))
+    if alive:
+        who = "process 1 on there" if torn == "sign" else "another process"
+        with pytest.raises(lock.InUse, match=f"in use by {who}"), lock.hold(tmp_path, HERE, patience_s=60):
+            pass
+    else:
+        with lock.hold(tmp_path, HERE, patience_s=0.2):
+            assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    said = capsys.readouterr().out
+    assert (f"{sign} is damaged" in said) == (torn != "lock")
+    assert (f"{tmp_path / 'lock'} is damaged" in said) == (torn != "sign")
 
 
 def test_without_locks_a_process_of_this_machine_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,9 @@ def test_missing_model_and_missing_file(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected a mapping"):
         config.load(tmp_path / "list.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"run: {name: caf\xe9}\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read: .*utf-8"):
+        config.load(tmp_path / "latin.yaml")
 
 
 def test_nothing_can_be_changed_after_loading() -> None:

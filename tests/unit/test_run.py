@@ -9,6 +9,7 @@ import pytest
 
 from megasapo import config, evaluate, launch, lock, sft, train
 from megasapo.config import Config, ConfigError
+from megasapo.errors import UserError
 from megasapo.launch import Place
 from megasapo.run import RunDir, ask_to_stop, finished, on_ranks, refuse_other_command
 
@@ -75,6 +76,30 @@ def test_changed_settings_are_said_and_saved(tmp_path: Path, capsys: pytest.Capt
     RunDir(settings(tmp_path, "optim.lr=0.5"), is_main=True)
     assert "setting changed since the run began: optim.lr: 0.25 -> 0.5" in capsys.readouterr().out
     assert config.load(tmp_path / "run" / "config.yaml").optim.lr == 0.5
+
+
+@pytest.mark.parametrize(("torn", "said"), [("", "is empty"), ("run:\n  name: 'ru", "not valid YAML")])
+def test_settings_that_a_loss_of_power_has_torn_are_written_anew(
+    torn: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path)
+    RunDir(cfg, is_main=True)
+    (cfg.run_dir / "checkpoints" / "latest").write_text("step_00000002")
+    (cfg.run_dir / "config.yaml").write_text(torn)
+    RunDir(cfg, is_main=True)
+    out = capsys.readouterr().out
+    assert "what changed since the run began cannot be told" in out
+    assert said in out
+    assert config.load(cfg.run_dir / "config.yaml") == cfg
+
+
+def test_a_damaged_mark_of_the_end_is_named(tmp_path: Path) -> None:
+    cfg = settings(tmp_path)
+    cfg.run_dir.mkdir(parents=True)
+    (cfg.run_dir / "done").write_text("")
+    refuse_other_command("train", cfg)
+    with pytest.raises(UserError, match=r"run/done: not JSON: b''; repair or remove it"):
+        finished(cfg)
 
 
 def test_a_stop_file_of_an_earlier_run_does_not_stop_this_one(tmp_path: Path) -> None:
