@@ -94,7 +94,7 @@ class Optimizer:
         """Clip and step, or skip when the global gradient norm is NaN or infinite, or `allow(norm)` is false.
 
         A skipped step leaves weights and optimizer state as they are; the learning rate goes on. `allow` must answer
-        the same on every rank. Raises FloatingPointError once more than `optim.max_skipped_steps` steps were skipped.
+        the same on every rank. `skipped` counts those whose gradient was not finite.
         """
         lr = self.lr
         self._inner.prepare_grads()
@@ -106,12 +106,6 @@ class Optimizer:
             self._inner.step()
         self.skipped += not finite
         self._schedule.step(1)
-        if self.skipped > self._cfg.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self.skipped} steps had a NaN or infinite gradient (norm {norm} in the last one), more than "
-                f"optim.max_skipped_steps={self._cfg.max_skipped_steps}: lower optim.lr, or look at ratio/max and "
-                "mismatch/kl in TensorBoard before this step"
-            )
         return StepOutcome(norm, taken, lr, vetoed)
 
     @property

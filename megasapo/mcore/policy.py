@@ -19,6 +19,7 @@ from megasapo.algo.loss import policy_loss
 from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
 from megasapo.data.packing import sequence_mean
+from megasapo.errors import UserError
 from megasapo.geometry import read_geometry
 from megasapo.mcore import bridge, checkpoint, model, step
 from megasapo.mcore.fusions import Fusions
@@ -40,6 +41,10 @@ Routings = Sequence[torch.Tensor | None]
 Weights = list[dict[str, torch.Tensor]]
 # (which mini-batch, its statistics merged over ranks) -> whether its optimizer step may be taken
 Allow = Callable[[int, Mapping[str, float]], bool]
+
+
+class TooManySkips(UserError, ArithmeticError):
+    """Gradients are NaN or infinite again and again: raised on every rank."""
 
 
 class Policy:
@@ -113,6 +118,7 @@ class Policy:
         """One optimizer step a mini-batch; this rank's share of the statistics, to be merged over all ranks.
 
         `allow` is asked before each step and must answer the same on every rank; without it nothing is gathered.
+        Raises TooManySkips beyond optim.max_skipped_steps.
         """
         may = [None if allow is None else partial(allow, i) for i in range(len(batch.mini))]
         return metrics.merge(
@@ -149,6 +155,7 @@ class Policy:
             )
         counted = metrics.to_host(metrics.merge(parts))
         outcome = self._optimizer.step(None if allow is None else partial(self._allowed, allow, counted))
+        self._refuse_more_skips(outcome.grad_norm)
         if self._topo.rank == 0:  # equal on all ranks
             finite = outcome.taken or outcome.vetoed
             counted["grad/norm"] = Mean(outcome.grad_norm, 1.0) if finite else Mean(0.0, 0.0)
@@ -157,6 +164,20 @@ class Policy:
             if allow is not None:
                 counted["stability/skipped_steps"] = Sum(float(outcome.vetoed))
         return counted
+
+    def _refuse_more_skips(self, norm: float) -> None:
+        limit = self._cfg.optim.max_skipped_steps
+        if self._optimizer.skipped <= limit:
+            return
+        self.close()
+        pointer = self._cfg.run_dir / "checkpoints" / "latest"
+        kept = f"the last checkpoint is {pointer.with_name(pointer.read_text().strip())}" if pointer.exists() else ""
+        raise TooManySkips(
+            f"{self._optimizer.skipped} optimizer steps had a NaN or infinite gradient (norm {norm} in the last one), "
+            f"more than optim.max_skipped_steps={limit}, and were left out: {kept or 'there is no checkpoint yet'}. "
+            "Give the same command again with a lower optim.lr; what grad/norm, ratio/max and mismatch/kl were before "
+            "says more"
+        )
 
     def _allowed(self, allow: Callable[[Mapping[str, float]], bool], mine: Metrics, norm: float) -> bool:
         """Collective: what `allow` says to the statistics of all ranks."""

@@ -92,7 +92,9 @@ def test_one_rank_continues_exactly_and_skips_nan(expected: dict[str, Any]) -> N
     assert expected["unchanged"]
     assert_vetoed(expected, expected)
     assert expected["checkpoints"] == ["latest", "step_00000001", "step_00000002", "step_00000100"]
+    assert "2 optimizer steps had a NaN or infinite gradient" in expected["ceiling"]
     assert "optim.max_skipped_steps=1" in expected["ceiling"]
+    assert "run/checkpoints/step_00000002. Give the same command" in expected["ceiling"]
 
 
 def sequences(seed: int) -> list[TrainSequence]:
@@ -110,7 +112,7 @@ def sequences(seed: int) -> list[TrainSequence]:
 class Learner:
     """The policy of one layout on this rank, and what the scenario asks of it."""
 
-    def __init__(self, model: Path, tp: int, pp: int, ep: int, rows: int) -> None:
+    def __init__(self, model: Path, where: Path, tp: int, pp: int, ep: int, rows: int) -> None:
         from megasapo.algo.settings import resolve
         from megasapo.mcore.policy import Policy
         from megasapo.mcore.topology import Topology
@@ -122,6 +124,7 @@ class Learner:
                 "algo": {"kl_coef": 0.1, "entropy_coef": 0.01},
                 "parallel": {"tp": tp, "pp": pp, "ep": ep},
                 "train": {"micro_batch_tokens": 96},
+                "run": {"dir": str(where)},
             }
         )
         self.rows = rows
@@ -191,12 +194,14 @@ class Learner:
 
     def break_twice(self) -> dict[str, Any]:
         """Two steps on an advantage that is NaN, of which only one may be skipped."""
+        from megasapo.mcore.policy import TooManySkips
+
         before, row = self.weights(), np.arange(5, dtype=np.int32)
         broken = TrainSequence(0, row, row > 1, np.zeros(5, np.float32), float("nan"))
         batch = self.policy.with_old_logprobs(self.build([broken] if self.topo.rank == 0 else [], mini_batches=1))
         skipped = self.update(batch)["grad/skipped_steps"]
         unchanged = self.weights() == before
-        with pytest.raises(FloatingPointError) as ceiling:
+        with pytest.raises(TooManySkips) as ceiling:
             self.policy.update(batch)
         return {"skipped": skipped, "unchanged": unchanged, "ceiling": str(ceiling.value)}
 
@@ -204,7 +209,7 @@ class Learner:
 def scenario(model: Path, where: Path, *layout: int) -> None:
     from megasapo.mcore import checkpoint
 
-    learner, checkpoints = Learner(model, *layout), where / "run" / "checkpoints"
+    learner, checkpoints = Learner(model, where, *layout), where / "run" / "checkpoints"
     policy, is_main = learner.policy, learner.topo.rank == 0
     result: dict[str, Any] = {"steps": [learner.step(0), learner.step(1)]}
     if is_main:  # what somebody who went back from step 100 leaves behind
