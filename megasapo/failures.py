@@ -1,6 +1,6 @@
 """What a process says when it fails, and its exit code: of many ranks the one that is to blame speaks, once.
 
-Called by cli. The launcher ends the other ranks as soon as one has ended, which is while they still hold their tongues.
+Called by cli; mcore/saver.py asks what an error of a collective call means. The launcher ends the other ranks as soon as one has ended, which is while they still hold their tongues.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ PEER_GONE = (  # gloo's words and NCCL's
     "Connection reset by peer",
     "remote process exited or there was a network error",
 )
+TIMED_OUT = "Timed out waiting"  # gloo's
 SAME_S = 5.0  # what rank 0 finds wrong, the others mostly do too
 PEER_S = 10.0  # longer: the rank that is to blame may be one of those
 
@@ -37,10 +38,20 @@ def report(command: str, error: Exception) -> int:
     return 1
 
 
+def is_peer_gone(error: BaseException) -> bool:
+    """Whether a collective call says that another rank has ended."""
+    return any(words in str(error) for words in PEER_GONE)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective call over gloo says that another rank did not come."""
+    return TIMED_OUT in str(error)
+
+
 def _lost_another_rank(error: BaseException) -> bool:
     """Whether this is all that went wrong here: an error that was on its way already is the one to show."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone or not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)):
+    if alone or not (isinstance(error, RuntimeError) and is_peer_gone(error)):
         return False
     return error.__context__ is None or _lost_another_rank(error.__context__)
 

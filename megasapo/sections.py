@@ -300,6 +300,8 @@ class TrainConfig(Section):
     """Checkpoints of steps that this divides are kept as well, for good; 0: none."""
     async_save: bool = True
     """Write them beside the training, from a copy in host memory; false: the step waits (docs/checkpoints.md)."""
+    save_timeout_s: PositiveFloat = 1800.0
+    """Longest that a rank which has written its part of a checkpoint waits for the slowest one."""
     verify_checkpoints: bool = True
     """Compare a checkpoint's files with their SHA-256 before continuing from it; false: trust them."""
     eval_every: NonNegativeInt = 0

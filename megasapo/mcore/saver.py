@@ -33,15 +33,13 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megasapo import checkpoints
+from megasapo import checkpoints, failures
 from megasapo.checkpoints import CheckpointError
 from megasapo.mcore import slices
 from megasapo.mcore.topology import Topology
 from megasapo.sections import TrainConfig
 
 log = logging.getLogger(__name__)
-# Threads wait for the slowest writer, and would for ever for a machine that is gone
-TIMEOUT = datetime.timedelta(minutes=30)
 # Files of a rank; of more, torch (2.9 to 2.13) has threads write the others, and loses their errors and what they wrote
 WRITERS = 1
 
@@ -85,7 +83,8 @@ class Saver:
         folder = run_dir / "checkpoints"
         first = self._group is None
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            patience = datetime.timedelta(seconds=self._cfg.save_timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=patience)
         # every rank's part is compared with the others' once: it does not change while a process lives
         sharded, common = save_preprocess(state, first)
         kept = _own_parts(sharded)
@@ -144,11 +143,24 @@ class Saver:
         try:
             self._write(job)
         except (Exception, CheckpointException) as e:  # the latter is no Exception
-            self._error = CheckpointError(
-                f"checkpoint {job.final} could not be written: {_causes(e)}. `latest` names the one before: "
-                "free space, or mend what is named, and give the same command again"
-            )
+            self._error = CheckpointError(f"checkpoint {job.final} could not be written: {self._why(e)}")
             self._error.__cause__ = e
+
+    def _why(self, error: BaseException) -> str:
+        """What happened to the checkpoint before, and what to do."""
+        before, again = "`latest` names the one before", "give the same command again"
+        waited = f"train.save_timeout_s={self._cfg.save_timeout_s:g}"
+        if failures.is_timeout(error):
+            return (
+                f"rank {self._topo.rank} waited {waited} for the others, who write for longer or hang ({error}). "
+                f"{before}: raise it if the file system is that slow, and {again}"
+            )
+        if failures.is_peer_gone(error):
+            return (
+                f"rank {self._topo.rank} lost another rank, which has ended, and says why itself, or has waited longer "
+                f"than {waited} ({error}). {before}: {again}"
+            )
+        return f"{_causes(error)}. {before}: free space, or mend what is named, and {again}"
 
     def _write(self, job: Job) -> None:
         is_main = self._topo.rank == 0
