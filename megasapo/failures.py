@@ -57,8 +57,11 @@ def _lost_another_rank(error: BaseException) -> bool:
 
 
 def _let_others_speak(seconds: float) -> None:
-    """Wait for the launcher's SIGTERM, which comes when the rank that is to blame has ended; it may have come."""
+    """Wait for the launcher's SIGTERM, which comes when the rank that is to blame has ended; it may have come.
+
+    SIGUSR1 is no launcher's: somebody, mostly Slurm, asked all ranks to save and stop.
+    """
     flag = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if not (isinstance(flag, StopFlag) and flag()):
+    if not (isinstance(flag, StopFlag) and flag.has_received(signal.SIGTERM)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(seconds)

@@ -160,6 +160,10 @@ class StopFlag:
     def __call__(self) -> bool:
         return bool(self._received)
 
+    def has_received(self, number: int) -> bool:
+        """Whether this very signal has arrived."""
+        return number in self._received
+
 
 def stop_flag() -> StopFlag:
     """Install handlers for both signals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,15 @@ RANK = """
 import os, signal, sys, time
 from megasapo import failures, launch
 from megasapo.errors import UserError
-if "--handled" in sys.argv:
-    flag = launch.stop_flag()
-    os.kill(os.getpid(), signal.SIGTERM)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    if number.name in sys.argv:
+        flag = launch.stop_flag()
+        os.kill(os.getpid(), number)
+        assert flag()
 if "--patient" in sys.argv:
     failures.SAME_S = 600.0
+if "--watched" in sys.argv:
+    failures.time.sleep = lambda _: print("waits", flush=True) or signal.pause()
 print("begins", flush=True)
 error = UserError("no such thing") if "--user" in sys.argv else RuntimeError("gloo: Connection closed by peer")
 sys.exit(failures.report("train", error))
@@ -44,6 +49,15 @@ def test_rank_0_says_what_is_wrong_and_the_others_are_ended_before_they_repeat_i
     assert second.communicate() == ("", "")
 
 
+def test_ranks_that_slurm_has_asked_to_stop_let_rank_0_speak_all_the_same() -> None:
+    second = rank(1, "--user", "SIGUSR1", "--watched")
+    assert second.stdout is not None
+    assert second.stdout.readline() == "waits\n"
+    second.terminate()
+    assert second.communicate() == ("", "")
+    assert second.returncode == -signal.SIGTERM
+
+
 def test_a_rank_speaks_for_itself_where_nobody_ends_it() -> None:
     alone = rank(1, "--user")
     assert alone.communicate()[1] == "megasapo train: no such thing\n"
@@ -51,7 +65,7 @@ def test_a_rank_speaks_for_itself_where_nobody_ends_it() -> None:
 
 
 def test_a_rank_that_lost_another_says_so_in_a_line() -> None:
-    alone = rank(3, "--handled")  # the launcher's SIGTERM has come: nothing to wait for
+    alone = rank(3, "SIGTERM")  # the launcher's SIGTERM has come: nothing to wait for
     said = alone.communicate()[1]
     assert said == "megasapo train: rank 3 lost another rank, whose message says why: gloo: Connection closed by peer\n"
     assert alone.returncode == 1
