@@ -134,7 +134,9 @@ class RolloutConfig(Section):
     server_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Flags appended to the server's command line."""
     max_restarts: NonNegativeInt = 3
-    """How often each spawned server may be restarted before the run stops."""
+    """How often in a row a spawned server may be restarted; then it is left out, and without any the run stops."""
+    restarts_forgiven_after_s: PositiveFloat = 3600.0
+    """A server that was healthy for so long since its last start has all `max_restarts` again when it dies."""
     start_timeout_s: PositiveFloat = 300.0
     """A server not healthy after this long stops the run."""
     api_key_file: str | None = None

@@ -51,10 +51,12 @@ class Server:
     given_up: bool = False  # out of restarts
     version: int | None = None  # of its weights; None: not known
     incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
-    restarts: int = 0
+    restarts: int = 0  # in all
+    in_a_row: int = 0  # of these, without rollout.restarts_forgiven_after_s of health in between
     refused_version: int | None = None  # what it could not load
     trouble: str = ""  # why it is not ready, for messages
-    seen_at: float = 0.0
+    started_at: float = 0.0  # when it was healthy for the first time since its last start
+    seen_at: float = 0.0  # when it was found healthy last
     look_at: float = 0.0  # when to ask for its version next
     health_at: float = 0.0  # when to have it generate a token next
     outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
@@ -294,7 +296,8 @@ class Watch:
                 raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{server.log_end()}")
             await asyncio.sleep(POLL_S)
         server.incarnation += 1
-        server.seen_at, server.starting, server.hung = time.monotonic(), False, False
+        server.started_at = server.seen_at = time.monotonic()
+        server.starting = server.hung = False
         await self._look(server)
 
     async def _healthy(self, server: Server) -> bool:
@@ -326,14 +329,19 @@ class Watch:
                 self.failure = e
 
     async def _restart(self, server: Server, why: str) -> None:
+        cfg = self._cfg
+        if server.seen_at - server.started_at >= cfg.restarts_forgiven_after_s:
+            server.in_a_row = 0
         while True:
             self._lose(server, why)
             server.version = server.refused_version = None
             server.restarts += 1
-            if server.restarts > self._cfg.max_restarts:
+            server.in_a_row += 1
+            if server.in_a_row > cfg.max_restarts:
                 raise RolloutError(
-                    f"rollout server {server.index} at {server.url} {why}; it has been restarted "
-                    f"rollout.max_restarts={self._cfg.max_restarts} times{server.log_end()}"
+                    f"rollout server {server.index} at {server.url} {why}; it has been restarted rollout.max_restarts="
+                    f"{cfg.max_restarts} times without rollout.restarts_forgiven_after_s="
+                    f"{cfg.restarts_forgiven_after_s:g} of health in between{server.log_end()}"
                 )
             log.warning("rollout server %d %s: restart %d", server.index, why, server.restarts)
             if server.process is not None:

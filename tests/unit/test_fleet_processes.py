@@ -138,6 +138,19 @@ def test_restarts_have_an_end(model: Path, tmp_path: Path) -> None:
         assert not fleet.stale()
 
 
+def test_a_server_that_was_healthy_for_long_has_its_restarts_again(model: Path, tmp_path: Path) -> None:
+    with Fleet.start(settings(max_restarts=1), model, tmp_path) as fleet:
+        server = fleet.servers[0]
+        for number in (1, 2, 3):
+            server.started_at -= 3600  # as it was an hour ago
+            os.kill(listener(fleet), signal.SIGKILL)
+            wait_until(lambda: server.restarts == number and server.up, f"up again ({number})")
+        server.started_at = server.seen_at - 3000
+        os.kill(listener(fleet), signal.SIGKILL)
+        wait_until(lambda: fleet._watch is not None and fleet._watch.failure is not None, "given up")
+        assert server.restarts == 4
+
+
 def test_nothing_outlives_an_owner_that_is_killed(model: Path, tmp_path: Path) -> None:
     """kill -9 of the learner: the server, and a child of the server that watches nobody, must end."""
     script = f"""
