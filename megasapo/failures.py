@@ -1,6 +1,7 @@
 """What a process says when it fails, and its exit code: of many ranks the one that is to blame speaks, once.
 
-Called by cli; mcore/saver.py asks what an error of a collective call means. The launcher ends the other ranks as soon as one has ended, which is while they still hold their tongues.
+Called by cli; mcore/saver.py asks what an error of a collective call means. The launcher ends the other ranks as soon
+as one has ended, which is while they still hold their tongues.
 """
 
 from __future__ import annotations

@@ -35,6 +35,11 @@ def read(api_file: str | None = None, admin_file: str | None = None, *, environm
     return keys
 
 
+def keyless() -> dict[str, str]:
+    """This process's environment without keys, for children that need none: servers, graders."""
+    return {name: value for name, value in os.environ.items() if name not in (VARIABLE, ADMIN_VARIABLE)}
+
+
 def _read(path: str | None, variable: str, environment: bool) -> str | None:
     if path is None and not (environment and os.environ.get(variable)):
         return None

@@ -15,6 +15,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from megasapo import keys
 from megasapo.errors import UserError
 from megasapo.rewards.worker import FRAME
 from megasapo.types import Prompt
@@ -163,7 +164,7 @@ class GraderPool:
             "megasapo.rewards.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            env={**keys.keyless(), "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         )
         worker = _Worker(self._target, process)
         settings = {"target": self._target, "options": self._options, "timeout_s": self._timeout_s}

@@ -33,7 +33,6 @@ ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded se
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
 _RANK_VARIABLES |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_NOT_INHERITED = {*_RANK_VARIABLES, keys.VARIABLE, keys.ADMIN_VARIABLE}  # the keys are those of other servers
 
 
 def free_port() -> int:
@@ -87,8 +86,8 @@ class ServerProcess:
         self._grace_s = TERM_GRACE_S if exits_with_stdin else TERM_GRACE_S + 5  # the guard has its own grace to give
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            k: v for k, v in os.environ.items() if k not in _NOT_INHERITED and not k.startswith("TORCHELASTIC_")
+        environment = {  # keys in it are those of other servers
+            k: v for k, v in keys.keyless().items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
         }
         with log_file.open("ab") as log:
             log.write(f"--- {time.strftime('%F %T')} {' '.join(command)}\n".encode())

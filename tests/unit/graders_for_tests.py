@@ -19,6 +19,10 @@ def pid(prompt: Prompt, response: str) -> int:
     return os.getpid()
 
 
+def num_keys(prompt: Prompt, response: str) -> int:
+    return sum(name in os.environ for name in ("MEGASAPO_API_KEY", "MEGASAPO_ADMIN_API_KEY"))
+
+
 def field(prompt: Prompt, response: str) -> float:
     return prompt.fields["points"]
 

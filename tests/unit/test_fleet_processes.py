@@ -144,7 +144,7 @@ def test_a_server_that_was_healthy_for_long_has_its_restarts_again(model: Path, 
         for number in (1, 2, 3):
             server.started_at -= 3600  # as it was an hour ago
             os.kill(listener(fleet), signal.SIGKILL)
-            wait_until(lambda: server.restarts == number and server.up, f"up again ({number})")
+            wait_until(lambda number=number: server.restarts == number and server.up, f"up again ({number})")
         server.started_at = server.seen_at - 3000
         os.kill(listener(fleet), signal.SIGKILL)
         wait_until(lambda: fleet._watch is not None and fleet._watch.failure is not None, "given up")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from megasapo import keys
 from megasapo.config import ConfigError
 from megasapo.rewards.inline import exact_match, format_match
 from megasapo.rewards.model import RewardModel, Scored
@@ -54,6 +55,12 @@ def rewards(specs: list[RewardSpec], responses: list[str], to: Prompt | None = N
     scored, num_errors = score(specs, responses, to, **settings)
     assert num_errors == 0
     return [s.reward for s in scored]
+
+
+def test_graders_do_not_get_the_keys_of_rollout_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (keys.VARIABLE, keys.ADMIN_VARIABLE):
+        monkeypatch.setenv(name, "secret")
+    assert rewards([spec(f"{GRADERS}:num_keys")], ["a"]) == [0.0]
 
 
 @pytest.mark.parametrize(
