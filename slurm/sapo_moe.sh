@@ -16,7 +16,8 @@
 #   SERVER_TP=               GPUs of one rollout server; default: all of its node
 #   SERVER_COMMAND=          another command for a server, with {model} {port} {host} {api_key_file} to be filled in
 #   MIN_SERVERS=1            fewer than these for good: the learner saves, and the job ends FAILED
-#   MAX_SERVER_RESTARTS=5    of each server in one attempt
+#   MAX_SERVER_RESTARTS=5    of each server in a row
+#   RESTARTS_FORGIVEN_AFTER=3600 seconds of life that give a server all its restarts again
 #   ROLLOUT_PORT=30000       first port of the servers; every attempt takes the next ones
 #   HEALTH_TIMEOUT=1800      seconds until all servers must answer; a large MoE loads slowly
 #   STOP_GRACE=540           seconds the learner has to finish its step and save; less than --signal's 600
@@ -60,6 +61,7 @@ LEARNER_NODES=${LEARNER_NODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 MIN_SERVERS=${MIN_SERVERS:-1}
 MAX_SERVER_RESTARTS=${MAX_SERVER_RESTARTS:-5}
+RESTARTS_FORGIVEN_AFTER=${RESTARTS_FORGIVEN_AFTER:-3600}
 ROLLOUT_PORT=${ROLLOUT_PORT:-30000}
 HEALTH_TIMEOUT=${HEALTH_TIMEOUT:-1800}
 STOP_GRACE=${STOP_GRACE:-540}
@@ -81,8 +83,8 @@ say() {
     [ -z "$diary" ] || echo "$line" >> "$diary"
 }
 
-for knob in GPUS_PER_NODE MIN_SERVERS MAX_SERVER_RESTARTS ROLLOUT_PORT HEALTH_TIMEOUT STOP_GRACE MAX_CRASHES \
-    MAX_ATTEMPTS ${NPROC_PER_NODE:+NPROC_PER_NODE} ${SERVER_TP:+SERVER_TP} ${NODES:+NODES}; do
+for knob in GPUS_PER_NODE MIN_SERVERS MAX_SERVER_RESTARTS RESTARTS_FORGIVEN_AFTER ROLLOUT_PORT HEALTH_TIMEOUT \
+    STOP_GRACE MAX_CRASHES MAX_ATTEMPTS ${NPROC_PER_NODE:+NPROC_PER_NODE} ${SERVER_TP:+SERVER_TP} ${NODES:+NODES}; do
     [[ ${!knob} =~ ^(0|[1-9][0-9]*)$ ]] || { say "$knob=${!knob}: give a whole number"; exit 2; }
 done
 [[ $LEARNER_NODES =~ ^(all|[1-9][0-9]*)$ ]] || { say "LEARNER_NODES=$LEARNER_NODES: give a number from 1, or all"; exit 2; }
@@ -205,7 +207,7 @@ trap 'ask_to_stop "told to end"' TERM INT
 shield='trap "" USR1 USR2; exec "$@"'
 
 # ---- how an attempt ends
-declare -a server_pid=() server_starts=()
+declare -a server_pid=() server_starts=() server_began=() given_up=()
 learner_pid=
 end() {                                            # EXIT_CODE MESSAGE...
     local code=$1 pid
@@ -259,6 +261,7 @@ start_server() {
     "${step[@]}" --nodes=1 --ntasks=1 --nodelist="${SERVER_HOSTS[$1]}" --job-name="server-$1" \
         --output="$(server_log "$1")" bash -c "$shield" - bash -c "${SERVER_COMMANDS[$1]}" < /dev/null &
     server_pid[$1]=$!
+    server_began[$1]=$SECONDS
 }
 for i in "${!SERVER_HOSTS[@]}"; do start_server "$i"; done
 deadline=$((SECONDS + HEALTH_TIMEOUT))
@@ -296,9 +299,11 @@ look_at_servers() {
     for i in "${!SERVER_HOSTS[@]}"; do
         alive "${server_pid[$i]}" && continue
         name=${SERVER_HOSTS[$i]}:${SERVER_PORTS[$i]}
+        [ -n "${given_up[$i]:-}" ] || [ $((SECONDS - server_began[i])) -lt "$RESTARTS_FORGIVEN_AFTER" ] || server_starts[i]=0
         if [ "${server_starts[$i]}" -ge "$MAX_SERVER_RESTARTS" ]; then
             left=$((left - 1))
             lost=$name
+            given_up[i]=yes
             continue
         fi
         wait "${server_pid[$i]}"; code=$?

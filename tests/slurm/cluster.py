@@ -71,9 +71,9 @@ class Cluster:
                 time.sleep(0.2)
 
     def kill_server(self, node: str) -> None:
-        """SIGKILL for the embedded server of a node."""
-        find = "grep -lz '^megasapo.rollout.[l]ocal$' /proc/[0-9]*/cmdline | cut -d/ -f3 | xargs kill -KILL"
-        self.sandbox("on", node, "sh", "-c", find)
+        """SIGKILL for the embedded server of a node, which may have yet to start."""
+        find = "grep -lz '^megasapo.rollout.[l]ocal$' /proc/[0-9]*/cmdline | cut -d/ -f3 | grep ."
+        self.sandbox("on", node, "sh", "-c", f"until found=$({find}); do sleep 0.2; done; kill -KILL $found")
 
 
 @contextmanager

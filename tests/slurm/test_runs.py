@@ -125,6 +125,15 @@ def test_crashed_server(cluster: Cluster, experiment: Experiment, unbroken: Expe
     assert_nothing_lost(experiment, unbroken)
 
 
+def test_a_server_that_lived_for_long_has_its_restarts_again(cluster: Cluster, experiment: Experiment) -> None:
+    job = standing(cluster, experiment, MAX_SERVER_RESTARTS="1", RESTARTS_FORGIVEN_AFTER="0")
+    for time in (1, 2, 3):
+        cluster.kill_server("n3")
+        job.until(lambda time=time: job.output().count("ended (137): restart 1 of 1") == time, f"restart {time}")
+    experiment.go_on()
+    job.succeed()
+
+
 def test_servers_used_up(cluster: Cluster, experiment: Experiment) -> None:
     job = standing(cluster, experiment, MAX_SERVER_RESTARTS="0", STOP_GRACE="3")
     cluster.kill_server("n3")
