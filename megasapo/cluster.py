@@ -99,6 +99,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"rollout.servers={list(cfg.rollout.servers)}: the batch script starts them: remove it")
     cfg, tp = _settle_servers(cfg, args)
     servers = _place(args.servers, args.gpus, tp)
+    if cfg.rollout.publish == "tensor" and not all(server.host in LOCAL for server in servers):
+        raise ConfigError(
+            f"rollout.publish=tensor is for servers on loopback, and these listen for all nodes ({servers[0].url}): use "
+            f"disk{'' if args.colocated else ' or distributed'}"
+        )
     settings = [f"rollout.servers=[{', '.join(server.url for server in servers)}]"]
     settings.append(f"rollout.api_key_file={json.dumps(str(_key_file(cfg, args.dry_run)))}")  # YAML: a path can hold #
     cfg = config.from_dict(cfg.model_dump(mode="json"), settings, source=args.config)

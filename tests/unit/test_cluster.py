@@ -16,6 +16,7 @@ from megasapo.config import ConfigError
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.spawn import SGLANG_WITH_KEY
 
+FITS = "rollout.server_args=[--mem-fraction-static, '0.4']"
 MODEL = {
     "model_type": "qwen3_moe",
     "vocab_size": 512,
@@ -170,6 +171,8 @@ def test_routing_and_precision_reach_the_servers(config: str) -> None:
             ["--colocated", "--server-tp", "2", "rollout.publish=tensor"],
             "would not see the GPU of the learner's rank 0",
         ),
+        (["--colocated", "rollout.publish=tensor", FITS], r"listen for all nodes \(http://n3:30000\): use disk$"),
+        (["rollout.publish=tensor"], "use disk or distributed$"),
         (["data.train=/nowhere"], "data.train=/nowhere: no such file"),
         (["train.eval_every=1"], "needs data.eval"),
     ],
@@ -180,8 +183,7 @@ def test_refused(config: str, argv: list[str], message: str) -> None:
 
 
 def test_sharing_gpus_with_a_share_set(config: str) -> None:
-    flags = "rollout.server_args=[--mem-fraction-static, '0.4']"
-    assert "--mem-fraction-static" in plan(config, "--colocated", flags).servers[0].command
+    assert "--mem-fraction-static" in plan(config, "--colocated", FITS).servers[0].command
 
 
 def test_the_plan_to_read(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
