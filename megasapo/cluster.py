@@ -101,8 +101,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     servers = _place(args.servers, args.gpus, tp)
     if cfg.rollout.publish == "tensor" and not all(server.host in LOCAL for server in servers):
         raise ConfigError(
-            f"rollout.publish=tensor is for servers on loopback, and these listen for all nodes ({servers[0].url}): use "
-            f"disk{'' if args.colocated else ' or distributed'}"
+            f"rollout.publish=tensor is for servers on loopback, and these listen for all nodes ({servers[0].url}): "
+            f"use disk{'' if args.colocated else ' or distributed'}"
         )
     settings = [f"rollout.servers=[{', '.join(server.url for server in servers)}]"]
     settings.append(f"rollout.api_key_file={json.dumps(str(_key_file(cfg, args.dry_run)))}")  # YAML: a path can hold #

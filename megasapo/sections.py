@@ -273,7 +273,8 @@ class OptimConfig(Section):
     max_skipped_steps: NonNegativeInt = 10
     """Steps with a NaN or infinite gradient are skipped and counted; more than this many stop the run."""
     override_optimizer_config: dict[str, Any] = {}
-    """Passed to megatron-core's OptimizerConfig; names are checked against it."""
+    """Passed to megatron-core's OptimizerConfig; names are checked against it. An optimizer whose state cannot be saved
+    (not Adam, offloaded to the CPU) is refused."""
 
 
 class ProfileSpec(Section):

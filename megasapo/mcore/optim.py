@@ -23,6 +23,7 @@ from megasapo.sections import OptimConfig
 
 # what a checkpoint decides of an Adam; the rest of its settings belong to the implementation that runs here
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+TORCH_ADAMS = (torch.optim.AdamW, torch.optim.Adam)  # in torch < 2.7 AdamW is no Adam
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Optimizer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        self._rates = [(group["max_lr"], group["min_lr"]) for group in self._inner.param_groups]
         self._schedule.step(1)  # the first step must not have learning rate 0 when there is a warm-up
         self.skipped = 0
 
@@ -139,7 +141,7 @@ class Optimizer:
         saved. What fused Adams are loaded into is made by megatron-core.
         """
         for part in self._parts:
-            if not isinstance(part.optimizer, torch.optim.AdamW):
+            if not isinstance(part.optimizer, TORCH_ADAMS):
                 if not is_loading:
                     part.init_state_fn(part.optimizer, part.config)
                     for group in part.optimizer.param_groups:
@@ -181,8 +183,9 @@ class Optimizer:
     def _load_schedule(self, state: dict[str, Any]) -> None:
         # load_state_dict steps from where the object stands; it must start from 0
         self._schedule.num_steps = 0
-        for group in self._inner.param_groups:  # the configuration wins over what the run began with
-            group["max_lr"], group["min_lr"] = self._cfg.lr, self._cfg.min_lr
+        # the configuration wins over what the run began with; and 0.16.1 mixes groups up that differ in this alone
+        for group, (most, least) in zip(self._inner.param_groups, self._rates, strict=True):
+            group["max_lr"], group["min_lr"] = most, least
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
 
@@ -193,11 +196,11 @@ class Optimizer:
 
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
-    """On a CPU let torch's AdamW, megatron-core's choice without TE and Apex, pass over its tensors once."""
+    """On a CPU let torch's Adam, megatron-core's choice without TE and Apex, pass over its tensors once."""
     if torch.cuda.is_available():
         return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        if isinstance(part.optimizer, TORCH_ADAMS):
             for group in part.optimizer.param_groups:
                 group["fused"] = True
 
@@ -209,13 +212,29 @@ def _everywhere_finite(norm: float) -> bool:
     return int(flag) == 0
 
 
-# Fields that other settings decide; overriding them here would contradict the model
+# Fields that other settings decide; overriding them here would contradict the model, or the schedule
 OWN_FIELDS = {
+    "lr": "optim.lr",
+    "min_lr": "optim.min_lr",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_eps": "optim.eps",
+    "clip_grad": "optim.clip_grad",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "params_dtype": "model.dtype",
     "fp8_recipe": "precision.recipe",
     "reuse_grad_buf_for_mxfp8_param_ag": "precision.fp8_param",
+}
+
+
+# Without these there is no master, or no moment, where a checkpoint looks for it (slices.py); from 0.16.1 to 0.19.2
+FIXED = {
+    "optimizer": "adam",
+    "use_distributed_optimizer": True,
+    "use_layer_wise_distributed_optimizer": False,
+    "optimizer_cpu_offload": False,
 }
 
 
@@ -244,5 +263,16 @@ def _optimizer_config(cfg: OptimConfig, model: list[DistributedDataParallel]) ->
             raise ConfigError(f"optim.override_optimizer_config: megatron-core has no {name!r}{hint}")
         if name in OWN_FIELDS:
             raise ConfigError(f"optim.override_optimizer_config: {name} follows from `{OWN_FIELDS[name]}`; set that")
+        if value != FIXED.get(name, value):
+            raise ConfigError(
+                f"optim.override_optimizer_config: with {name}={value} the optimizer's state could not be saved, which "
+                f"only that of megatron-core's distributed Adam can be, where it is on the learner's device: leave "
+                f"{name} out"
+            )
         values[name] = value
-    return OptimizerConfig(**values)
+    try:
+        return OptimizerConfig(**values)
+    except (AssertionError, TypeError, ValueError) as e:
+        if not cfg.override_optimizer_config:
+            raise
+        raise ConfigError(f"optim.override_optimizer_config={cfg.override_optimizer_config}: {e}") from e
