@@ -1,7 +1,7 @@
 """Starts a command on N local ranks, or joins those that torchrun or srun already started.
 
 Called by the commands that use the learner. Local ranks are started by torchrun's launcher; this module ties the life
-of a rank to its parent and turns SIGTERM into a flag that the training loop reads between two steps.
+of a rank to its parent and turns SIGTERM and Ctrl-C into a flag that the training loop reads between two steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megasapo.config import ConfigError
 
@@ -81,8 +82,8 @@ def visible_device(index: int) -> str:
 def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] | None = None) -> int:
     """Run `megasapo COMMAND ARGV` on `nproc` local ranks, as torchrun would; 0, or 1 when a rank failed.
 
-    The first rank to fail is named; its own message is in the output above. `on_term` answers SIGTERM: it asks the
-    ranks to stop in their own time, where the launcher itself would kill them 30 s later.
+    The first rank to fail is named; its own message is in the output above. `on_term` answers SIGTERM and the first
+    Ctrl-C: it asks the ranks to stop in their own time, where the launcher itself would kill them 30 s later.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,8 +104,13 @@ def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] |
         max_restarts=0,
     )
     if on_term is not None and hasattr(config, "signals_to_handle"):  # torch < 2.10 has only the 30 s
-        config.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        config.signals_to_handle = "SIGHUP,SIGQUIT"
         signal.signal(signal.SIGTERM, lambda *_: on_term())
+
+        def end_ranks(number: int, _frame: object) -> None:
+            raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+
+        on_first_interrupt(on_term, end_ranks)
     try:
         elastic_launch(config, sys.executable)("-m", "megasapo.cli", command, *argv)
     except ChildFailedError as e:
@@ -149,7 +155,7 @@ def die_with_parent() -> None:
 
 
 class StopFlag:
-    """Whether SIGTERM or SIGUSR1 has arrived: called, it says so."""
+    """Whether SIGTERM, SIGUSR1 or Ctrl-C has arrived: called, it says so."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
@@ -166,8 +172,22 @@ class StopFlag:
 
 
 def stop_flag() -> StopFlag:
-    """Install handlers for both signals."""
+    """Install the handlers: for the first Ctrl-C where there is no launcher, which answers it."""
     flag = StopFlag()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, flag.remember)
+    if not is_rank():
+        on_first_interrupt(lambda: flag.remember(signal.SIGINT, None), signal.default_int_handler)
     return flag
+
+
+def on_first_interrupt(stop: Callable[[], None], again: Callable[[int, Any], None]) -> None:
+    """Ctrl-C calls `stop` and says so; once more, `again`. Where it is ignored (a script's background) it stays so."""
+
+    def interrupted(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, again)
+        os.write(2, b"\nstops after this step, with a checkpoint; Ctrl-C again: at once\n")  # print is not reentrant
+        stop()
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)

@@ -65,7 +65,7 @@ def world_size(parallel: config.sections.ParallelConfig, nproc: int | None) -> i
 def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = None) -> int | None:
     """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank.
 
-    SIGTERM asks the ranks in `run_dir` to stop between two steps.
+    SIGTERM, or Ctrl-C, asks the ranks in `run_dir` to stop between two steps.
     """
     is_rank = launch.is_rank()
     here = launch.place()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Run:
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,
+            # a shell that started the tests in the background has had them ignore SIGINT
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait(self) -> int:
@@ -71,6 +74,10 @@ class Run:
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it."""
+        os.killpg(self._process.pid, signal.SIGINT)
 
     def processes(self, is_wanted: Callable[[psutil.Process], bool] = lambda p: True) -> list[psutil.Process]:
         """Those of the run; one that ends while it is looked at is left out."""

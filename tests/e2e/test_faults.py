@@ -134,9 +134,30 @@ def test_a_run_goes_on_in_another_layout(tmp_path: Path, settings: Settings, unb
             assert row[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
 
 
-def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, settings: Settings, unbroken: Path) -> None:
-    config, run = start_and_break(tmp_path, settings, lambda r: r.terminate())
+@pytest.mark.parametrize("stop", [Run.terminate, Run.interrupt])
+def test_sigterm_and_ctrl_c_save_and_the_same_command_continues(
+    stop: Callable[[Run], None], tmp_path: Path, settings: Settings, unbroken: Path
+) -> None:
+    config, run = start_and_break(tmp_path, settings, stop)
     reached = steps_done(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}", run.output()[-2000:]
     finish(tmp_path, config)
     assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_ctrl_c_saves_where_one_process_is_all(tmp_path: Path, settings: Settings) -> None:
+    start_and_break(tmp_path, settings, Run.interrupt, "parallel.ep=1", "train.steps=1000", "train.save_every=1000")
+    reached = steps_done(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_twice_ends_at_once(ranks: int, tmp_path: Path, settings: Settings) -> None:
+    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
+    with running("train", config, f"parallel.ep={ranks}", "train.steps=100000", log=tmp_path / "log") as run:
+        run.until(lambda: "waiting for rollout servers" in run.output(), "its servers")
+        run.interrupt()
+        run.until(lambda: "Ctrl-C again" in run.output(), "its answer")
+        run.interrupt()
+        assert run.wait() == 130, run.output()[-2000:]
+    assert "stopped after step" not in run.output()
