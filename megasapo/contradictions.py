@@ -134,6 +134,10 @@ def _check_servers(cfg: Config) -> None:
     for url in (*r.servers, *([r.router] if r.router else [])):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"rollout.servers and rollout.router: {url!r} is no URL: write http://{url}")
+    known = [url.rstrip("/") for url in r.servers]
+    for url in known:
+        if known.count(url) > 1:
+            raise ValueError(f"rollout.servers names {url} twice: it would be sent two updates at once")
     named = [flag for flag in (*r.spawn_command, *r.server_args) if flag.split("=")[0] in KEY_FLAGS]
     if named:
         raise ValueError(

@@ -31,7 +31,7 @@ LOOK_EVERY_S = 2.0
 HEALTH_EVERY_S = 30.0
 REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
-LEFT_PAUSED = "; if it answers /model_info, a run that was killed left it paused: POST /continue_generation to it"
+LEFT_PAUSED = "; it answers /model_info: if a run that was killed left it paused, POST /continue_generation to it"
 
 
 State = Literal["starting", "ready", "suspect", "dead"]
@@ -284,14 +284,17 @@ class Watch:
                 exits_with_stdin=self._cfg.engine == "embedded",
             )
         deadline = time.monotonic() + self._cfg.start_timeout_s
-        while not await self._healthy(server):
+        while trouble := await self._trouble(server):
+            if server.process is None and not server.trouble:
+                server.trouble = trouble
+                self._say("rollout server %d is not there yet: %s", server.index, trouble)
             end = server.end()
             if end is not None or time.monotonic() > deadline:
-                end = end or f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
-                if server.process is None:
-                    end += LEFT_PAUSED
-                else:
+                end = end or f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}: {trouble}"
+                if server.process is not None:
                     await asyncio.to_thread(server.process.stop)
+                elif await self._answers(server):
+                    end += LEFT_PAUSED
                 server.starting = False
                 raise RolloutError(f"rollout server {server.index} at {server.url}: {end}{server.log_end()}")
             await asyncio.sleep(POLL_S)
@@ -300,10 +303,18 @@ class Watch:
         server.starting = server.hung = False
         await self._look(server)
 
-    async def _healthy(self, server: Server) -> bool:
+    async def _trouble(self, server: Server) -> str:
+        """Why it is not healthy, if it is not."""
         try:
             await self.client(server).check_health()
-        except Retryable:
+        except Retryable as e:
+            return str(e)
+        return ""
+
+    async def _answers(self, server: Server) -> bool:
+        try:
+            await self.client(server).model_info()
+        except RolloutError:
             return False
         return True
 

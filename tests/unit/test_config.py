@@ -85,6 +85,7 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
             "--api-key in rollout.spawn_command or server_args would put a key",
         ),
         (["rollout.servers=[n1:30000]"], "'n1:30000' is no URL: write http://n1:30000"),
+        (["rollout.servers=[http://n1:1,http://n2:1,http://n1:1/]"], "rollout.servers names http://n1:1 twice"),
         (["rollout.hedge_after_s=5"], "use rollout.deterministic=false"),
         (["rollout.router=http://r:1", "algo.routing_replay=R3"], "sglang-router does not pass return_routed_experts"),
         (["rollout.router=http://r:1", "rollout.deterministic=false"], "name the servers behind it in rollout.servers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
-from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, server_command
+from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, free_port, server_command
 from megasapo.rollout.watch import Server, Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
@@ -220,10 +221,24 @@ def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) ->
                 leader.begin_publish()
 
 
-def test_a_remote_server_that_is_not_there_stops_the_start(model: Path, tmp_path: Path) -> None:
+def test_a_remote_server_that_is_not_there_stops_the_start_and_says_why_at_once(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = RolloutConfig(servers=("http://127.0.0.1:9",), start_timeout_s=0.5)
-    with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9: not healthy .*; if .* left it paused"):
+    why = r"http://127\.0\.0\.1:9/health_generate: ClientConnectorError: Cannot connect"
+    with pytest.raises(RolloutError, match=rf"http://127\.0\.0\.1:9: not healthy in .*: {why}.*") as error:
         Fleet.start(cfg, model, tmp_path)
+    assert "left it paused" not in str(error.value)
+    [said] = [line for line in caplog.messages if re.match(f"rollout server 0 is not there yet: {why}", line)]
+
+
+def test_a_remote_server_that_is_not_healthy_may_have_been_left_paused(model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with subprocess.Popen([sys.executable, FAKE, str(port), "--never-healthy"]) as process:
+        cfg = RolloutConfig(servers=(f"http://127.0.0.1:{port}",), start_timeout_s=5.0)
+        with pytest.raises(RolloutError, match=r"health_generate: 503: .*it answers /model_info: .* left it paused"):
+            Fleet.start(cfg, model, tmp_path)
+        process.kill()
 
 
 def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
