@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from safetensors.torch import load_file
 
+from megasapo.checksum import weights_checksum
 from megasapo.rollout.local.engine import Engine
 from megasapo.rollout.local.model import Loaded, load
 from megasapo.rollout.local.options import Options
@@ -51,6 +53,11 @@ class Serving:
         answer = self.post("/generate", body)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def checksum(self) -> str:
+        """Of the weights that it holds, as it says."""
+        answer: str = self.post("/weights_checker", {"action": "checksum"}).json()["checksum"]
+        return answer
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds between two steps of the engine."""
@@ -94,3 +101,8 @@ def serving(model_dir: Path, **options: Any) -> Iterator[Serving]:
         yield server
     finally:
         server.engine.stop()
+
+
+def file_checksum(directory: Path) -> str:
+    """What a server that holds this model says."""
+    return weights_checksum(load_file(directory / "model.safetensors"))

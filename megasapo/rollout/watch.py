@@ -328,7 +328,7 @@ class Watch:
                     await self._restart(server, end)
                 elif time.monotonic() > server.look_at:
                     server.look_at = time.monotonic() + LOOK_EVERY_S
-                    await self._look(server)
+                    await self._look_again(server)
                     await self._bring_up_to_date(server)
         except asyncio.CancelledError:
             raise
@@ -362,6 +362,15 @@ class Watch:
                 return await self._bring_up_to_date(server)
             except RolloutError as e:
                 why = str(e)
+
+    async def _look_again(self, server: Server) -> None:
+        """A server of others may have been started anew with another key, or be another program: until it is mended."""
+        try:
+            await self._look(server)
+        except Refused as e:
+            if server.up:
+                self._say("rollout server %d refuses this run, its requests go elsewhere: %s", server.index, e)
+            self._lose(server, str(e))
 
     async def _look(self, server: Server) -> None:
         """Ask for its version, and now and then for a token. A process silent for rollout.start_timeout_s is ended (and

@@ -229,7 +229,8 @@ def test_a_remote_server_that_is_not_there_stops_the_start_and_says_why_at_once(
     with pytest.raises(RolloutError, match=rf"http://127\.0\.0\.1:9: not healthy in .*: {why}.*") as error:
         Fleet.start(cfg, model, tmp_path)
     assert "left it paused" not in str(error.value)
-    [said] = [line for line in caplog.messages if re.match(f"rollout server 0 is not there yet: {why}", line)]
+    said = [line for line in caplog.messages if re.match(f"rollout server 0 is not there yet: {why}", line)]
+    assert len(said) == 1
 
 
 def test_a_remote_server_that_is_not_healthy_may_have_been_left_paused(model: Path, tmp_path: Path) -> None:
@@ -248,6 +249,27 @@ def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("megasapo.rollout.client.ServerClient.model_info", refuse)
     with pytest.raises(Refused, match="401"):
         Fleet.start(settings(), model, tmp_path)
+
+
+def test_a_remote_server_that_comes_back_with_another_key_is_used_when_that_is_mended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(self: object) -> dict[str, Any]:
+        raise Refused("401: Unauthorized", 401)
+
+    with Fleet.start(settings(), model, tmp_path) as owner:
+        cfg = settings(servers=owner.urls, spawn_command=())
+        with Fleet.start(cfg, model, tmp_path / "other") as remote:
+            [server] = remote.servers
+            monkeypatch.setattr("megasapo.rollout.client.ServerClient.model_info", refuse)
+            wait_until(lambda: not server.up, "found out")
+            assert (server.state, server.trouble) == ("dead", "401: Unauthorized")
+            monkeypatch.undo()
+            wait_until(lambda: server.ready, "used again")
+            assert generate(remote) == -1
+            remote.check()
+    said = [line for line in caplog.messages if line.startswith("rollout server 0 refuses this run")]
+    assert 1 <= len(said) <= 2  # of each fleet, once
 
 
 def test_the_command_line_of_each_engine() -> None:

@@ -116,19 +116,15 @@ def test_arithmetic_is_that_of_rounded_weights_and_activations(dirs: dict[str, P
     assert np.abs(got - want).mean() < 0.1 * np.abs(plain - want).mean()
 
 
-def checksum(server: Any) -> str:
-    return server.post("/weights_checker", {"action": "checksum"}).json()["checksum"]
-
-
 def test_an_update_from_disk_is_the_other_model(dirs: dict[str, Path]) -> None:
     with serving(dirs["new8"]) as fresh:
         want = prompt_logprobs(fresh)
     with serving(dirs["old8"]) as server:
-        assert checksum(server) == weights_checksum(tensors_of(dirs["old8"]))
+        assert server.checksum() == weights_checksum(tensors_of(dirs["old8"]))
         assert not np.array_equal(prompt_logprobs(server), want)
         answer = server.post("/update_weights_from_disk", {"model_path": str(dirs["new8"]), "weight_version": "3"})
         assert answer.status_code == 200
-        assert checksum(server) == weights_checksum(tensors_of(dirs["new8"]))
+        assert server.checksum() == weights_checksum(tensors_of(dirs["new8"]))
         assert np.array_equal(prompt_logprobs(server), want)
 
 
@@ -174,7 +170,7 @@ def test_wrong_files_are_refused_and_the_old_weights_stay(
         assert answer.status_code == 400
         assert words in answer.json()["message"]
         assert np.array_equal(prompt_logprobs(server), before)
-        assert checksum(server) == weights_checksum(tensors_of(dirs["old8"]))
+        assert server.checksum() == weights_checksum(tensors_of(dirs["old8"]))
 
 
 @pytest.mark.parametrize(

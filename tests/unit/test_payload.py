@@ -18,11 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import reductions
 
-from megasapo.checksum import weights_checksum
 from megasapo.rollout.handover import Shared
 from megasapo.rollout.local import payload
-from tests.serving import Serving, serving
-from tests.tiny import make_model
+from tests.serving import Serving, file_checksum, serving
 
 NORM = "model.norm.weight"
 CPU = torch.device("cpu")
@@ -30,23 +28,9 @@ Tensors = list[tuple[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def dirs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two models of one shape."""
-    return [make_model(tmp_path_factory.mktemp(f"model{seed}"), seed=seed) for seed in (0, 1)]
-
-
-@pytest.fixture(scope="module")
 def server(dirs: list[Path]) -> Iterator[Serving]:
     with serving(dirs[0], weight_version="0") as s:
         yield s
-
-
-def checksum(server: Serving) -> Any:
-    return server.post("/weights_checker", {"action": "checksum"}).json()["checksum"]
-
-
-def file_checksum(directory: Path) -> str:
-    return weights_checksum(load_file(directory / "model.safetensors"))
 
 
 def encoded(pickled: bytes) -> str:
@@ -97,7 +81,7 @@ def test_what_torch_itself_pickles_is_taken(dirs: list[Path]) -> None:
             code = encoded(bytes(ForkingPickler.dumps(tensors)))
             status, message = update(server, code, weight_version=str(len(names)), flush_cache=False)
             assert (status, message[-len(str(len(names))) - 1 :]) == (200, f"{len(names)}.")
-        assert checksum(server) == file_checksum(dirs[1])
+        assert server.checksum() == file_checksum(dirs[1])
         assert server.post("/model_info", method="GET").json()["weight_version"] == str(len(file) - 50)
 
 
@@ -245,7 +229,7 @@ def test_a_hostile_payload_is_refused_and_the_server_lives(
     assert list(tmp_path.iterdir()) == []
     assert payload._tensor.__defaults__ is None
     info = server.post("/model_info", method="GET").json()
-    assert (info["weight_version"], checksum(server)) == ("0", file_checksum(dirs[0]))
+    assert (info["weight_version"], server.checksum()) == ("0", file_checksum(dirs[0]))
 
 
 def test_shared_memory_of_another_size_is_refused_and_left_alone(server: Serving) -> None:
@@ -314,7 +298,7 @@ def test_tensors_that_do_not_fit_change_nothing(
     status, message = update(server, shared(tensors).payload(), weight_version="9")
     assert status == 400
     assert words in message
-    assert checksum(server) == file_checksum(dirs[0])
+    assert server.checksum() == file_checksum(dirs[0])
 
 
 def test_calls_of_another_form_are_refused(server: Serving, shared: Callable[..., Shared]) -> None:

@@ -12,15 +12,9 @@ from megasapo.rollout.local import protocol
 from megasapo.rollout.local.engine import EngineError
 from megasapo.rollout.local.stream import Stream
 from tests.serving import TIMEOUT_S, serving
-from tests.tiny import make_model
 
 LONG = {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}
 SHORT = {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

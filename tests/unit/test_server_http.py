@@ -3,14 +3,8 @@
 import pytest
 
 from tests.serving import serving
-from tests.tiny import make_model
 
 SHORT = {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

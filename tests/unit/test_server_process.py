@@ -15,15 +15,9 @@ import pytest
 
 from megasapo.rollout.local import main
 from megasapo.rollout.local.options import parse
-from tests.tiny import make_model
 
 COMMAND = [sys.executable, "-m", "megasapo.rollout.local"]
 DEADLINE_S = 300.0  # of what hangs
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 class Process:

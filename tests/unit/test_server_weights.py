@@ -14,31 +14,17 @@ from megasapo.checksum import weights_checksum
 from megasapo.hf_files import HFFiles
 from megasapo.rollout.local.weights import Weights, _view, served_specs
 from megasapo.rollout.weight_group import WeightGroup, host_store
-from tests.serving import TIMEOUT_S, serving
+from tests.serving import TIMEOUT_S, file_checksum, serving
 from tests.tiny import make_model
 
 SHORT = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
 ASK = {"input_ids": [5, 6, 7], "sampling_params": SHORT}
 
 
-@pytest.fixture(scope="module")
-def dirs(tmp_path_factory):
-    """Two models of one shape."""
-    return [make_model(tmp_path_factory.mktemp(f"model{seed}"), seed=seed) for seed in (0, 1)]
-
-
 @pytest.fixture
 def server(dirs):
     with serving(dirs[0], weight_version="0") as s:
         yield s
-
-
-def checksum(server):
-    return server.post("/weights_checker", {"action": "checksum"}).json()["checksum"]
-
-
-def file_checksum(directory):
-    return weights_checksum(load_file(directory / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -76,12 +62,12 @@ def test_a_view_of_a_huge_parameter_costs_what_the_view_has():
 
 
 def test_update_from_disk_is_the_other_model(server, dirs):
-    assert checksum(server) == file_checksum(dirs[0])
+    assert server.checksum() == file_checksum(dirs[0])
     before = server.generate(**ASK)["output_ids"]
     answer = server.post("/update_weights_from_disk", {"model_path": str(dirs[1]), "weight_version": "7"})
     assert answer.status_code == 200
     assert answer.json()["success"] is True
-    assert checksum(server) == file_checksum(dirs[1])
+    assert server.checksum() == file_checksum(dirs[1])
     after = server.generate(**ASK)
     with serving(dirs[1]) as fresh:
         assert after["output_ids"] == fresh.generate(**ASK)["output_ids"] != before
@@ -99,7 +85,7 @@ def test_update_from_shards(server, dirs, tmp_path):
     index = {"weight_map": {n: shard for shard, part in parts.items() for n in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert server.post("/update_weights_from_disk", {"model_path": str(tmp_path)}).status_code == 200
-    assert checksum(server) == file_checksum(dirs[1])
+    assert server.checksum() == file_checksum(dirs[1])
 
 
 def rewritten(change):
@@ -144,7 +130,7 @@ def test_a_failed_update_leaves_the_old_weights(server, dirs, tmp_path, spoil, w
     assert answer.status_code == 400
     assert answer.json()["success"] is False
     assert words in answer.json()["message"]
-    assert checksum(server) == file_checksum(dirs[0])
+    assert server.checksum() == file_checksum(dirs[0])
     again = server.generate(**ASK)
     assert again["output_ids"] == before
     assert again["meta_info"]["weight_version"] == "0"
@@ -153,11 +139,11 @@ def test_a_failed_update_leaves_the_old_weights(server, dirs, tmp_path, spoil, w
 def test_overwriting_the_file_does_not_reach_the_model(tmp_path):
     directory = make_model(tmp_path)
     with serving(directory) as server:
-        before = checksum(server)
+        before = server.checksum()
         with (directory / "model.safetensors").open("r+b") as f:
             f.seek(-200_000, 2)
             f.write(b"\x01" * 200_000)
-        assert checksum(server) == before
+        assert server.checksum() == before
 
 
 def test_an_update_waits_for_what_runs_and_holds_back_what_comes(server, dirs):
@@ -303,7 +289,7 @@ def test_update_by_broadcast(server, dirs):
         sender.kill()
     assert [a.status_code for a in answers] == [200, 200, 200, 400, 200, 200, 200, 200]
     assert "model.nonsense" in answers[3].json()["message"]
-    assert checksum(server) == file_checksum(dirs[1])
+    assert server.checksum() == file_checksum(dirs[1])
     assert server.generate(**ASK)["meta_info"]["weight_version"] == str(len(names) - 90)
     assert sender.exitcode == 0
 
