@@ -23,7 +23,7 @@ from megasapo.rollout.handover import Handover
 from megasapo.rollout.online import Channel, OnlineDelivery
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import quantise_bucket
-from megasapo.rollout.watch import Server
+from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket
 from megasapo.sections import RolloutConfig
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from megasapo.metrics import Metrics
     from megasapo.publish import Publisher
     from megasapo.rollout.fleet import Fleet
-    from megasapo.rollout.source import LoopThread, RolloutSource
+    from megasapo.rollout.loop import LoopThread
+    from megasapo.rollout.source import RolloutSource
     from megasapo.routing.validate import RoutingRule
     from megasapo.stability import Event, Guard
 
@@ -383,7 +384,7 @@ def _connect_fleet(cfg: Config, topo: Topology, directory: run.RunDir, cleanup: 
 
 def _start_graders(cfg: Config, topo: Topology, cleanup: ExitStack) -> tuple[LoopThread, rewards.RewardModel]:
     """The event loop of rollouts, and in it the graders; leaders load them, before a model takes its time to load."""
-    from megasapo.rollout.source import LoopThread
+    from megasapo.rollout.loop import LoopThread
 
     thread, scorer = LoopThread(), rewards.RewardModel(cfg.reward)
     cleanup.callback(thread.close)

@@ -21,7 +21,7 @@ import torch
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import tensor_ranks, wait_for
 from megasapo.rollout.protocol import RolloutError
-from megasapo.rollout.watch import Server
+from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket
 from megasapo.rollout.weight_group import WeightGroup, host_store
 

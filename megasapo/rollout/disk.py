@@ -13,7 +13,7 @@ from megasapo.geometry import read_config
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import succeeded, together
 from megasapo.rollout.quantise import quantised_config
-from megasapo.rollout.watch import Server
+from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket, Writer
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from megasapo.keys import Keys
 from megasapo.rollout.client import ServerClient, retrying
 from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Retryable, RolloutError, WrongVersion, check_versions
+from megasapo.rollout.servers import Server
 from megasapo.rollout.transcript import to_the_end
-from megasapo.rollout.watch import Server
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 

@@ -20,8 +20,9 @@ from megasapo.rollout.client import ServerClient
 from megasapo.rollout.dispatch import Dispatch
 from megasapo.rollout.limits import ModelLimits, check_blocks, check_quantization, refuse_quantising_flags
 from megasapo.rollout.protocol import RolloutError
+from megasapo.rollout.servers import Server
 from megasapo.rollout.spawn import free_port, with_routing
-from megasapo.rollout.watch import Server, Watch
+from megasapo.rollout.watch import Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 

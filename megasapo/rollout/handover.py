@@ -20,7 +20,7 @@ from torch.multiprocessing import reductions
 
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import raise_first, tensor_ranks
-from megasapo.rollout.watch import Server
+from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket
 
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor, as SGLang counts them (sglang.srt.utils.patch_torch)

@@ -19,7 +19,7 @@ from megasapo.checksum import tensor_digest
 from megasapo.rollout.client import ServerClient, Update
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import RolloutError, parse_version
-from megasapo.rollout.watch import Server
+from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket
 
 log = logging.getLogger(__name__)

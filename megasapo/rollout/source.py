@@ -6,12 +6,9 @@ nothing of the learner: republishing weights to a restarted server is a function
 
 from __future__ import annotations
 
-import asyncio
 import math
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +23,7 @@ from megasapo.metrics import Metrics, Sum
 from megasapo.rewards.model import RewardModel
 from megasapo.rollout import waiting
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.loop import LoopThread
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.sampler import Sampler
 from megasapo.routing.trace import is_traced
@@ -34,36 +32,6 @@ from megasapo.types import Group, Prompt, Ranks
 T = TypeVar("T")
 POLL_S = 0.05
 MAX_DRAWN = 20  # batches' worth of prompts for one step before drop_zero_variance gives up
-
-
-class LoopThread:
-    """One asyncio loop in a background thread: the home of every connection to a rollout server."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self.submit(work).result()
-
-    def close(self) -> None:
-        """End what still runs, and the thread."""
-        with suppress(TimeoutError):  # the thread is a daemon
-            self.submit(self._cancel_all()).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        if not self._loop.is_running():
-            self._loop.close()
-
-    async def _cancel_all(self) -> None:
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
 
 
 @dataclass(slots=True)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from megasapo.keys import Keys
 from megasapo.log.heartbeat import write_json
 from megasapo.rollout.client import ServerClient
+from megasapo.rollout.loop import LoopThread
 from megasapo.rollout.protocol import Refused, Retryable, RolloutError, parse_version
+from megasapo.rollout.servers import Server
 from megasapo.rollout.spawn import ServerProcess, free_port, server_command
 from megasapo.sections import RolloutConfig
 
@@ -32,57 +32,6 @@ HEALTH_EVERY_S = 30.0
 REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
 LEFT_PAUSED = "; it answers /model_info: if a run that was killed left it paused, POST /continue_generation to it"
-
-
-State = Literal["starting", "ready", "suspect", "dead"]
-
-
-@dataclass(slots=True)
-class Server:
-    """One server's state. The watch writes it (the dispatch its last three fields), everybody reads."""
-
-    index: int
-    url: str
-    process: ServerProcess | None = None
-    up: bool = False  # it answers
-    ready: bool = False  # it answers and its weights may be sampled from
-    starting: bool = False  # it has been started and has not answered yet
-    hung: bool = False  # it answers, but its model did not when it was last asked to generate
-    given_up: bool = False  # out of restarts
-    version: int | None = None  # of its weights; None: not known
-    incarnation: int = 0  # counts starts: a process group made with an earlier one is dead
-    restarts: int = 0  # in all
-    in_a_row: int = 0  # of these, without rollout.restarts_forgiven_after_s of health in between
-    refused_version: int | None = None  # what it could not load
-    trouble: str = ""  # why it is not ready, for messages
-    started_at: float = 0.0  # when it was healthy for the first time since its last start
-    seen_at: float = 0.0  # when it was found healthy last
-    look_at: float = 0.0  # when to ask for its version next
-    health_at: float = 0.0  # when to have it generate a token next
-    outstanding_tokens: int = 0  # prompt and at most new tokens of the requests under way
-    failed_at: float = field(default=float("-inf"))  # when a request to it last failed
-    suspect: bool = False  # it failed a request, and has neither answered another nor passed a health check since
-
-    @property
-    def state(self) -> State:
-        """starting: not to be asked yet, for it loads its model or lacks the current weights; suspect: ready, and asked
-        when enough others are; dead: it does not answer, or generates nothing."""
-        if self.ready:
-            return "suspect" if self.suspect else "ready"
-        return "starting" if self.starting or (self.up and not self.hung) else "dead"
-
-    def end(self) -> str | None:
-        """How its process ended, if it has one and that has ended."""
-        return None if self.process is None else self.process.end()
-
-    def log_end(self) -> str:
-        """The end of what it wrote, for messages."""
-        return "" if self.process is None else f"; the end of {self.process.log_file}:\n{self.process.log_tail()}"
-
-    def record(self) -> dict[str, Any]:
-        """What people want to know of it, as JSON values."""
-        names = ("index", "url", "state", "up", "ready", "version", "restarts", "trouble", "outstanding_tokens")
-        return {name: getattr(self, name) for name in names}
 
 
 class Watch:
@@ -108,43 +57,37 @@ class Watch:
         self._epoch = 0  # of versions: an answer asked for in an earlier one says nothing now
         self._clients: dict[int, ServerClient] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._loop = asyncio.new_event_loop()
+        self._loop = LoopThread("rollout-watch")
         self._updating = asyncio.Lock()  # held while weights of any server change
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-watch", daemon=True)
         self._stopped = False
 
     # --- from the main thread ---
 
     def start(self) -> None:
         """Bring all servers up, then keep watching. Raises RolloutError when one does not come up in time."""
-        self._thread.start()
-        self.submit(self._start_all()).result()
+        self._loop.run(self._start_all())
 
     def start_looking(self) -> None:
         """Watch servers that another process has started and are there."""
         for server in self._servers:
             server.up = server.ready = True
-        self._thread.start()
-        self.submit(self._keep_all()).result()
+        self._loop.run(self._keep_all())
 
     def stop(self) -> None:
         """End the watch and every server it spawned."""
         if self._stopped:
             return
         self._stopped = True
-        if self._thread.is_alive():
-            self.submit(self._close()).result(30)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(30)
+        self.submit(self._close()).result(30)
+        self._loop.close()
         processes = [server.process for server in self._servers if server.process is not None]
         with ThreadPoolExecutor(len(processes) or 1) as pool:  # one that hangs is given its time to end
             list(pool.map(ServerProcess.stop, processes))
         for server in self._servers:
             server.up = server.ready = False
-        self._loop.close()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._loop.submit(work)
 
     def client(self, server: Server) -> ServerClient:
         """For calls in this watch's loop."""
@@ -161,11 +104,11 @@ class Watch:
 
     def hold(self) -> None:
         """Leave all versions alone until `release`; waits for an update that is under way."""
-        self.submit(self._acquire()).result()
+        self._loop.run(self._acquire())
 
     def release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
         """`updated` have `version` now and the rest do not; None: nothing is known, ask them."""
-        self.submit(self._release(version, updated, weights_dir)).result()
+        self._loop.run(self._release(version, updated, weights_dir))
 
     def needs_publish(self, server: Server) -> bool:
         behind = self._version is not None and server.version is not None and server.version != self._version

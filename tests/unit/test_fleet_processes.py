@@ -18,8 +18,9 @@ import pytest
 
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
+from megasapo.rollout.servers import Server
 from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, free_port, server_command
-from megasapo.rollout.watch import Server, Watch
+from megasapo.rollout.watch import Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 

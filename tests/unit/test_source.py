@@ -21,9 +21,10 @@ from megasapo.rewards.model import Scored
 from megasapo.rollout import source as source_module
 from megasapo.rollout import waiting
 from megasapo.rollout.episode import Completer
+from megasapo.rollout.loop import LoopThread
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.sampler import Sampler
-from megasapo.rollout.source import LoopThread, RolloutSource
+from megasapo.rollout.source import RolloutSource
 from megasapo.routing.trace import is_traced
 from megasapo.types import Completion, Group, Prompt, Sample, SamplingParams
 
