@@ -259,7 +259,7 @@ def test_a_remote_server_that_comes_back_with_another_key_is_used_when_that_is_m
         raise Refused("401: Unauthorized", 401)
 
     with Fleet.start(settings(), model, tmp_path) as owner:
-        cfg = settings(servers=owner.urls, spawn_command=())
+        cfg = RolloutConfig(servers=owner.urls, deterministic=False, start_timeout_s=TIMEOUT_S)
         with Fleet.start(cfg, model, tmp_path / "other") as remote:
             [server] = remote.servers
             monkeypatch.setattr("megasapo.rollout.client.ServerClient.model_info", refuse)
