@@ -6,6 +6,8 @@ Nothing heavy is imported before the subcommand is known, so that --help answers
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 
 from megasapo import __version__
@@ -73,13 +75,27 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        return int(module.main(argv[1:]) or 0)
+        code = int(module.main(argv[1:]) or 0)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
     except Exception as e:
+        if isinstance(e, BrokenPipeError) and _nobody_reads():
+            return 141  # as a shell says of a program that SIGPIPE ended
         from megasapo import failures
 
         return failures.report(argv[0], e)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our output that broke, as under `| head`; then what is left of it is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    broken = any(event & select.POLLERR for _, event in poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken
 
 
 if __name__ == "__main__":

@@ -118,6 +118,8 @@ def _explain(source: str, err: Any) -> str:
         return f"{source}: unknown key {where!r}{_nearest(err['loc'])}"
     if err["type"] == "missing":
         return f"{source}: {where} is required"
+    if err["type"] == "model_type":
+        return f"{source}: {where}={err['input']!r}: a section: write {where}.NAME=VALUE, or a mapping in the file"
     message = err["msg"].removeprefix("Value error, ")
     if not where:
         return f"{source}: {message}"

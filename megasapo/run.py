@@ -50,7 +50,8 @@ def check_files(cfg: Config) -> None:
     for name, path in files.items():
         if path is not None and not Path(path).is_file():
             where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
-            raise ConfigError(f"{name}={path}: no such file{where}")
+            what = "a directory, not a file" if Path(path).is_dir() else "no such file"
+            raise ConfigError(f"{name}={path}: {what}{where}")
 
 
 def world_size(parallel: config.sections.ParallelConfig, nproc: int | None) -> int:

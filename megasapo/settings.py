@@ -30,7 +30,7 @@ def _settings() -> list[tuple[str, Any]]:
 
 
 def _entry(name: str, field: Any) -> tuple[str, str]:
-    default = "" if field.is_required() else _written(field.get_default(call_default_factory=True))
+    default = "  (required)" if field.is_required() else _written(field.get_default(call_default_factory=True))
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     either = f"  ({' | '.join(choices)})" if choices else ""
     return f"{name}={default}{either}", field.description or ""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from megasapo.errors import UserError
 
 PARQUET_MAGIC = b"PAR1"
+EXPECTED = "JSONL (one JSON object a line) or parquet"
 ROWS_AT_ONCE = 1024
 
 T = TypeVar("T")
@@ -29,6 +30,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: no such data file")
     with path.open("rb") as f:
         is_parquet = f.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    if path.suffix == ".parquet" and not is_parquet:
+        raise DataError(f"{path}: not a parquet file, though it is called one")
     yield from _read_parquet(path) if is_parquet else _read_jsonl(path)
 
 
@@ -44,11 +47,15 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except UnicodeDecodeError as e:
                 raise DataError(f"{path}:{line}: not UTF-8 (byte {e.start}): save the file as UTF-8") from e
             except json.JSONDecodeError as e:
-                raise DataError(f"{path}:{line}: not valid JSON: {e.msg} at column {e.colno}") from e
+                raise DataError(
+                    f"{path}:{line}: not valid JSON: {e.msg} at column {e.colno}; {EXPECTED} is read"
+                ) from e
             except ValueError as e:  # such as an integer of more digits than Python reads
                 raise DataError(f"{path}:{line}: not readable: {e}") from e
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{line}: expected a JSON object, found {type(record).__name__}")
+                raise DataError(
+                    f"{path}:{line}: expected a JSON object, found {type(record).__name__}; {EXPECTED} is read"
+                )
             yield line, record
 
 

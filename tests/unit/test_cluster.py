@@ -174,6 +174,7 @@ def test_routing_and_precision_reach_the_servers(config: str) -> None:
         (["--colocated", "rollout.publish=tensor", FITS], r"listen for all nodes \(http://n3:30000\): use disk$"),
         (["rollout.publish=tensor"], "use disk or distributed$"),
         (["data.train=/nowhere"], "data.train=/nowhere: no such file"),
+        (["data.train=/"], "data.train=/: a directory, not a file"),
         (["train.eval_every=1"], "needs data.eval"),
     ],
 )

@@ -64,6 +64,7 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("model.dtype=fp8", "model.dtype='fp8'"),
         ("run.name=../elsewhere", "run.name='../elsewhere'"),
         ("noequals", "expected section.key=value"),
+        ("train=5", "train=5: a section: write train.NAME=VALUE"),
         ("train=[", "not valid YAML"),
     ],
 )
@@ -143,6 +144,7 @@ def test_every_setting_can_be_looked_up(capsys: pytest.CaptureFixture[str]) -> N
     for section, field in config.Config.model_fields.items():
         for name in field.annotation.model_fields:  # type: ignore[union-attr]
             assert f"\n{section}.{name}=" in f"\n{shown}"
+    assert "\nmodel.path=  (required)\n" in shown
     assert settings.main(["Stale", "old"]) == 0
     assert capsys.readouterr().out.startswith("rollout.max_staleness=0\n    0: on-policy. k: groups may")
     with pytest.raises(UserError, match="no setting has bogus"):

@@ -125,7 +125,8 @@ GOOD = {"prompt": "q", "answer": "1"}
     ("bad", "message"),
     [
         ('{"prompt": ', "not valid JSON: .* at column"),
-        ("[1]", "expected a JSON object, found list"),
+        ("prompt,answer", r"not valid JSON: .*; JSONL \(one JSON object a line\) or parquet is read"),
+        ("[1]", "expected a JSON object, found list; JSONL"),
         (
             {"question": "q", "answer": 1},
             "has neither 'prompt' nor 'messages', only question, answer: .*prompt_key",
@@ -164,6 +165,9 @@ def test_other_refusals(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "q", "answer": "\xe9"}\n')
     with pytest.raises(DataError, match=r"latin\.jsonl:1: not UTF-8"):
         dataset(tmp_path / "latin.jsonl")
+    (tmp_path / "other.parquet").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"other\.parquet: not a parquet file, though it is called one"):
+        dataset(tmp_path / "other.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"torn\.parquet: not a readable parquet file"):
         dataset(tmp_path / "torn.parquet")

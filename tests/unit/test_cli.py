@@ -1,0 +1,32 @@
+"""The `megasapo` command itself, beside what its subcommands do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("words", [[], ["stale"]], ids=["much", "little"])  # printed before the end, and at it
+def test_a_reader_that_leaves_ends_it_without_a_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-m", "megasapo.cli", "settings", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_a_broken_pipe_of_something_else_is_shown() -> None:
+    code = (
+        "import sys\n"
+        "from megasapo import cli, settings\n"
+        "def main(argv): raise BrokenPipeError('of a server')\n"
+        "settings.main = main\n"
+        "sys.exit(cli.main(['settings']))"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "BrokenPipeError: of a server" in failed.stderr
