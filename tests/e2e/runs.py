@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,24 @@ def running(command: str, config: Path, *overrides: str, log: Path) -> Iterator[
         yield run
     finally:
         run.close()
+
+
+def run_and_break(
+    config: Path, break_it: Callable[[Run], None], *changes: str, run_dir: Path, log: Path, before: int
+) -> tuple[Run, int]:
+    """A training run to which something was done between its third step and step `before`; it, and its exit code.
+
+    A test that gets no turn on a busy machine may come too late: then the run is made again.
+    """
+    for _ in range(5):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        with running("train", config, *changes, log=log) as run:
+            run.until(lambda: steps_done(run_dir) >= 3, "the third step")
+            if steps_done(run_dir) < before:
+                break_it(run)
+                if steps_done(run_dir) < before:
+                    return run, run.wait()
+    raise AssertionError("the run is always over too soon")
 
 
 def kill_hard(processes: list[psutil.Process]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import STEPS
-from tests.e2e.runs import Run, kill_hard, metrics, running, steps_done, without_timing, write_config
+from tests.e2e.runs import Run, kill_hard, metrics, run_and_break, running, steps_done, without_timing, write_config
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -19,12 +19,10 @@ Settings = Callable[..., dict[str, Any]]
 def start_and_break(
     tmp_path: Path, settings: Settings, break_it: Callable[[Run], None], *changes: str
 ) -> tuple[Path, Run]:
-    """Start a run and do something to it after its third step; the run and its configuration."""
+    """A run to which something was done after its third step, and its configuration."""
     config = write_config(tmp_path / "config.yaml", settings(tmp_path))
-    with running("train", config, *changes, log=tmp_path / "log") as run:
-        run.until(lambda: steps_done(tmp_path / "run") >= 3, "the third step")
-        break_it(run)
-        code = run.wait()
+    where = {"run_dir": tmp_path / "run", "log": tmp_path / "log"}
+    run, code = run_and_break(config, break_it, *changes, **where, before=STEPS - 1)
     assert (code == 0) == (tmp_path / "run" / "done").exists() or "stopped after step" in run.output()
     return config, run
 

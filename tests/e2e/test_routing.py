@@ -16,7 +16,7 @@ import yaml
 from megasapo.routing.scored import TERMS, TERMS_WITH_FP8
 from megasapo.routing.store import read_diagnosis, read_tokens
 from megasapo.routing.trace import is_traced, read_trace
-from tests.e2e.runs import kill_hard, metrics, running, steps_done, write_config
+from tests.e2e.runs import kill_hard, metrics, run_and_break, running, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, GROUPS, SIZE, RATE = 4, 4, 4, 0.5
@@ -32,10 +32,8 @@ def test_the_trace_of_a_killed_run_has_every_sample_once(
         "train": {"steps": STEPS, "save_every": 2, "micro_batch_tokens": 256},
     }
     config = write_config(tmp_path / "config.yaml", settings(tmp_path) | own)
-    with running("train", config, log=tmp_path / "log") as run:
-        run.until(lambda: steps_done(tmp_path / "run") >= 3, "the third step")
-        kill_hard(run.ranks())
-        run.wait()
+    where = {"run_dir": tmp_path / "run", "log": tmp_path / "log"}
+    run_and_break(config, lambda run: kill_hard(run.ranks()), **where, before=STEPS)
     with running("train", config, log=tmp_path / "log2") as run:
         run.succeed()
 

@@ -49,11 +49,11 @@ def contract(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         max_staleness=1,
         max_restarts=0,
         start_timeout_s=400.0,
-        retry_for_s=30.0,
-        request_timeout_s=120.0,
+        retry_for_s=120.0,
+        request_timeout_s=300.0,
     )
     old, new = make_model(root / "old", seed=1), make_model(root / "new", seed=2)
     with Fleet.start(cfg, old, root / "run", routing=True) as fleet:
         headers = {"Authorization": f"Bearer {(root / 'run' / 'api_key').read_text()}"}
-        with httpx.Client(base_url=fleet.urls[0], timeout=120.0, trust_env=False, headers=headers) as http:
+        with httpx.Client(base_url=fleet.urls[0], timeout=300.0, trust_env=False, headers=headers) as http:
             yield Contract(engine, fleet, http, old, new, root / "run")

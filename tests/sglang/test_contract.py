@@ -27,7 +27,18 @@ from megasapo.rollout.online import OnlineDelivery
 from megasapo.rollout.protocol import INCOMPLETE, RolloutError
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
 from megasapo.types import Completion, SamplingParams
-from tests.sglang.calls import LONG, PROMPTS, InFlight, assert_serves, generate, post, publish
+from tests.sglang.calls import (
+    LONG,
+    PROMPTS,
+    TIMEOUT_S,
+    InFlight,
+    assert_serves,
+    flush_while_running,
+    generate,
+    in_time,
+    post,
+    publish,
+)
 from tests.sglang.conftest import Contract
 from tests.sglang.reference import greedy_of, logprobs_of, routing_of
 from tests.sglang.router import routing
@@ -250,9 +261,13 @@ def pause_abort(c: Contract) -> int:
 
 @pytest.mark.parametrize("how", [abort_one, abort_all, pause_abort])
 def test_an_aborted_request_is_200_with_what_it_had(contract: Contract, how: Callable[[Contract], int]) -> None:
-    request = InFlight(contract, "long")
-    assert how(contract) == 200
-    answer = request.result()
+    def attempt() -> Any:
+        request = InFlight(contract, "long")
+        assert how(contract) == 200
+        answer = request.result()
+        return None if answer["meta_info"]["finish_reason"]["type"] == "length" else answer
+
+    answer = in_time(attempt)
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert len(answer["output_ids"]) < LONG["max_new_tokens"]
 
@@ -261,35 +276,41 @@ def test_an_aborted_request_is_200_with_what_it_had(contract: Contract, how: Cal
 def test_a_paused_request_goes_on_with_the_next_version(
     contract: Contract, mode: str, flushed: int, retractions: int
 ) -> None:
-    before = contract.http.get("/model_info").json()["weight_version"]
-    request = InFlight(contract, "long")
-    assert contract.http.post("/pause_generation", json={"mode": mode}).json()["status"] == "ok"
-    assert contract.http.post("/flush_cache").status_code == flushed
-    stamp = {"new_version": f"after-{mode}", "abort_all_requests": False}
-    assert contract.http.post("/update_weight_version", json=stamp).status_code == 200
-    assert request.running()
-    waiting = threading.Thread(target=post, args=(contract, {"input_ids": [9], "sampling_params": GREEDY_FIELDS}))
-    waiting.start()
-    waiting.join(0.5)
-    assert waiting.is_alive()  # a request that comes during the pause waits too
-    assert contract.http.post("/continue_generation", json={}).status_code == 200
-    waiting.join(120)
-    assert not waiting.is_alive()
-    meta = request.result()["meta_info"]
+    def attempt() -> Any:
+        before = contract.http.get("/model_info").json()["weight_version"]
+        request = InFlight(contract, "long")
+        assert contract.http.post("/pause_generation", json={"mode": mode}).json()["status"] == "ok"
+        status = contract.http.post("/flush_cache").status_code
+        stamp = {"new_version": f"{before}-{mode}", "abort_all_requests": False}
+        assert contract.http.post("/update_weight_version", json=stamp).status_code == 200
+        still_running = request.running()
+        waiting = threading.Thread(target=post, args=(contract, {"input_ids": [9], "sampling_params": GREEDY_FIELDS}))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()  # a request that comes during the pause waits too
+        assert contract.http.post("/continue_generation", json={}).status_code == 200
+        waiting.join(TIMEOUT_S)
+        assert not waiting.is_alive()
+        meta = request.result()["meta_info"]
+        return None if len(meta["weight_versions"]) == 1 else (before, status, still_running, meta)
+
+    before, status, still_running, meta = in_time(attempt)
+    assert status == flushed
+    assert still_running
     assert meta["finish_reason"]["type"] == "length"
     assert meta["num_retractions"] == retractions
     first, second = meta["weight_versions"]
-    assert (first["version"], second["version"]) == (before, f"after-{mode}")
+    assert (first["version"], second["version"]) == (before, f"{before}-{mode}")
     assert first["start"] == 0
     assert 0 < first["end"] == second["start"] < second["end"] == LONG["max_new_tokens"]
 
 
 def test_a_flush_is_refused_while_requests_run(contract: Contract) -> None:
     request = InFlight(contract, "long")
-    assert contract.http.post("/flush_cache").status_code == 400
+    assert request.flushed == 400
     abort_all(contract)
     request.result()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while contract.http.post("/flush_cache").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -312,10 +333,14 @@ def test_published_weights_are_the_ones_that_answer(contract: Contract, method: 
 
 @pytest.mark.parametrize(("method", "base"), [("disk", 30), ("distributed", 40), ("tensor", 45)])
 def test_a_request_in_flight_outlives_a_publish(contract: Contract, method: str, base: int) -> None:
-    publish(contract, contract.old, base, method)
-    request = InFlight(contract, "long")
-    publish(contract, contract.new, base + 1, method)
-    answer = request.result()
+    def attempt() -> Any:
+        publish(contract, contract.old, base, method)
+        request = InFlight(contract, "long")
+        publish(contract, contract.new, base + 1, method)
+        answer = request.result()
+        return None if len(answer["meta_info"]["weight_versions"]) == 1 else answer
+
+    answer = in_time(attempt)
     spans = [s["version"] for s in answer["meta_info"]["weight_versions"]]
     assert spans == [str(base), str(base + 1)]
     boundary = answer["meta_info"]["weight_versions"][0]["end"]
@@ -336,18 +361,20 @@ def test_a_sample_in_flight_goes_on_after_a_publish_however_it_is_set(
     cfg = contract.fleet.cfg.model_copy(update=changed)
     monkeypatch.setattr(contract.fleet, "cfg", cfg)
     monkeypatch.setattr(contract.fleet._dispatch, "_cfg", cfg)
-    publish(contract, contract.old, base, method)
-    found: list[Completion] = []
     long = SamplingParams(**LONG)
-    thread = threading.Thread(target=lambda: found.extend(generate(contract, long, True, [(5, 6, 7)])))
-    thread.start()
-    deadline = time.monotonic() + 60
-    while contract.http.post("/flush_cache").status_code == 200:  # refused once the request runs
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    publish(contract, contract.new, base + 1, method)
-    thread.join(120)
-    [done] = found
+
+    def attempt() -> Completion | None:
+        publish(contract, contract.old, base, method)
+        found: list[Completion] = []
+        thread = threading.Thread(target=lambda: found.extend(generate(contract, long, True, [(5, 6, 7)])))
+        thread.start()
+        flush_while_running(contract, thread)
+        publish(contract, contract.new, base + 1, method)
+        thread.join(TIMEOUT_S)
+        [done] = found
+        return None if len(done.version_spans) < 2 else done
+
+    done = in_time(attempt)
     (_, start, boundary), (_, again, end) = done.version_spans
     assert (done.version_min, done.version_max) == (base, base + 1)
     assert (start, end, done.finish_reason) == (0, LONG["max_new_tokens"], "length")
@@ -358,8 +385,9 @@ def test_a_sample_in_flight_goes_on_after_a_publish_however_it_is_set(
         prefix, rest = (5, 6, 7, *done.output_ids[:boundary]), done.output_ids[boundary : boundary + 20]
         expected = logprobs_of(contract.new, prefix, rest)
         np.testing.assert_allclose(done.logprobs[boundary : boundary + 20], expected, atol=1e-3)
+    deadline = time.monotonic() + TIMEOUT_S
     while contract.http.post("/flush_cache").status_code != 200:  # the prefixes that it held are of the old weights
-        assert time.monotonic() < deadline + 60
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert_serves(contract, contract.new, base + 1)
 

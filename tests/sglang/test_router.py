@@ -26,7 +26,7 @@ from tests.tiny import make_model
 
 pytestmark = pytest.mark.sglang
 PROMPTS = [(5, 6, 7, i) for i in range(10, 18) for _ in range(4)]  # groups of four
-LONG = SamplingParams(max_new_tokens=300, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Behind:
 @pytest.fixture
 def behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Behind]:
     old, new = make_model(tmp_path / "old", seed=1), make_model(tmp_path / "new", seed=2)
-    settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 200.0, "request_timeout_s": 200.0}
+    settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 400.0, "request_timeout_s": 400.0}
     options = getattr(request, "param", ())
     servers = RolloutConfig(spawn=2, max_restarts=0, server_args=("--threads", "1"), **settings)
     with Fleet.start(servers, old, tmp_path / "servers") as owner:
@@ -51,14 +51,15 @@ def behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Behind]:
                 yield Behind(owner, Contract("embedded", fleet, http, old, new, tmp_path / "run"))
 
 
-def sample(fleet: Fleet, sampling: SamplingParams, disturb: Callable[[], None] | None = None) -> list[Completion]:
+def sample(fleet: Fleet, sampling: SamplingParams, disturb: Callable[[], bool] | None = None) -> list[Completion]:
+    """`disturb` is called until it says that it did."""
+
     async def run() -> list[Completion]:
         try:
             work = asyncio.create_task(fleet.generate(PROMPTS, [sampling] * len(PROMPTS)))
-            if disturb is not None:
-                await asyncio.sleep(0.5)
+            while disturb is not None and not disturb():
+                await asyncio.sleep(0.05)
                 assert not work.done()
-                disturb()
             return await work
         finally:
             await fleet.close()
@@ -96,12 +97,14 @@ def test_a_killed_worker_loses_no_sample(behind: Behind) -> None:
     assert process is not None
     publish(run, run.new, 1, "disk")
 
-    def kill() -> None:
-        assert min(running(behind.owner)) > 0
+    def kill() -> bool:
+        if min(running(behind.owner)) == 0:
+            return False
         os.kill(process.pid, signal.SIGKILL)
+        return True
 
     completions = sample(run.fleet, LONG, kill)
-    assert {len(c.output_ids) for c in completions} == {300}
+    assert {len(c.output_ids) for c in completions} == {LONG.max_new_tokens}
     assert_sampled_from(run.new, completions, 1)
 
 
