@@ -22,7 +22,9 @@ from megasapo.types import Prompt
 
 START_TIMEOUT_S = 120.0  # importing what a grader needs, on a busy machine
 ASYNC_CALLS = 64  # in progress at once, for an async grader
-ASYNC_GRACE_S = 2.0  # an async grader is timed by its own event loop; this much later that loop itself is stuck
+# An async grader is timed by its own event loop; this much later that loop itself is stuck. One that only gets no turn
+# on a busy machine must not be ended, for that fails all calls that share it.
+ASYNC_GRACE_S = 20.0
 CLOSE_TIMEOUT_S = 2.0
 
 

@@ -24,7 +24,7 @@ TAIL = 4000  # characters of a rank's output shown
 
 
 def run_ranks(
-    world_size: int, module: str, *args: str, logs: Path, timeout_s: float = 480, env: dict[str, str] | None = None
+    world_size: int, module: str, *args: str, logs: Path, timeout_s: float = 900, env: dict[str, str] | None = None
 ) -> list[str]:
     """Run `python -m MODULE ARGS` as `world_size` local ranks; the output (stdout and stderr) of each rank.
 

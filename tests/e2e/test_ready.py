@@ -71,7 +71,7 @@ def test_a_step_of_it(name: str, tiny: Path, tmp_path: Path) -> None:
 
 def _check_watch(out: Path) -> None:
     command = [sys.executable, "-m", "megasapo.cli", "watch", str(out), "--once"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED: `megasapo train` reached step 1" in done.stdout
     assert "step 1/1 [##############################] 100%" in done.stdout

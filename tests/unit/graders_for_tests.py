@@ -45,7 +45,10 @@ def misbehave(prompt: Prompt, response: str) -> object:
 async def judge(prompt: Prompt, response: str) -> float:
     if response == "block":
         time.sleep(600)  # stops its event loop
-    await asyncio.sleep(600 if response == "wait" else 0.2)
+    if response == "late":
+        time.sleep(4)  # as a process that gets no turn
+    if response != "now":
+        await asyncio.sleep(600 if response == "wait" else 0.2)
     return 0.5
 
 

@@ -112,4 +112,4 @@ def test_one_name_is_one_kind():
 
 def test_metrics_do_not_import_torch():
     code = "import sys, megasapo.metrics; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -20,6 +20,7 @@ import pytest
 
 from megasapo import keys
 from megasapo.config import ConfigError
+from megasapo.rewards import pool
 from megasapo.rewards.inline import exact_match, format_match
 from megasapo.rewards.model import RewardModel, Scored
 from megasapo.rewards.pool import RewardError
@@ -154,11 +155,18 @@ def test_hanging_graders_cost_their_timeout_and_leave_no_process() -> None:
     assert worker_pids(os.getpid()) == []
 
 
-def test_async_grader_runs_calls_together_and_its_hangs_are_cut() -> None:
+def test_async_grader_runs_calls_together_and_its_hangs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     scored, num_errors = score([spec(f"{GRADERS}:judge")], ["x", "wait", "y"], timeout_s=8.0)
     assert ([s.reward for s in scored], num_errors) == ([0.5, 0.0, 0.5], 1)
+    monkeypatch.setattr(pool, "ASYNC_GRACE_S", 2.0)
     scored, num_errors = score([spec(f"{GRADERS}:judge")], ["block"], timeout_s=1.0)
     assert ([s.reward for s in scored], num_errors) == ([0.0], 1)
+
+
+def test_an_async_grader_that_gets_no_turn_for_seconds_still_answers() -> None:
+    """Its calls are timed from when it reads them."""
+    scored, num_errors = score([spec(f"{GRADERS}:judge")], ["late", "now"], timeout_s=1.0)
+    assert ([s.reward for s in scored], num_errors) == ([0.0, 0.5], 1)
 
 
 def test_error_policy_stops_the_run() -> None:

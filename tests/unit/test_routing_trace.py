@@ -222,7 +222,7 @@ w.close()
 
 
 def test_a_kill_in_mid_write_leaves_complete_files(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2], timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2], timeout=300)
     assert done.returncode == -signal.SIGKILL
     assert pq.read_table(tmp_path)["step"].to_pylist() == [1, 2]
     assert steps_and_uids(tmp_path) == [(1, 1, "rollout"), (2, 2, "rollout")]

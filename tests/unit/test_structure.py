@@ -98,7 +98,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 @pytest.mark.parametrize("code", ["import megasapo.config, megasapo.types, megasapo.layout", "import megasapo.cli"])
 def test_light_modules_do_not_import_torch(code: str) -> None:
     check = f"{code}\nimport sys\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], timeout=300).returncode == 0
 
 
 COMMANDS = ("train", "sft", "evaluate", "score", "serve", "plan", "report", "debug", "watch", "doctor", "cluster")
@@ -116,7 +116,7 @@ def test_help_works_without_torch(command: list[str]) -> None:
         f"sys.argv = ['megasapo', *{command!r}, '--help']\n"
         "runpy.run_module('megasapo.cli', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "megasapo" in done.stdout
 
