@@ -18,11 +18,11 @@ from megasapo.families.sizes import BACKWARD, Fields, Geometry, Latent, Paramete
 __all__ = ["BACKWARD", "Geometry", "Latent", "Parameters", "geometry", "read_config", "read_geometry"]
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """An HF directory's config.json. Raises ConfigError when there is none or it cannot be read."""
+def read_config(directory: str | Path, setting: str = "") -> dict[str, Any]:
+    """An HF directory's config.json. Raises ConfigError, naming the setting, when there is none or it is damaged."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give the directory of an HF model")
+        raise ConfigError(f"{setting}{directory}: no config.json there; give the directory of an HF model")
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as e:
@@ -34,7 +34,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def read_geometry(model_path: str | Path) -> Geometry:
     """The sizes in an HF directory's config.json. Raises ConfigError when there is none or it cannot be used."""
-    return geometry(read_config(model_path), source=str(Path(model_path) / "config.json"))
+    return geometry(read_config(model_path, "model.path="), source=str(Path(model_path) / "config.json"))
 
 
 def geometry(config: Mapping[str, Any], source: str = "config.json") -> Geometry:

@@ -120,7 +120,7 @@ def test_directories_that_are_refused(models: dict[str, Path], tmp_path: Path) -
         quantise_checkpoint(models["dense"], target)
     with pytest.raises(RolloutError, match="already quantised"):
         quantise_checkpoint(target, tmp_path / "twice")
-    with pytest.raises(ConfigError, match=r"nothing/config\.json: no such file"):
+    with pytest.raises(ConfigError, match=r"nothing: no config\.json there"):
         quantise_checkpoint(tmp_path / "nothing", tmp_path / "twice")
 
 
