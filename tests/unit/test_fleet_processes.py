@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ import pytest
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
 from megasapo.rollout.servers import Server
-from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, free_port, server_command
+from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, server_command
 from megasapo.rollout.watch import Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
+from tests.dist.launcher import free_ports
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
 ONE = SamplingParams(max_new_tokens=1)
@@ -235,12 +237,20 @@ def test_a_remote_server_that_is_not_there_stops_the_start_and_says_why_at_once(
 
 
 def test_a_remote_server_that_is_not_healthy_may_have_been_left_paused(model: Path, tmp_path: Path) -> None:
-    port = free_port()
+    [port] = free_ports(1)
+
+    def listens() -> bool:
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", port)) == 0
+
     with subprocess.Popen([sys.executable, FAKE, str(port), "--never-healthy"]) as process:
-        cfg = RolloutConfig(servers=(f"http://127.0.0.1:{port}",), start_timeout_s=5.0)
-        with pytest.raises(RolloutError, match=r"health_generate: 503: .*it answers /model_info: .* left it paused"):
-            Fleet.start(cfg, model, tmp_path)
-        process.kill()
+        try:
+            wait_until(listens, "listens")
+            cfg = RolloutConfig(servers=(f"http://127.0.0.1:{port}",), start_timeout_s=1.0)
+            with pytest.raises(RolloutError, match=r"health_generate: 503: .*answers /model_info: .* left it paused"):
+                Fleet.start(cfg, model, tmp_path)
+        finally:
+            process.kill()
 
 
 def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
