@@ -99,7 +99,7 @@ def round_trip(path: Path, reference: PreTrainedModel, sizes: Geometry) -> int:
     try:
         hf_config, out = model.read_hf_config(path), path.with_name(f"{path.name}-out")
         chunks = model.build_model(ModelConfig(path=str(path), dtype="float32"), hf_config, topo)
-        bridge.load_hf(chunks, path, topo)
+        bridge.load_hf(chunks, path)
         bridge.save_hf(chunks, path, out, topo, bucket_bytes=1 << 20)
     finally:
         topo.destroy()

@@ -7,7 +7,6 @@ publish and by the embedded server; knows nothing of either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -39,14 +38,3 @@ class Checksum:
             encoded = name.encode()
             total.update(len(encoded).to_bytes(8, "little") + encoded + self._digests[name])
         return total.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-
-def weights_checksum(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The Checksum of HF-named tensors, given as a state dict or as pairs."""
-    checksum = Checksum()
-    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-        checksum.add(name, tensor)
-    return checksum.hexdigest()

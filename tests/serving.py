@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 from safetensors.torch import load_file
 
-from megasapo.checksum import weights_checksum
 from megasapo.rollout.local.engine import Engine
 from megasapo.rollout.local.model import Loaded, load
 from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.server import build
+from tests.tiny import weights_checksum
 
 TIMEOUT_S = 300.0  # of what hangs
 

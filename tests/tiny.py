@@ -1,15 +1,18 @@
 """Tiny random models on disk in HF format, with a byte-level BPE tokenizer: what tests and benchmarks run on.
 
-`make_model` is the only entrance; it needs transformers and tokenizers, no network, and takes well under a second.
+`make_model` makes them; it needs transformers and tokenizers, no network, and takes well under a second.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megasapo.checksum import Checksum
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -196,3 +199,11 @@ def write_tokenizer(directory: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(directory)
+
+
+def weights_checksum(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The Checksum of HF-named tensors, given as a state dict or as pairs."""
+    checksum = Checksum()
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        checksum.add(name, tensor)
+    return checksum.hexdigest()

@@ -149,7 +149,7 @@ def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -
             "convert it with tools/convert_checkpoint.py"
         )
     else:
-        bridge.load_hf(model, start, topo)
+        bridge.load_hf(model, start)
 
 
 def load_weights(path: Path, model: list[torch.nn.Module]) -> None:

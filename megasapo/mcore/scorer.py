@@ -58,7 +58,7 @@ class Scorer:
             checkpoint.verify(weights, self._topo)
             checkpoint.load_weights(weights, self._chunks)
         else:
-            bridge.load_hf(self._chunks, weights, self._topo)
+            bridge.load_hf(self._chunks, weights)
 
     def score(
         self,

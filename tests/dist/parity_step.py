@@ -172,7 +172,7 @@ class _Recorder:
 
 
 def _load(policy: Policy, directory: Path, topo: Topology) -> None:
-    bridge.load_hf(policy._chunks, directory, topo)
+    bridge.load_hf(policy._chunks, directory)
     policy._optimizer._inner.reload_model_params()  # its main weights are copies, except in fp32
 
 

@@ -134,7 +134,7 @@ def _run_model(model_dir: Path, variant: str, topo: Any) -> dict[str, Any]:
     hf_config = read_hf_config(model_dir)
     cfg = ModelConfig(path=str(model_dir), dtype=dtype, override_transformer_config=over)
     chunks = build_model(cfg, hf_config, topo)
-    bridge.load_hf(chunks, model_dir, topo)
+    bridge.load_hf(chunks, model_dir)
     model = Model(chunks, topo)
     result = model.check_its_own(variant)
     del result["own"]

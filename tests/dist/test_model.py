@@ -109,7 +109,7 @@ def _run_model(model_dir: Path, topo) -> dict[str, object]:
 
     hf_config = model.read_hf_config(model_dir)
     chunks = model.build_model(ModelConfig(path=str(model_dir), dtype="float32"), hf_config, topo)
-    bridge.load_hf(chunks, model_dir, topo)
+    bridge.load_hf(chunks, model_dir)
     chunk = chunks[0]
     ddp = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk)
     chunk.config.finalize_model_grads_func = lambda m, _tokens=None, **kwargs: finalize_model_grads(m, None, **kwargs)

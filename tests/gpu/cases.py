@@ -97,7 +97,7 @@ class Model:
         with layer_spec(spec):
             cfg = ModelConfig(path=str(model_dir), dtype=dtype)
             self.chunks = build_model(cfg, self._hf, topo, precision=quantised)
-        bridge.load_hf(self.chunks, model_dir, topo)
+        bridge.load_hf(self.chunks, model_dir)
         self.precision = self.chunks[0].outside.precision
         assert self.precision.use_te == (spec == "te"), f"asked for the {spec} spec, got {self.precision}"
         self.ddp: list[Any] = wrap_ddp(self.chunks)

@@ -47,7 +47,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) ->
 
 def load(directory: Path, **where: tuple[int, int]) -> object:
     model = fake_model("local", **where)
-    load_hf([model], directory, topo=None)
+    load_hf([model], directory)
     return model
 
 
@@ -57,7 +57,7 @@ def test_expert_layers_and_vocab_land_where_they_belong(
 ) -> None:
     write(tmp_path, hf, shards)
     model = fake_model("local", tp=(1, 2), pp=(1, 2), ep=(1, 2))
-    load_hf([model], tmp_path, topo=None)
+    load_hf([model], tmp_path)
     got = model.tensors
     experts = "decoder.layers.0.mlp.experts.local_experts.1."  # local layer 0 is 2, local expert 1 is 3
     source = "model.layers.2.mlp.experts.3."
@@ -94,7 +94,7 @@ def test_tied_embeddings_need_no_head_and_take_a_copy_for_one(tmp_path: Path, hf
     for extra in ({}, {"lm_head.weight": hf["model.embed_tokens.weight"].clone()}):
         write(tmp_path, hf | extra)
         last = fake_model("local", pp=(1, 2), tied=True)
-        load_hf([last], tmp_path, topo=None)
+        load_hf([last], tmp_path)
         assert torch.equal(last.tensors["output_layer.weight"], hf["model.embed_tokens.weight"])
 
 
@@ -112,7 +112,7 @@ def test_another_head_than_the_tied_embedding_is_refused(
         with pytest.raises(
             BridgeError, match=r"'lm_head\.weight' is not 'model\.embed_tokens\.weight'.*set that to false"
         ):
-            load_hf([model], tmp_path, topo=None)
+            load_hf([model], tmp_path)
         assert all(t.isnan().all() for t in model.tensors.values())
 
 
@@ -268,5 +268,5 @@ def test_nothing_is_copied_when_something_does_not_fit(tmp_path: Path, hf: dict[
     hf[EXPERT] = torch.zeros(1, 1)
     model = fake_model("local")
     with pytest.raises(BridgeError):
-        load_hf([model], write(tmp_path, hf), topo=None)
+        load_hf([model], write(tmp_path, hf))
     assert all(t.isnan().all() for t in model.tensors.values())

@@ -83,23 +83,23 @@ def test_every_rank_together_makes_up_the_hf_model(spec: str, tp: int, pp: int, 
             model = fake_model(spec, tp=(rank % tp, tp), pp=(pp_rank, pp), ep=(rank % ep, ep), tied=tied)
             mine = place([model], HF_MOE)
             fill_from(mine, hf)
-            offers, views = _offers(mine, None)
+            offers, views = _offers(mine)
             gathered.append(offers)
             sends.append(views)
     tensors, sources = _combine(gathered)
     assert len(tensors) == len(hf) == (1 if tied else 2) + 1 + 8 * 4 + 3 + (1 + 3 * 4) * 3
     for name, shape, dtype in tensors:
         full = torch.full(shape, float("nan"), dtype=dtype)
-        assert sources[name] == [(r, piece.hf) for r, held in enumerate(sends) for _, piece, _ in held.get(name, [])]
+        assert sources[name] == [(r, piece.hf) for r, held in enumerate(sends) for _, piece in held.get(name, [])]
         for held in sends:
-            for tensor, piece, _ in held.get(name, []):
+            for tensor, piece in held.get(name, []):
                 full[tuple(slice(*bounds) for bounds in piece.hf)] = _part(tensor, piece)
         assert torch.equal(full, hf[name]), name
 
 
 def test_order_is_that_of_an_hf_state_dict() -> None:
     mine = place([fake_model("local")], HF_MOE)
-    tensors, _ = _combine([_offers(mine, None)[0]])
+    tensors, _ = _combine([_offers(mine)[0]])
     names = [t.name for t in tensors]
     assert names[0] == "model.embed_tokens.weight"
     assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
@@ -151,9 +151,9 @@ def test_hf_names_are_found_exactly() -> None:
 
 
 def test_incomplete_or_doubled_offers_are_refused() -> None:
-    offers, _ = _offers(place([fake_model("local")], HF_MOE), None)
+    offers, _ = _offers(place([fake_model("local")], HF_MOE))
     with pytest.raises(BridgeError, match=r"embed_tokens\.weight: the ranks' parts .* do not make up"):
         _combine([offers, offers])
-    half, _ = _offers(place([fake_model("local", tp=(0, 2))], HF_MOE), None)
+    half, _ = _offers(place([fake_model("local", tp=(0, 2))], HF_MOE))
     with pytest.raises(BridgeError, match=r"do not make up"):
         _combine([half])

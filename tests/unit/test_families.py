@@ -152,7 +152,7 @@ def test_a_quantised_directory_is_refused_with_what_to_do(tmp_path: Path) -> Non
     config = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BridgeError, match=rf"hf-to-hf --src {tmp_path} --dst COPY --dtype bfloat16"):
-        load_hf([], tmp_path, topo=None)
+        load_hf([], tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("first_k_dense_replace", 5), ("num_experts_per_tok", 9)])
@@ -176,7 +176,7 @@ def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors | extra, tmp_path / "model.safetensors")
     with caplog.at_level(logging.WARNING):
-        load_hf([fake_model("local")], tmp_path, topo=None)
+        load_hf([fake_model("local")], tmp_path)
     assert "3 tensors of multi-token prediction (model.layers.4.eh_proj.weight, ...) are not trained" in caplog.text
 
     (tmp_path / "model.safetensors").unlink()
@@ -184,8 +184,8 @@ def test_layers_for_multi_token_prediction_are_left_out_and_said_so(
     weight_map = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(extra, "b.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(BridgeError, match=r"b\.safetensors: no such file .*model\.layers\.4\.eh_proj"):
-        load_hf([fake_model("local")], tmp_path, topo=None)  # not first when the run's end exports them
+        load_hf([fake_model("local")], tmp_path)  # not first when the run's end exports them
 
     save_file(tensors | {"model.layers.5.eh_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(BridgeError, match=r"model\.layers\.5\.eh_proj\.weight' belongs to no parameter"):
-        load_hf([fake_model("local")], tmp_path, topo=None)
+        load_hf([fake_model("local")], tmp_path)

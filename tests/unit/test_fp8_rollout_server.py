@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megasapo.checksum import weights_checksum
 from megasapo.fp8.blocks import SCALE
 from megasapo.publish import Bucket, Publisher
 from megasapo.rollout.fleet import Fleet
@@ -23,7 +22,7 @@ from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import quantise_checkpoint
 from megasapo.sections import RolloutConfig
 from tests.serving import serving
-from tests.tiny import make_model
+from tests.tiny import make_model, weights_checksum
 
 SIZES: dict[str, Any] = {"hidden_size": 160, "num_hidden_layers": 2, "head_dim": 32, "moe_intermediate_size": 192}
 PROMPT = list(range(20, 44))

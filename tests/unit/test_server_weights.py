@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megasapo.checksum import weights_checksum
 from megasapo.hf_files import HFFiles
 from megasapo.rollout.local.weights import Weights, _view, served_specs
 from megasapo.rollout.weight_group import WeightGroup, host_store
 from tests.serving import TIMEOUT_S, file_checksum, serving
-from tests.tiny import make_model
+from tests.tiny import make_model, weights_checksum
 
 SHORT = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
 ASK = {"input_ids": [5, 6, 7], "sampling_params": SHORT}

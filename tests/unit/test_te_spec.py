@@ -55,7 +55,7 @@ def main(kind: str, directory: Path) -> None:
     assert te[0].config.gradient_accumulation_fusion
 
     # every parameter has a rule, and weights go in and out
-    bridge.load_hf(te, directory / "model", topo)
+    bridge.load_hf(te, directory / "model")
     hf = load_file(directory / "model" / "model.safetensors")
     config = json.loads((directory / "model" / "config.json").read_text())
     found = {n: t.clone() for bucket in bridge.export_hf(te, config, topo, bucket_bytes=2**20) for n, t in bucket}

@@ -33,32 +33,24 @@ class _Offer(NamedTuple):
 
 
 def export_hf(
-    chunks: Sequence[nn.Module],
-    hf_config: Any,
-    topo: Topology,
-    *,
-    bucket_bytes: int,
-    dtype: torch.dtype | None = None,
+    chunks: Sequence[nn.Module], hf_config: Any, topo: Topology, *, bucket_bytes: int
 ) -> Iterator[NamedTensors]:
     """Stream the model in HF form. Collective: every rank iterates to the end.
 
     Rank 0 gets lists of (HF name, full tensor) on the model's device, in the order of an HF state dict; other ranks
     get as many empty lists. A list takes at most `bucket_bytes`, receive buffers included; a tensor that needs more
-    comes alone. Each list is emptied when the next one is asked for, so that only one is ever alive. `dtype` casts,
-    but what a rule keeps; None keeps the tensors' dtypes.
+    comes alone. Each list is emptied when the next one is asked for, so that only one is ever alive.
     """
-    yield from Export(chunks, hf_config, topo, dtype=dtype).buckets(bucket_bytes)
+    yield from Export(chunks, hf_config, topo).buckets(bucket_bytes)
 
 
 class Export:
     """One export, planned: which tensors there are is known before any is moved. Making one is collective."""
 
-    def __init__(
-        self, chunks: Sequence[nn.Module], hf_config: Any, topo: Topology, *, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], hf_config: Any, topo: Topology) -> None:
         self._topo = topo
         self._device = next(p.device for chunk in chunks for p in chunk.parameters())
-        offers, self._sends = _offers(place(chunks, hf_config), dtype)
+        offers, self._sends = _offers(place(chunks, hf_config))
         gathered: list[list[_Offer]] | None = [[]] * topo.world_size if topo.rank == 0 else None
         dist.gather_object(offers, gathered, dst=0, group=topo.world_group_cpu)
         self._sources: dict[str, list[tuple[int, Box]]] = {}  # on rank 0: who sends which box of a tensor, in order
@@ -101,9 +93,9 @@ class Export:
     @torch.no_grad()
     def _send(self, names: Iterable[str]) -> NamedTensors:
         ops = [
-            dist.P2POp(dist.isend, _part(tensor, piece).to(dtype).contiguous(), 0)
+            dist.P2POp(dist.isend, _part(tensor, piece).contiguous(), 0)
             for name in names
-            for tensor, piece, dtype in self._sends.get(name, [])
+            for tensor, piece in self._sends.get(name, [])
         ]
         _run(ops)
         return []
@@ -116,7 +108,7 @@ class Export:
         for name in names:
             spec = self._specs[name]
             full = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-            for tensor, piece, _ in self._sends.get(name, []):
+            for tensor, piece in self._sends.get(name, []):
                 copy_out(tensor, piece, full)
             for rank, box in self._sources[name]:
                 if rank != 0:
@@ -132,11 +124,11 @@ class Export:
         return bucket
 
 
-# local tensor, which piece of it, dtype to send
-_Sends = dict[str, list[tuple[torch.Tensor, Piece, torch.dtype]]]
+# local tensor, and which piece of it
+_Sends = dict[str, list[tuple[torch.Tensor, Piece]]]
 
 
-def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sends]:
+def _offers(mine: Locals) -> tuple[list[_Offer], _Sends]:
     """What this rank speaks for: descriptions for rank 0, and the views to send."""
     offers: list[_Offer] = []
     sends: _Sends = defaultdict(list)
@@ -144,12 +136,11 @@ def _offers(mine: Locals, dtype: torch.dtype | None) -> tuple[list[_Offer], _Sen
         if not placed.is_primary:
             continue
         boxes: dict[int, list[Box]] = defaultdict(list)
-        sent_as = placed.tensor.dtype if dtype is None or placed.keeps_dtype else dtype
         for piece in placed.pieces:
             boxes[piece.source].append(piece.hf)
-            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece, sent_as))
+            sends[placed.names[piece.source]].append((placed.tensor.detach(), piece))
         for source, held in boxes.items():
-            spec = TensorSpec(placed.names[source], placed.shapes[source], sent_as)
+            spec = TensorSpec(placed.names[source], placed.shapes[source], placed.tensor.dtype)
             offers.append(_Offer((*placed.order, source), spec, tuple(held)))
     return offers, dict(sends)
 

@@ -32,14 +32,13 @@ ROTATION = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """What older files have beside weights: it follows from config.json, and transformers passes it over, too."""
 
 
-def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path, topo: object) -> None:
+def load_hf(chunks: Sequence[nn.Module], hf_dir: str | Path) -> None:
     """Fill every parameter of this rank's model chunks from an HF directory, cast to the parameter's dtype.
 
     Padded vocabulary rows become zero. An optimizer with its own master weights must copy them afterwards.
     Raises BridgeError, before anything is copied, when a tensor is missing, left over, of the wrong shape or dtype, or
-    its file is broken. `topo` is not used: the model knows its groups; it stands here as in `export_hf`.
+    its file is broken.
     """
-    del topo
     config = read_config(hf_dir)
     if config.get("quantization_config") is not None:
         raise BridgeError(

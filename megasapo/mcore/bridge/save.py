@@ -25,7 +25,6 @@ from megasapo.geometry import read_config
 from megasapo.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import Export, NamedTensors
-from megasapo.mcore.bridge.placement import keeps_dtype
 from megasapo.mcore.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -51,13 +50,12 @@ def save_hf(
     topo: Topology,
     *,
     bucket_bytes: int,
-    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * GIB,
 ) -> None:
     """Write an HF directory: weights, and config.json, tokenizer and generation settings of `hf_config_dir`.
 
-    Collective. Returns on every rank once `out_dir` is complete. An existing `out_dir` is replaced. `dtype` casts;
-    config.json records the dtype written. A tensor larger than `max_shard_bytes` gets a file of its own. Layers for
+    Collective. Returns on every rank once `out_dir` is complete. An existing `out_dir` is replaced. A
+    tensor larger than `max_shard_bytes` gets a file of its own. Layers for
     multi-token prediction, which the model does not have, are copied from the files of `hf_config_dir`.
     """
     config = read_config(hf_config_dir)
@@ -66,7 +64,7 @@ def save_hf(
         raise BridgeError(
             f"{out}: exists and is not an HF directory, so it is not replaced; remove it or save elsewhere"
         )
-    export = Export(chunks, config, topo, dtype=dtype)
+    export = Export(chunks, config, topo)
     if topo.rank != 0:
         for _ in export.buckets(bucket_bytes):
             pass
@@ -75,9 +73,8 @@ def save_hf(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         carried = Carried(Path(hf_config_dir), config)
-        own = [spec if keeps_dtype(config, spec.name) else spec.cast(dtype) for spec in carried.specs]
-        specs = [*export.tensors, *own]
-        buckets = ([(spec.name, carried.read(spec.name).to(spec.dtype))] for spec in own)
+        specs = [*export.tensors, *carried.specs]
+        buckets = ([(spec.name, carried.read(spec.name))] for spec in carried.specs)
         _write_weights(specs, chain(export.buckets(bucket_bytes), buckets), unfinished, max_shard_bytes)
         names = [spec.name for spec in specs]
         write_companions(Path(hf_config_dir), exported_config(config, names), specs, unfinished)
