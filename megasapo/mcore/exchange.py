@@ -6,14 +6,12 @@ sequence to the one that trains on it, and from there to the ranks of its replic
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megasapo.config import Config
@@ -21,7 +19,7 @@ from megasapo.data.balance import attention_costs, plan, split_mini_batches
 from megasapo.data.packing import pack
 from megasapo.geometry import read_geometry
 from megasapo.mcore.routing_exchange import Header, RoutingLayout, exchange_routing
-from megasapo.mcore.topology import Topology
+from megasapo.mcore.topology import Topology, all_to_all
 from megasapo.types import Batch, MicroBatch, MiniBatch, TrainSequence
 
 
@@ -65,7 +63,7 @@ def build_batch(
     content does not depend on the layout. With `routing` micro-batches get the sequences' own (R3). Raises ValueError
     for a sequence longer than a micro-batch.
     """
-    headers = _share_headers(mine, topo, with_routing=routing is not None)
+    headers = _share_headers(mine, topo)
     groups = sorted({h.uid // group_size for h in headers})
     assignments, counts = [], []
     for part in split_mini_batches(len(groups), mini_batches):
@@ -116,51 +114,28 @@ def _pack(
     return pack(rows, weights, shard=topo.shard).to(topo.device)
 
 
-def _share_headers(mine: Sequence[TrainSequence], topo: Topology, *, with_routing: bool) -> list[Header]:
-    local = [_header(row, topo, with_routing) for row in mine]
+def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:
+    local = [
+        Header(row.uid, len(row.tokens), topo.shard.slots_for(len(row.tokens)), int(row.loss_mask.sum()))
+        for row in mine
+    ]
     headers: list[Header] = sorted(h for one in topo.gather(local) for h in one)
     uids = [h.uid for h in headers]
     assert len(set(uids)) == len(uids), "two leaders hold the same sequence"
     return headers
 
 
-def _header(row: TrainSequence, topo: Topology, with_routing: bool) -> Header:
-    routing = row.routing if with_routing else None
-    return Header(
-        row.uid,
-        len(row.tokens),
-        topo.shard.slots_for(len(row.tokens)),
-        int(row.loss_mask.sum()),
-        topo.dp_rank,
-        routed=0 if routing is None else len(routing),
-        gaps=routing is not None and bool((routing < 0).any()),
-    )
-
-
 def _move(mine: Sequence[TrainSequence], assignments: list[Assignment], topo: Topology) -> dict[int, TrainSequence]:
     """Collective. The sequences that this rank trains on, by uid; routing stays behind (routing_exchange.py)."""
     held: list[Any] = [None]
-    if topo.is_leader:
+    if topo.leaders_group is not None:
         owner = {
             h.uid: rank for each in assignments for rank, micros in enumerate(each) for micro in micros for h in micro
         }
         outgoing: list[list[TrainSequence]] = [[] for _ in range(topo.dp)]
         for row in mine:
             outgoing[owner[row.uid]].append(replace(row, routing=None))
-        held = [_all_to_all(outgoing, topo)]
+        held = [[row for rows in all_to_all(outgoing, topo.leaders_group) for row in rows]]
     leader = dist.get_global_rank(topo.replica_group, 0)
     dist.broadcast_object_list(held, leader, group=topo.replica_group)
     return {row.uid: row for row in held[0]}
-
-
-def _all_to_all(outgoing: list[list[TrainSequence]], topo: Topology) -> list[TrainSequence]:
-    """Collective over the leaders. What all of them have for this one; `outgoing`: what it has for each."""
-    sent = [torch.frombuffer(bytearray(pickle.dumps(rows)), dtype=torch.uint8) for rows in outgoing]
-    send_sizes = torch.tensor([t.numel() for t in sent])
-    receive_sizes = torch.empty_like(send_sizes)
-    dist.all_to_all_single(receive_sizes, send_sizes, group=topo.leaders_group)
-    received = torch.empty(int(receive_sizes.sum()), dtype=torch.uint8)
-    dist.all_to_all_single(
-        received, torch.cat(sent), receive_sizes.tolist(), send_sizes.tolist(), group=topo.leaders_group
-    )
-    return [row for part in received.split(receive_sizes.tolist()) for row in pickle.loads(part.numpy().tobytes())]

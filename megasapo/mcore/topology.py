@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,6 +164,17 @@ def imagined(parallel: ParallelConfig, rank: int) -> Iterator[Imagined]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def all_to_all(outgoing: Sequence[Any], group: dist.ProcessGroup) -> list[Any]:
+    """Collective over a gloo group: what its ranks have for this one. `outgoing`: what this one has for each."""
+    sent = [torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) for value in outgoing]
+    send_sizes = torch.tensor([part.numel() for part in sent])
+    receive_sizes = torch.empty_like(send_sizes)
+    dist.all_to_all_single(receive_sizes, send_sizes, group=group)
+    received = torch.empty(int(receive_sizes.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), receive_sizes.tolist(), send_sizes.tolist(), group=group)
+    return [pickle.loads(part.numpy().data) for part in received.split(receive_sizes.tolist())]
 
 
 def _to_first(value: Any, group: dist.ProcessGroup) -> list[Any] | None:

@@ -75,7 +75,7 @@ def run(layout: given.Layout, case: given.Case, models: Path, topo: Topology, fa
         "copies": recorded.unlike + unlike,
         "scored": scored,
         "scored_quantising": quantising,
-        "routing_bytes": topo.gather((sum(received), _bytes_needed(batch, policy))),
+        "routing_ids": topo.gather((sum(received), _ids_needed(batch, policy))),
     }
 
 
@@ -124,26 +124,27 @@ def _tensors(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _counting_routing() -> Iterator[list[int]]:
-    """The bytes of routing that this rank receives inside, a number for each exchange."""
+    """How many ids this rank receives inside, a number for each exchange."""
     received: list[int] = []
-    exchange = routing_exchange.dist.all_to_all_single
+    exchange = routing_exchange.all_to_all
 
-    def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        received.append(output.numel() * output.element_size())
-        return exchange(output, *args, **kwargs)
+    def counting(*args: Any) -> Any:
+        found = exchange(*args)
+        received.append(sum(rows.size for part in found for rows in part.values()))
+        return found
 
-    with mock.patch.object(routing_exchange, "dist", mock.Mock(all_to_all_single=counting)):
+    with mock.patch.object(routing_exchange, "all_to_all", counting):
         yield received
 
 
-def _bytes_needed(batch: Batch, policy: Policy) -> int:
-    """What this rank's tokens and layers take, two bytes an id (some rows are NATIVE), as far as it is known."""
+def _ids_needed(batch: Batch, policy: Policy) -> int:
+    """Those of this rank's tokens and layers, as far as they are known."""
     known = 0
     for mb in (mb for mini in batch.mini for mb in mini.micro if mb.routing is not None):
         for number, (uid, slots) in enumerate(zip(mb.uids, mb.slots, strict=True)):
             sent = given.known_rows(uid, slots + 1)
             known += int(((mb.sequence == number) & (mb.position < sent)).sum()) * mb.routing[0].numel()
-    return 2 * known
+    return known
 
 
 class _Recorder:

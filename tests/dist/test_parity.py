@@ -152,9 +152,9 @@ IN_R3_LAYOUTS = pytest.mark.parametrize(
 
 @IN_R3_LAYOUTS
 def test_a_rank_receives_the_routing_of_its_tokens_and_layers_only(layout: Layout, models: Path) -> None:
-    received = result(models, layout, R3)["routing_bytes"]
+    received = result(models, layout, R3)["routing_ids"]
     assert all(got == needed for got, needed in received), received
-    assert sum(got for got, _ in received) == result(models, given.reference_of(layout), R3)["routing_bytes"][0][0]
+    assert sum(got for got, _ in received) == result(models, given.reference_of(layout), R3)["routing_ids"][0][0]
 
 
 @IN_R3_LAYOUTS
