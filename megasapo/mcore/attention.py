@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -257,10 +258,9 @@ class PackedAttention(torch.nn.Module):
             cos, sin = p.cos.to(query.dtype), p.sin.to(query.dtype)
             query, key = (_rotated(x, cos, sin) for x in (query, key))
         if p.cp_group is not None:
-            head_dim = key.shape[-1]
-            key, value = _GatherTokens.apply(torch.cat((key, value), -1), p.cp_group).split(
-                (head_dim, value.shape[-1]), -1
-            )
+            widths = (key.shape[-1], value.shape[-1])
+            both = gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=p.cp_group)
+            key, value = both.split(widths, -1)
         layout = p.window_plan if self.is_sliding else p.plan
         assert layout is not None
         parts = []
@@ -296,20 +296,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-two, one), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if width < x.shape[-1] else turned
-
-
-class _GatherTokens(torch.autograd.Function):
-    """[Tc, ...] of every rank of the group, one rank after the other; backward sums what all ranks ask of each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
