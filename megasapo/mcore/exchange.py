@@ -69,8 +69,7 @@ def build_batch(
     for part in split_mini_batches(len(groups), mini_batches):
         chosen = {groups[i] for i in part}
         rows = [h for h in headers if h.uid // group_size in chosen]
-        split = _split(rows, topo, packing)
-        assignments.append([[[rows[i] for i in micro] for micro in rank] for rank in split])
+        assignments.append([[[rows[i] for i in micro] for micro in rank] for rank in split(rows, topo, packing)])
         counts.append((len(rows), sum(h.loss_tokens for h in rows)))
     held = _move(mine, assignments, topo)
     mini = []
@@ -86,10 +85,10 @@ def build_batch(
     return Batch(tuple(mini))
 
 
-def _split(rows: list[Header], topo: Topology, packing: PackingRule) -> list[list[list[int]]]:
-    """[replica][micro-batch] -> indices into rows."""
+def split(rows: Sequence[Header], topo: Topology, packing: PackingRule) -> list[list[list[int]]]:
+    """[replica][micro-batch] -> indices into rows; ValueError for a row longer than a micro-batch."""
     lengths = [h.slots for h in rows]
-    split = partial(
+    planned = partial(
         plan,
         lengths,
         topo.dp,
@@ -98,11 +97,11 @@ def _split(rows: list[Header], topo: Topology, packing: PackingRule) -> list[lis
         costs=attention_costs(lengths, packing.attention_ratio),
         one_each=packing.one_each,
     )
-    found = split(multiple_of=topo.micro_batch_multiple)
+    found = planned(multiple_of=topo.micro_batch_multiple)
     if topo.vpp > 1 and len(found[0]) < 2 * topo.pp:
         # With a single round megatron-core's interleaved stages wait for one another forever (0.16.1 to 0.19.2): a
         # stage waits for the size of what comes next while its neighbour waits for what it was to send.
-        found = split(multiple_of=2 * topo.pp)
+        found = planned(multiple_of=2 * topo.pp)
     return found
 
 
@@ -115,10 +114,7 @@ def _pack(
 
 
 def _share_headers(mine: Sequence[TrainSequence], topo: Topology) -> list[Header]:
-    local = [
-        Header(row.uid, len(row.tokens), topo.shard.slots_for(len(row.tokens)), int(row.loss_mask.sum()))
-        for row in mine
-    ]
+    local = [Header.of(row, topo.shard) for row in mine]
     headers: list[Header] = sorted(h for one in topo.gather(local) for h in one)
     uids = [h.uid for h in headers]
     assert len(set(uids)) == len(uids), "two leaders hold the same sequence"

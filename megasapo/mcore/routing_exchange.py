@@ -28,6 +28,11 @@ class Header(NamedTuple):
     slots: int  # that it takes in a pack
     loss_tokens: int
 
+    @staticmethod
+    def of(row: TrainSequence, shard: Shard) -> Header:
+        """`shard`: of any rank."""
+        return Header(row.uid, len(row.tokens), shard.slots_for(len(row.tokens)), int(row.loss_mask.sum()))
+
 
 @dataclass(frozen=True, slots=True)
 class Keeps:

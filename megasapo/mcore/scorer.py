@@ -17,7 +17,9 @@ from megasapo.config import Config, ConfigError
 from megasapo.data.packing import all_pieces, join, join_layers, pack
 from megasapo.geometry import read_geometry
 from megasapo.mcore import bridge, checkpoint, model, step
+from megasapo.mcore.exchange import PackingRule, split
 from megasapo.mcore.replay import RoutingReplay
+from megasapo.mcore.routing_exchange import Header
 from megasapo.mcore.topology import Topology
 from megasapo.routing.cut import cut_routing
 from megasapo.types import MicroBatch, TrainSequence
@@ -110,29 +112,22 @@ class Scorer:
         return torch.from_numpy(cut).to(self._topo.device)
 
     def _micro_batches(self, sequences: Sequence[np.ndarray]) -> list[MicroBatch]:
-        """This data-parallel rank's share, as many on every rank, at least one; a longer sequence is packed by itself.
+        """This data-parallel rank's share; where a sequence is longer than a micro-batch, they are as long as it.
 
         A sequence of one token has nothing to score and is left out.
         """
-        topo, limit = self._topo, self._cfg.train.micro_batch_tokens
-        packs: list[list[TrainSequence]] = [[]]
-        used = 0
-        for i, ids in enumerate(sequences):
-            if len(ids) < 2:
-                continue
-            slots = topo.shard.slots_for(len(ids))
-            if packs[-1] and used + slots > limit:
-                packs.append([])
-                used = 0
-            scored = np.arange(len(ids)) > 0
-            packs[-1].append(TrainSequence(i, ids, scored, np.zeros(len(ids), dtype=np.float32), advantage=0.0))
-            used += slots
-        # with a single round interleaved stages wait for one another forever (exchange.py)
-        fewest = 2 * topo.pp if topo.vpp > 1 else 1
-        each = max(fewest, -(-len(packs) // (topo.dp * topo.micro_batch_multiple)) * topo.micro_batch_multiple)
-        packs += [[] for _ in range(each * topo.dp - len(packs))]
-        mine = packs[topo.dp_rank :: topo.dp]
-        return [pack(part, np.zeros(len(part), dtype=np.float32), shard=topo.shard).to(topo.device) for part in mine]
+        topo = self._topo
+        rows = [
+            TrainSequence(i, ids, np.arange(len(ids)) > 0, np.zeros(len(ids), dtype=np.float32), advantage=0.0)
+            for i, ids in enumerate(sequences)
+            if len(ids) > 1
+        ]
+        headers = [Header.of(row, topo.shard) for row in rows]
+        packing = PackingRule(max([self._cfg.train.micro_batch_tokens, *(h.slots for h in headers)]))
+        return [
+            pack([rows[i] for i in micro], np.zeros(len(micro), dtype=np.float32), shard=topo.shard).to(topo.device)
+            for micro in split(headers, topo, packing)[topo.dp_rank]
+        ]
 
 
 NOTHING = Scored(np.zeros(0, dtype=np.float32))  # a single token has nothing before it
