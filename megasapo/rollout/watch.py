@@ -228,9 +228,10 @@ class Watch:
             )
         deadline = time.monotonic() + self._cfg.start_timeout_s
         while trouble := await self._trouble(server):
-            if server.process is None and not server.trouble:
+            if server.process is None:
+                if not any(s.trouble for s in self._servers):  # of many that are started now, one will do
+                    self._say("rollout server %d is not there yet: %s", server.index, trouble)
                 server.trouble = trouble
-                self._say("rollout server %d is not there yet: %s", server.index, trouble)
             end = server.end()
             if end is not None or time.monotonic() > deadline:
                 end = end or f"not healthy in rollout.start_timeout_s={self._cfg.start_timeout_s:g}: {trouble}"
@@ -244,6 +245,8 @@ class Watch:
         server.incarnation += 1
         server.started_at = server.seen_at = time.monotonic()
         server.starting = server.hung = False
+        if server.process is None:  # it was never away
+            server.trouble = ""
         await self._look(server)
 
     async def _trouble(self, server: Server) -> str:
