@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from megasapo.errors import UserError
 
 log = logging.getLogger(__name__)
 RECORD = "megasapo.json"
+NAME = re.compile(r"step_\d{8}")
 FORMAT = 3
 HASHERS = 4  # threads of one process; hashlib and reading let go of Python's lock
 
@@ -102,7 +104,8 @@ def differences(path: Path, files: Mapping[str, str]) -> list[str]:
 
 def complete(folder: Path, below: int | None = None) -> list[Path]:
     """Complete checkpoints (before step `below`) by step, damaged ones among them."""
-    found = sorted(path for path in folder.glob("step_????????") if is_checkpoint(path))
+    named = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))  # and not step_10_good, a user's copy
+    found = sorted(path for path in named if is_checkpoint(path))
     return found if below is None else [path for path in found if step_of(path) < below]
 
 
@@ -116,7 +119,7 @@ def latest(run_dir: Path) -> Path | None:
         return None
     name = pointer.read_text(errors="replace").strip()
     path = pointer.parent / name
-    is_name = name.startswith("step_") and name[5:].isdecimal()
+    is_name = NAME.fullmatch(name) is not None
     if is_name and is_checkpoint(path):
         return path
     return _one_before(pointer, step_of(path) if is_name else None, f"{pointer} names {name!r}, which is not complete")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megasapo import jsonl
+from megasapo import checkpoints, jsonl
 from megasapo.config import ConfigError
 
 
@@ -32,9 +32,8 @@ def find(run_dir: Path, started_from: str, wanted: str) -> Path:
 def kept(run_dir: Path, started_from: str) -> dict[int, Path]:
     """The weights after each step for which there are any."""
     found = {0: Path(started_from)}
-    for path in (run_dir / "checkpoints").glob("step_????????"):
-        if (path / "megasapo.json").is_file():
-            found[int(path.name.removeprefix("step_"))] = path
+    for path in checkpoints.complete(run_dir / "checkpoints"):
+        found[checkpoints.step_of(path)] = path
     for pattern, prefix in (("weights/v*", "v"), ("hf_*", "hf_")):
         for path in run_dir.glob(pattern):
             number = path.name.removeprefix(prefix)

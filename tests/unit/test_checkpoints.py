@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import torch
 
 from megasapo import checkpoints, config, lock
 from megasapo.checkpoints import CheckpointError, Damaged
+from megasapo.debug.weights import kept
 from megasapo.launch import Place
 from tests.dist.small_run import make_learner
 from tests.tiny import make_model
@@ -55,6 +57,18 @@ def test_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000006", "step_00000010", "step_00000012"]
     checkpoints.prune(tmp_path, 10, keep=1, keep_every=0)  # after somebody went back: later ones stay
     assert names(tmp_path) == ["step_00000010", "step_00000012"]
+
+
+def test_a_copy_that_somebody_kept_under_a_name_of_his_own_is_left_alone(tmp_path: Path) -> None:
+    for step in (8, 9):
+        make(tmp_path / "checkpoints", step)
+    copy = tmp_path / "checkpoints" / "step_8_copied"  # as long as a checkpoint's own name
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000008", copy)
+    checkpoints.prune(tmp_path / "checkpoints", 9, keep=1, keep_every=0)
+    assert names(tmp_path / "checkpoints") == ["step_00000009", "step_8_copied"]
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000010")
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000009"
+    assert kept(tmp_path, "start") == {0: Path("start"), 9: tmp_path / "checkpoints" / "step_00000009"}
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "null", '{"format": 3}', "flip"])
