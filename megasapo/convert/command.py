@@ -25,7 +25,7 @@ from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, reso
 from megasapo.convert.verify import check_logprobs, check_tensors
 from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
 from megasapo.errors import UserError
-from megasapo.geometry import read_config, read_geometry
+from megasapo.geometry import read_geometry
 from megasapo.layout import check_layout, fewest_ranks
 from megasapo.sections import ParallelConfig
 
@@ -161,9 +161,9 @@ def _request(args: argparse.Namespace) -> Request:
         raise ConvertError("--dtype float16: the learner computes in bfloat16 or float32; take one of them")
     parallel = _parallel(args.overrides, args.direction)
     model = model_of(source, args.model) if wanted == "megatron" else source
-    read_config(model)  # says more of a source than what reads a model.path would
+    sizes = read_geometry(model)
     if not to_hf:
-        check_layout(parallel, fewest_ranks(parallel), read_geometry(str(model)))
+        check_layout(parallel, fewest_ranks(parallel), sizes)
     if args.nproc < 1:
         raise ConvertError(f"--nproc {args.nproc}: at least one process must work")
     quantise = args.quantize is not None

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasapo.convert.command import main
+from tests.tiny import make_model
 from tests.unit.conversion import make_moe
 
 
@@ -123,6 +124,18 @@ def test_a_bad_hf_directory_is_named_and_nothing_is_left(
     for words in said:
         assert words in error
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "hf-to-hf"])
+def test_a_released_gpt_oss_says_how_to_get_a_copy_that_can_be_converted(
+    direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "src", "gpt_oss", num_hidden_layers=1)
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    assert main([direction, "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out")]) == 2
+    assert "Mxfp4Config(dequantize=True)" in capsys.readouterr().err
 
 
 def _cut(d: Path) -> None:
