@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megasapo.convert.sources import (
     is_megatron,
     model_of,
     record_of,
+    refuse_damaged,
     resolved,
     run_settings,
 )
@@ -37,13 +39,33 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         found = inspect(Path(args.checkpoint), args.against and Path(args.against), args.model, brief=args.brief)
+        if args.verify:
+            _verify(found)
     except UserError as e:
         print(f"inspect_checkpoint: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(found, indent=1) if args.json else "\n".join(_tables(found, everything=args.all)))
+    said = json.dumps(found, indent=1) if args.json else "\n".join(_tables(found, everything=args.all))
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so when it ends
     return 0
+
+
+def _verify(found: Row) -> None:
+    """Add that the files are as they were written. ConvertError when one is not, or nothing says how it was."""
+    for name in ("checkpoint", "against"):
+        if name in found:
+            directory = Path(found[name]["path"])
+            files = record_of(directory).get("files")
+            if not files:
+                raise ConvertError(
+                    f"{directory}: --verify: no record with hashes of its files (megasapo.json) is there"
+                )
+            refuse_damaged(directory)
+            found[name]["verified"] = f"{len(files)} files are as they were written"
 
 
 def inspect(directory: Path, against: Path | None = None, model: str | None = None, *, brief: bool = False) -> Row:
@@ -169,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("against", nargs="?", help="another: tensors are compared under their HF names")
     parser.add_argument("--model", help="HF directory of the model, where a checkpoint does not say which it is of")
     parser.add_argument("--brief", action="store_true", help="without reading a tensor")
+    parser.add_argument("--verify", action="store_true", help="compare a checkpoint's files with their SHA-256, too")
     parser.add_argument("--all", action="store_true", help="every tensor, single experts' too")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser

@@ -143,6 +143,8 @@ def load_start(cfg: ModelConfig, model: list[torch.nn.Module], topo: Topology) -
     if is_checkpoint(start):
         verify(start, topo)
         load_weights(start, model)
+    elif cfg.load and (found := latest(start)) is not None:
+        raise ConfigError(f"model.load={cfg.load}: the directory of a run: name one checkpoint of it, such as {found}")
     elif cfg.load:
         raise ConfigError(
             f"model.load={cfg.load}: no checkpoint there (no megasapo.json); give an HF directory as model.path, or "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from megasapo.convert.command import main as convert
 from megasapo.convert.inspect_command import main
 from tests.tiny import make_model
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,31 @@ def test_a_checkpoint_of_an_unknown_model_is_shown_by_its_own_keys(
     assert main([str(checkpoint), str(models / "a")]) == 2
     assert "--model" in capsys.readouterr().err
     assert told(capsys, checkpoint, models / "a", "--model", models / "a")["difference"]["different"] == 0
+
+
+def test_files_are_compared_with_their_hashes(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(models / "a.mcore", tmp_path / "mcore")
+    found = told(capsys, tmp_path / "mcore", models / "a.mcore", "--brief", "--verify")
+    assert found["checkpoint"]["verified"] == found["against"]["verified"] == "4 files are as they were written"
+    (file,) = (tmp_path / "mcore").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[70_000] ^= 1
+    file.write_bytes(content)
+    assert "verified" not in told(capsys, tmp_path / "mcore")["checkpoint"]
+    for pair in (["mcore"], [models / "a.mcore", "mcore"]):
+        assert main([str(tmp_path / directory) for directory in pair] + ["--verify"]) == 2
+        assert "mcore is damaged: __0_0.distcp has another SHA-256" in capsys.readouterr().err
+    assert main([str(models / "a"), "--brief", "--verify"]) == 2
+    assert "--verify: no record with hashes" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(models: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    tool = [sys.executable, str(TOOL), str(models / "a"), "--brief"]
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(tool, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_brief_reads_no_tensor_and_mistakes_are_one_line(
