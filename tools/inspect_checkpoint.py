@@ -1,6 +1,6 @@
 """What is in a checkpoint, HF or megatron-core, and how two differ: see docs/checkpoints.md.
 
-usage: python tools/inspect_checkpoint.py CHECKPOINT [ANOTHER] [--model HF_DIR] [--brief] [--all] [--json]
+usage: python tools/inspect_checkpoint.py CHECKPOINT [ANOTHER] [--model HF_DIR] [--brief] [--verify] [--all] [--json]
 """
 
 import os

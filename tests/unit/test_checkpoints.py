@@ -22,8 +22,10 @@ import torch
 
 from megasapo import checkpoints, config, lock
 from megasapo.checkpoints import CheckpointError, Damaged
+from megasapo.config import ConfigError
 from megasapo.debug.weights import kept
 from megasapo.launch import Place
+from megasapo.sections import ModelConfig
 from tests.dist.small_run import make_learner
 from tests.tiny import make_model
 
@@ -109,6 +111,15 @@ def test_latest_that_names_nothing_complete_gives_the_one_before(
     (folder / "latest").write_text(pointer)
     assert checkpoints.latest(tmp_path) == folder / "step_00000002"
     assert f"names {pointer!r}, which is not complete: continuing from" in caplog.text
+
+
+def test_a_runs_directory_is_no_start_and_its_newest_checkpoint_is_named(tmp_path: Path) -> None:
+    from megasapo.mcore.checkpoint import load_start
+
+    make(tmp_path / "checkpoints", 7)
+    cfg = ModelConfig(path="elsewhere", load=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"the directory of a run: .* such as \S+/checkpoints/step_00000007$"):
+        load_start(cfg, [], None)  # type: ignore[arg-type]
 
 
 def test_without_any_complete_checkpoint_left_it_says_what_to_do(tmp_path: Path) -> None:
