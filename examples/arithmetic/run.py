@@ -55,12 +55,16 @@ def main() -> int:
 
 
 def call(*arguments: str) -> None:
-    python = Path(sys.executable)
-    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"\n$ {shlex.join([str(shown), *arguments])}", flush=True)
+    print(f"\n$ {shlex.join([beside_python(Path(sys.executable).name), *arguments])}", flush=True)
     code = subprocess.run([sys.executable, *arguments]).returncode
     if code:
         sys.exit(code)
+
+
+def beside_python(program: str) -> str:
+    """A program of this environment, as one can call it from the repository's root."""
+    path = Path(sys.executable).with_name(program)
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def megasapo(command: str, config: str, *settings: str) -> None:
@@ -102,8 +106,8 @@ def draw_curve(run: Path, before: dict[str, float], after: dict[str, float], pic
 def report(out: Path, run: Path, before: dict[str, float], after: dict[str, float], seconds: float) -> None:
     print(f"\nPass@1 on {after['problems']} held-out problems: {before['pass@1']:.1%} -> {after['pass@1']:.1%}")
     print(f"  minutes      {seconds / 60:.1f}")
-    print(f"  charts       megasapo report {run}")
-    print(f"  TensorBoard  tensorboard --logdir {run / 'tensorboard'}")
+    print(f"  charts       {beside_python('megasapo')} report {run}")
+    print(f"  TensorBoard  {beside_python('tensorboard')} --logdir {run / 'tensorboard'}")
     print(f"  metrics      {run / 'metrics.jsonl'}")
     print(f"  checkpoints  {run / 'checkpoints'} (training), {run / 'hf'} (HF format)")
     print(f"  curve        {out / 'curve.png'}")
