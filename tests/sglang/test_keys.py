@@ -66,17 +66,23 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if not sglang_python().exists():
             pytest.fail(f"no SGLang environment at {sglang_python()}: run tests/sglang/setup.sh")
         command = [str(HERE / "launch.sh"), str(old), str(port), str(root / "key")]
+    guard = [sys.executable, "-m", "megasapo.rollout.spawn", "--"]  # the server ends with these tests, however they end
     environment = os.environ | {keys.ADMIN_VARIABLE: str(BOTH.admin)}
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--dtype", "float32"], stdout=log, stderr=log, env=environment, start_new_session=True
+            [*guard, *command, "--dtype", "float32"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
     guarded = Guarded(engine, f"http://127.0.0.1:{port}", old, new, root)
     try:
         with Fleet.start(guarded.config(BOTH), old, root / "first"):
             yield guarded
     finally:
-        end_group(process, 10.0)
+        end_group(process, 30.0)
     assert BOTH.api not in (root / "log").read_text()
     assert BOTH.admin not in (root / "log").read_text()
 
