@@ -37,8 +37,9 @@ def is_quantised(name: str, num_dims: int) -> bool:
     if num_dims < 2 or module in KEPT:
         return False
     raise RolloutError(
-        f"weight {name!r}: not known whether rollout.quantization=fp8_block covers it (quantised are "
-        f"{', '.join(sorted(LINEAR))}; kept are {', '.join(sorted(KEPT))}): use rollout.quantization=none"
+        f"weight {name!r}: not known whether block FP8 covers it (quantised are "
+        f"{', '.join(sorted(LINEAR))}; kept are {', '.join(sorted(KEPT))}): leave out rollout.quantization, or a "
+        "conversion's --quantize"
     )
 
 

@@ -126,6 +126,18 @@ def test_a_bad_hf_directory_is_named_and_nothing_is_left(
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
+def test_a_family_that_block_fp8_does_not_know_is_refused_before_a_byte_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "src", "mixtral", num_hidden_layers=1)
+    arguments = ["hf-to-hf", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "out"), "--quantize", "fp8_block"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "block_sparse_moe.experts.0.w1.weight': not known whether block FP8 covers it" in error
+    assert "leave out rollout.quantization, or a conversion's --quantize" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "hf-to-hf"])
 def test_a_released_gpt_oss_says_how_to_get_a_copy_that_can_be_converted(
     direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
