@@ -18,6 +18,7 @@ from pathlib import Path
 from megasapo import config, keys, layout, run, train
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
+from megasapo.placed import refuse_unwritable_directory
 from megasapo.rollout.fleet import served_model
 from megasapo.rollout.limits import ModelLimits, flag, size_of
 from megasapo.rollout.spawn import LOOPBACK, server_command, with_routing
@@ -104,6 +105,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
             f"rollout.publish=tensor is for servers on loopback, and these listen for all nodes ({servers[0].url}): "
             f"use disk{'' if args.colocated else ' or distributed'}"
         )
+    if not args.dry_run:
+        refuse_unwritable_directory(cfg.run_dir, f"run.dir={cfg.run.dir}, run.name={cfg.run.name}")
     settings = [f"rollout.servers=[{', '.join(server.url for server in servers)}]"]
     settings.append(f"rollout.api_key_file={json.dumps(str(_key_file(cfg, args.dry_run)))}")  # YAML: a path can hold #
     cfg = config.from_dict(cfg.model_dump(mode="json"), settings, source=args.config)
@@ -114,7 +117,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ModelLimits.read(cfg.model.path).check_engine(cfg.rollout.engine)
     model = Path(cfg.model.path).absolute()
     if not args.dry_run:
-        cfg.run_dir.mkdir(parents=True, exist_ok=True)
         model = served_model(cfg.rollout, model, cfg.run_dir.absolute())
     return Plan(
         cfg=cfg,
@@ -141,7 +143,11 @@ def _settle_servers(cfg: Config, args: argparse.Namespace) -> tuple[Config, int]
     """The configuration with every flag that its servers need, and the GPUs of each."""
     rollout = cfg.rollout
     if args.server_command is not None:
-        rollout = rollout.model_copy(update={"spawn_command": tuple(shlex.split(args.server_command))})
+        try:
+            words = tuple(shlex.split(args.server_command))
+        except ValueError as e:
+            raise ConfigError(f"--server-command {args.server_command}: {e}") from e
+        rollout = rollout.model_copy(update={"spawn_command": words})
     if rollout.spawn_command and rollout.engine != "sglang":
         raise ConfigError(f"a command of one's own for the servers needs rollout.engine=sglang, not {rollout.engine}")
     flags = (*rollout.spawn_command, *rollout.server_args)
@@ -181,8 +187,8 @@ def _place(nodes: str, gpus: int, tp: int) -> list[Server]:
     servers = []
     for node in nodes.split(","):
         host, _, port = node.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ConfigError(f"--servers {nodes}: {node!r} is not HOST:PORT")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"--servers {nodes}: {node!r} is not HOST:PORT, with a port up to 65535")
         for i in range(max(1, gpus // tp)):
             devices = tuple(range(i * tp, (i + 1) * tp)) if tp < gpus else ()
             servers.append(Server(host, int(port) + i, devices))

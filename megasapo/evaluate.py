@@ -21,7 +21,7 @@ from megasapo import config, keys
 from megasapo.algo.passk import pass_at_k
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
-from megasapo.placed import placed
+from megasapo.placed import placed, refuse_unwritable
 from megasapo.rewards import model as rewards
 from megasapo.rewards.model import RewardModel
 from megasapo.rollout.episode import Completer, Decode
@@ -104,6 +104,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--responses", type=Path, help="write every response with its grade as JSONL")
     args = parser.parse_intermixed_args(argv)
+    refuse_unwritable(args.out, "--out")
+    refuse_unwritable(args.responses, "--responses")
     cfg = _config(args)
     if cfg.model.load and not cfg.rollout.servers:
         raise ConfigError(
@@ -149,7 +151,10 @@ def _served_model(url: str, known: keys.Keys) -> str:
     except httpx.HTTPError as e:
         hint = f"a server with an API key needs rollout.api_key_file, or ${keys.VARIABLE}"
         raise ConfigError(f"--url {url}: {e}; {hint}") from e
-    return str(answer.json()["model_path"])
+    try:
+        return str(answer.json()["model_path"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--url {url}: its /model_info names no model: {answer.text[:80]!r}; set model.path") from e
 
 
 def _measure(cfg: Config) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from megasapo.errors import ConfigError
 
 
 @contextmanager
@@ -18,3 +21,25 @@ def placed(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def refuse_unwritable(path: Path | None, name: str) -> None:
+    """Say before the work, not after it, that its result could not be written to `path`, which option `name` gives.
+
+    Makes the directory. Raises ConfigError.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{name} {path} is a directory: name a file, such as {path / 'out'}")
+    refuse_unwritable_directory(path.parent, f"{name} {path}")
+
+
+def refuse_unwritable_directory(directory: Path, what: str) -> None:
+    """The same of what is to be made in a directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{what}: cannot write there: {e}") from e

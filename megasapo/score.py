@@ -23,7 +23,7 @@ from megasapo.config import Config, ConfigError
 from megasapo.data.files import DataError, read_records
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout
-from megasapo.placed import placed
+from megasapo.placed import placed, refuse_unwritable
 
 if TYPE_CHECKING:
     from megasapo.mcore.topology import Topology
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         "overrides", nargs="*", default=[], metavar="a.b=c", help="such as parallel.tp=2 or model.dtype=bfloat16"
     )
     args = parser.parse_intermixed_args(argv)
+    refuse_unwritable(args.out, "--out")
     raw = {"model": {"path": args.model, "dtype": "float32"}}
     cfg = config.from_dict(raw, args.overrides, source="megasapo score")
     nproc = run.world_size(cfg.parallel, args.nproc)

@@ -17,6 +17,7 @@ import numpy as np
 from megasapo import launch, run
 from megasapo.config import Config, ConfigError
 from megasapo.layout import slots_for
+from megasapo.placed import refuse_unwritable_directory
 from megasapo.types import TrainSequence
 
 if TYPE_CHECKING:
@@ -40,11 +41,20 @@ def main(argv: list[str]) -> int:
         )
     if cfg.train.profile is not None:
         raise ConfigError("train.profile is for `megasapo train`, and would do nothing here: remove it")
+    if cfg.sft.out is not None:
+        _check_out(Path(cfg.sft.out))
     run.refuse_other_command("sft", cfg)
     code = run.on_ranks("sft", argv, nproc, cfg.run_dir)
     if code is None:
         train(cfg)
     return code or 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse now what could not be written at the end."""
+    if out.exists() and not (out / "config.json").is_file():
+        raise ConfigError(f"sft.out={out}: exists and is not an HF directory, which alone is replaced: name another")
+    refuse_unwritable_directory(out.absolute().parent, f"sft.out={out}")
 
 
 def train(cfg: Config) -> None:

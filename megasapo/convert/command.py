@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megasapo import config, launch
+from megasapo.arguments import Parser
 from megasapo.convert.errors import ConvertError, WriteError
 from megasapo.convert.job import Folder, Job, Output, fingerprint
 from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, resolved
@@ -188,8 +189,8 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convert_checkpoint.py",
         description="HF directories to megatron-core checkpoints and back. Stopped, the same command goes on.",
         epilog=EXAMPLES,

@@ -5,7 +5,6 @@ Reads arguments and lays out tables; figures.py has the figures, sources.py read
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megasapo.arguments import Parser
 from megasapo.convert import figures
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.sources import (
@@ -182,8 +182,8 @@ def _said(value: Any) -> str:
     return str(value)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="inspect_checkpoint.py",
         description="Step, layout, sizes and norms of a checkpoint, HF or megatron-core, or how two of them differ.",
     )

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,17 @@ def test_groups_are_left_at_the_end(model_dir):
 def test_what_only_the_model_can_tell_is_refused_in_one_line(model_dir, flags, words, capsys):
     assert main(["--model", str(model_dir), "--port", "0", *flags]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"megasapo serve: {words}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_directory_with_a_torn_file_is_refused_in_one_line(model_dir, tmp_path, name, capsys):
+    torn = shutil.copytree(model_dir, tmp_path / "torn")
+    (torn / name).write_bytes(b"")
+    assert main(["--model", str(torn), "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("megasapo serve: ")
+    assert str(torn) in said
+    assert said.count("\n") == 1
 
 
 def test_help_does_not_import_torch():

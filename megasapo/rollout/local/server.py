@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import uvicorn
+from safetensors import SafetensorError
 
 from megasapo import launch
+from megasapo.errors import UserError
+from megasapo.geometry import read_config
 from megasapo.rollout.local.app import App
 from megasapo.rollout.local.batch import Batch
 from megasapo.rollout.local.control import Control
@@ -37,7 +40,7 @@ def serve(options: Options, listener: socket.socket) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = load(options)
+    loaded = _load(options)
     engine, app = build(options, loaded)
     launch.freeze_heap()
     engine.start()
@@ -46,6 +49,17 @@ def serve(options: Options, listener: socket.socket) -> int:
     finally:
         engine.stop()
     return 1 if engine.crashed else 0
+
+
+def _load(options: Options) -> Loaded:
+    """The model. Raises UserError where the directory is not what transformers can load."""
+    read_config(options.model)
+    try:
+        return load(options)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"--model {options.model} does not load: {e}") from e
 
 
 def build(options: Options, loaded: Loaded) -> tuple[Engine, App]:
