@@ -58,6 +58,6 @@ def test_running_servers_get_the_environments_keys(tmp_path: Path, monkeypatch: 
 def test_evaluate_asks_a_running_server_with_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(keys.VARIABLE, "of-the-environment")
     with serving(Standin(["ok"])) as server:
-        with pytest.raises(ConfigError, match="its /model_info names no model: .*set model.path"):
+        with pytest.raises(ConfigError, match=r"its /model_info names no model: .*set model\.path"):
             evaluate(["--url", server.url])
     assert [headers["authorization"] for _, headers in server.asked] == ["Bearer of-the-environment"]
