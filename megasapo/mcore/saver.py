@@ -12,7 +12,8 @@ import logging
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,7 +169,8 @@ class Saver:
             self._together(partial(_prepare, job) if is_main else _nothing)
             writer = _Writer(job.temporary, thread_count=WRITERS, per_thread_copy_ahead=0)
             planner = _Planner(flatten_state_dict=False)
-            write_shards(job.shards, storage_writer=writer, planner=planner, process_group=self._group)
+            with _without_crc32():
+                write_shards(job.shards, storage_writer=writer, planner=planner, process_group=self._group)
             self._together(partial(_add_common, job) if is_main else _nothing)
             own = self._together(partial(_digests, job.temporary, self._topo.rank, self._topo.world_size))
             files = {name: digest for part in own for name, digest in part.items()}
@@ -228,6 +230,17 @@ class _Writer(FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or e from None
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Leave out torch's checksum of each tensor, computed in Python's lock and read by nothing: files have a SHA-256."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _own_parts(sharded: dict[str, Any]) -> dict[str, list[Any]]:
