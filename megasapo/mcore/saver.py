@@ -234,7 +234,7 @@ class _Writer(FileSystemWriter):
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Leave out torch's checksum of each tensor, computed in Python's lock and read by nothing: files have a SHA-256."""
+    """Leave out torch's checksum of each tensor, which nothing reads, for files have a SHA-256, and threads wait for."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
