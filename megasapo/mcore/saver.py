@@ -234,7 +234,7 @@ class _Writer(FileSystemWriter):
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Leave out torch's checksum of each tensor, which nothing reads, for files have a SHA-256, and threads wait for."""
+    """Leave out torch's checksum of each tensor: nothing reads it, for files have a SHA-256, and other threads wait."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

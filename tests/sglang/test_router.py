@@ -39,7 +39,7 @@ class Behind:
 
 @pytest.fixture
 def behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Behind]:
-    # dense: of tens of thousands of tokens a few would lie between two experts, and go to the other one in the reference
+    # dense: of tens of thousands of tokens a few would lie between two experts, and go to the other in the reference
     old, new = (make_model(tmp_path / name, "dense", seed=seed) for name, seed in (("old", 1), ("new", 2)))
     settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 400.0, "request_timeout_s": 400.0}
     options = getattr(request, "param", ())
