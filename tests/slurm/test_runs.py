@@ -186,7 +186,7 @@ def test_a_server_that_cannot_start(cluster: Cluster, experiment: Experiment) ->
         experiment.root,
         experiment.config,
         "rollout.engine=sglang",
-        SERVER_COMMAND="sh -c 'echo no GPU >&2; exit 3'",
+        SERVER_COMMAND="sh -c 'echo no GPU >&2; sleep 1; exit 3'",  # Slurm may lose what a step says as it ends at once
         MAX_CRASHES="0",
     )
     assert job.end() == "FAILED"
