@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasapo import metrics
+from megasapo import checkpoints, metrics
 from megasapo.algo.loss import policy_loss
 from megasapo.algo.settings import ResolvedAlgo
 from megasapo.config import Config
@@ -170,11 +170,11 @@ class Policy:
         if self._optimizer.skipped <= limit:
             return
         self.close()
-        pointer = self._cfg.run_dir / "checkpoints" / "latest"
-        kept = f"the last checkpoint is {pointer.with_name(pointer.read_text().strip())}" if pointer.exists() else ""
+        last = checkpoints.latest(self._cfg.run_dir)
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TooManySkips(
             f"{self._optimizer.skipped} optimizer steps had a NaN or infinite gradient (norm {norm} in the last one), "
-            f"more than optim.max_skipped_steps={limit}, and were left out: {kept or 'there is no checkpoint yet'}. "
+            f"more than optim.max_skipped_steps={limit}, and were left out: {kept}. "
             "Give the same command again with a lower optim.lr; what grad/norm, ratio/max and mismatch/kl were before "
             "says more"
         )
