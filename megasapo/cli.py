@@ -6,8 +6,6 @@ Nothing heavy is imported before the subcommand is known, so that --help answers
 from __future__ import annotations
 
 import importlib
-import os
-import select
 import sys
 
 from megasapo import __version__
@@ -81,21 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as e:
-        if isinstance(e, BrokenPipeError) and _nobody_reads():
-            return 141  # as a shell says of a program that SIGPIPE ended
         from megasapo import failures
 
-        return failures.report(argv[0], e)
-
-
-def _nobody_reads() -> bool:
-    """Whether it is our output that broke, as under `| head`; then what is left of it is dropped."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    broken = any(event & select.POLLERR for _, event in poll.poll(0))
-    if broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return broken
+        return failures.report(f"megasapo {argv[0]}", e)
 
 
 if __name__ == "__main__":

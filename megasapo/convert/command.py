@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-from megasapo import config, launch
+from megasapo import config, failures, launch
 from megasapo.arguments import Parser
 from megasapo.convert.errors import ConvertError, WriteError
 from megasapo.convert.job import Folder, Job, Output, fingerprint
 from megasapo.convert.sources import is_megatron, model_of, refuse_damaged, resolved
 from megasapo.convert.verify import check_logprobs, check_tensors
 from megasapo.convert.work import DTYPES, Direction, Request, Work, make_work
-from megasapo.errors import UserError
 from megasapo.geometry import read_geometry
 from megasapo.layout import check_layout, fewest_ranks
 from megasapo.sections import ParallelConfig
@@ -46,13 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verify: Verify = "logprobs" if args.verify else "tensors" if args.verify_tensors else None
         convert(_request(args), Path(args.dst), nproc=args.nproc, verify=verify)
-    except UserError as e:
-        print(f"convert_checkpoint: {e}", file=sys.stderr)
-        return 2
+        print(f"{args.dst}: done", flush=True)
     except KeyboardInterrupt:
         print("convert_checkpoint: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    print(f"{args.dst}: done")
+    except Exception as e:
+        return failures.report("convert_checkpoint", e)
     return 0
 
 

@@ -6,12 +6,11 @@ Reads arguments and lays out tables; figures.py has the figures, sources.py read
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megasapo import failures
 from megasapo.arguments import Parser
 from megasapo.convert import figures
 from megasapo.convert.errors import ConvertError
@@ -27,7 +26,6 @@ from megasapo.convert.sources import (
     resolved,
     run_settings,
 )
-from megasapo.errors import UserError
 from megasapo.geometry import read_config
 from megasapo.mcore.torch_dist import StoredTensors
 
@@ -41,16 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         found = inspect(Path(args.checkpoint), args.against and Path(args.against), args.model, brief=args.brief)
         if args.verify:
             _verify(found)
-    except UserError as e:
-        print(f"inspect_checkpoint: {e}", file=sys.stderr)
-        return 2
+        said = json.dumps(found, indent=1) if args.json else "\n".join(_tables(found, everything=args.all))
+        print(said, flush=True)
     except KeyboardInterrupt:
         return 130
-    said = json.dumps(found, indent=1) if args.json else "\n".join(_tables(found, everything=args.all))
-    try:
-        print(said, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so when it ends
+    except Exception as e:
+        return failures.report("inspect_checkpoint", e)
     return 0
 
 

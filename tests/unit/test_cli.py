@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,13 @@ def test_a_broken_pipe_of_something_else_is_shown() -> None:
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert failed.returncode == 1
     assert "BrokenPipeError: of a server" in failed.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["stale"]], ids=["much", "little"])
+def test_output_to_a_full_disk_is_one_line(words: list[str]) -> None:
+    command = [sys.executable, "-m", "megasapo.cli", "settings", *words]
+    with Path("/dev/full").open("w") as full:
+        failed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert failed.returncode == 2
+    said = "megasapo settings: its output cannot be written: No space left on device; send it elsewhere\n"
+    assert failed.stderr == said

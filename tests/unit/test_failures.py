@@ -26,7 +26,7 @@ if "--watched" in sys.argv:
     failures.time.sleep = lambda _: print("waits", flush=True) or signal.pause()
 print("begins", flush=True)
 error = UserError("no such thing") if "--user" in sys.argv else RuntimeError("gloo: Connection closed by peer")
-sys.exit(failures.report("train", error))
+sys.exit(failures.report("megasapo train", error))
 """
 
 

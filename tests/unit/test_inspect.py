@@ -161,7 +161,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(models: Path) -> None:
     tool = [sys.executable, str(TOOL), str(models / "a"), "--brief"]
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(tool, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
-    assert done.returncode == 0
+    assert done.returncode == 141
     assert "BrokenPipeError" not in done.stderr  # torch's CUDA builds say there that they find no GPU
 
 
