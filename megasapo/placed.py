@@ -8,19 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megasapo.errors import ConfigError
+from megasapo.errors import ConfigError, UserError
+
+
+class Unwritable(UserError, OSError):
+    """A file cannot be written, as on a full disk; the message names it."""
 
 
 @contextmanager
 def placed(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once the block has ended without an error. Makes the directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A name to write to, which becomes `path` once the block has ended without an error. Makes the directory.
+
+    Raises Unwritable for any OSError, so do nothing in the block but write.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as e:
+        raise unwritable(path, e) from e
+
+
+def unwritable(path: Path, error: OSError) -> Unwritable:
+    """What to raise where `path` could not be written."""
+    return Unwritable(f"{path} cannot be written: {error.strerror or error}; make room there, or write elsewhere")
 
 
 def refuse_unwritable(path: Path | None, name: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+PAGE = os.sysconf("SC_PAGE_SIZE")  # what is taken of it comes in these
+
 
 @contextmanager
 def small_disk(where: Path) -> Iterator[Path]:

@@ -26,7 +26,7 @@ from megasapo.debug.samples import Dumped, choose, read_samples
 from megasapo.debug.weights import find
 from megasapo.geometry import Geometry, read_geometry
 from megasapo.layout import check_layout, fewest_ranks
-from megasapo.placed import placed
+from megasapo.placed import placed, refuse_unwritable
 from megasapo.sections import PrecisionConfig
 
 
@@ -52,6 +52,7 @@ class Plan:
 def main(argv: list[str]) -> int:
     """Entry of the command; starts the ranks it needs and runs on each."""
     args = _parser().parse_intermixed_args(argv)
+    refuse_unwritable(args.json, "--json")
     plan = _plan(args)
     smallest = math.lcm(*(fewest_ranks(cfg.parallel) for cfg in plan.configs.values()))
     nproc = run.world_size(plan.configs[""].parallel, smallest if args.nproc is None else args.nproc)

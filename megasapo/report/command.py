@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out {out} is a directory: name a file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}")
+    page = render(runs)
     with placed(out) as unfinished:
-        unfinished.write_text(render(runs), encoding="utf-8")
+        unfinished.write_text(page, encoding="utf-8")
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
     return 0

@@ -10,10 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasapo.checksum import Checksum
+from megasapo.errors import UserError
 from megasapo.hf_files import TensorSpec
 from megasapo.mcore.bridge.export import _is_contiguous
-from megasapo.mcore.bridge.save import SafetensorsWriter, _put_in_place, assign_files, write_companions
-from tests.tiny import weights_checksum
+from megasapo.mcore.bridge.save import SafetensorsWriter, _put_in_place, assign_files, save_hf, write_companions
+from megasapo.mcore.model import build_model, read_hf_config
+from megasapo.mcore.topology import Topology
+from megasapo.sections import ModelConfig, ParallelConfig
+from tests.disks import PAGE, fill, small_disk
+from tests.tiny import make_model, weights_checksum
 
 TENSORS = {
     "a": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -72,6 +77,26 @@ def test_companions_and_recorded_dtype(tmp_path: Path) -> None:
     assert sorted(f.name for f in out.iterdir()) == sorted([*kept, "vocab.json", "config.json"])
     assert json.loads((out / "config.json").read_text()) == {"model_type": "qwen3", "dtype": "bfloat16"}
     assert config["dtype"] == "float32"
+
+
+def test_a_model_that_does_not_fit_is_named_and_the_one_before_it_stays(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    needed = (source / "model.safetensors").stat().st_size
+    topo = Topology.init(ParallelConfig())
+    try:
+        chunks = build_model(ModelConfig(path=str(source), dtype="float32"), read_hf_config(source), topo)
+        with small_disk(tmp_path / "disk") as disk:
+            save_hf(chunks, source, disk / "out", topo, bucket_bytes=100_000)
+            before = {file: file.read_bytes() for file in (disk / "out").iterdir()}
+            for free in (0, PAGE, needed // PAGE * PAGE, (needed // PAGE + 2) * PAGE):
+                ballast = fill(disk, free=free)
+                with pytest.raises(UserError, match=r"disk/out cannot be written: No space left on device; make room"):
+                    save_hf(chunks, source, disk / "out", topo, bucket_bytes=100_000)
+                assert {file: file.read_bytes() for file in (disk / "out").iterdir()} == before
+                assert sorted(disk.iterdir()) == [ballast, disk / "out"]
+                ballast.unlink()
+    finally:
+        topo.destroy()
 
 
 def test_target_appears_complete_and_replaces_an_older_one(tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ from megasapo.convert import command
 from megasapo.convert.command import main
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.job import Job
-from tests.disks import fill, small_disk
+from tests.disks import PAGE, fill, small_disk
 from tests.unit.conversion import TOOL, assert_equal, convert, make_moe, tensors
 
-PAGE = 4096
 # Imported by every python of a conversion: once so many files are finished, none is any more, and it stands still.
 HELD = """
 import time

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megasapo import config, evaluate, launch, lock, score, sft, train
+from megasapo import config, debug, evaluate, launch, lock, score, sft, train
 from megasapo.config import Config, ConfigError
 from megasapo.errors import UserError
 from megasapo.launch import Place
@@ -203,18 +203,25 @@ def test_a_mistake_in_the_arguments_is_one_line(argv: list[str], said: str, caps
     assert capsys.readouterr().err == f"megasapo train: {said}\n"
 
 
-@pytest.mark.parametrize("command", [score.main, evaluate.main])
+@pytest.mark.parametrize(
+    ("command", "inputs", "option"),
+    [
+        (score.main, ["--model", "none", "--data", "none"], "--out"),
+        (evaluate.main, ["none.yaml"], "--out"),
+        (evaluate.main, ["none.yaml"], "--responses"),
+        (debug.main, ["none", "--step", "1"], "--json"),
+    ],
+)
 @pytest.mark.parametrize(
     ("target", "said"), [("dir", "is a directory: name a file"), ("file/out", "cannot write there")]
 )
 def test_a_result_that_could_not_be_written_is_refused_before_the_work(
-    command: Callable[[list[str]], int], target: str, said: str, tmp_path: Path
+    command: Callable[[list[str]], int], inputs: list[str], option: str, target: str, said: str, tmp_path: Path
 ) -> None:
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").touch()
-    inputs = ["--model", "none", "--data", "none"] if command is score.main else ["none.yaml"]
-    with pytest.raises(ConfigError, match=f"--out {tmp_path / target}.*{said}"):
-        command([*inputs, "--out", str(tmp_path / target)])
+    with pytest.raises(ConfigError, match=f"{option} {tmp_path / target}.*{said}"):
+        command([*inputs, option, str(tmp_path / target)])
 
 
 def test_a_model_that_could_not_be_written_at_the_end_is_refused_at_the_start(tmp_path: Path) -> None:

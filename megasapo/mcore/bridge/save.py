@@ -26,6 +26,7 @@ from megasapo.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weight
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import Export, NamedTensors
 from megasapo.mcore.topology import Topology
+from megasapo.placed import unwritable
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -56,7 +57,8 @@ def save_hf(
 
     Collective. Returns on every rank once `out_dir` is complete. An existing `out_dir` is replaced. A
     tensor larger than `max_shard_bytes` gets a file of its own. Layers for
-    multi-token prediction, which the model does not have, are copied from the files of `hf_config_dir`.
+    multi-token prediction, which the model does not have, are copied from the files of `hf_config_dir`. Raises
+    Unwritable on rank 0 where the disk is full, say.
     """
     config = read_config(hf_config_dir)
     out = Path(out_dir)
@@ -69,17 +71,21 @@ def save_hf(
         for _ in export.buckets(bucket_bytes):
             pass
     else:
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         carried = Carried(Path(hf_config_dir), config)
         specs = [*export.tensors, *carried.specs]
         buckets = ([(spec.name, carried.read(spec.name))] for spec in carried.specs)
-        _write_weights(specs, chain(export.buckets(bucket_bytes), buckets), unfinished, max_shard_bytes)
         names = [spec.name for spec in specs]
-        write_companions(Path(hf_config_dir), exported_config(config, names), specs, unfinished)
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            _write_weights(specs, chain(export.buckets(bucket_bytes), buckets), unfinished, max_shard_bytes)
+            write_companions(Path(hf_config_dir), exported_config(config, names), specs, unfinished)
+            _put_in_place(unfinished, out)
+        except OSError as e:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise unwritable(out, e) from e
         say_mtp(hf_config_dir, names)
-        _put_in_place(unfinished, out)
     dist.barrier(group=topo.world_group_cpu)
 
 
