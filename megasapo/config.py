@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 
 from megasapo import contradictions, sections
 from megasapo.errors import ConfigError as ConfigError
-from megasapo.overrides import apply_override, numbers
+from megasapo.overrides import apply_override, numbers, yaml_mistake
 from megasapo.placed import placed
 from megasapo.sections import Section
 
@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce) or {}
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+        raise ConfigError(f"{path}: not valid YAML: {yaml_mistake(e)}") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from e
     if not isinstance(raw, dict):

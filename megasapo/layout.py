@@ -100,13 +100,13 @@ def token_problems(cfg: Config) -> Iterator[Problem]:
     cp = cfg.parallel.cp
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     slots = slots_for(longest, cp)
+    rounded = f", rounded up to a multiple of 2*cp={slot_multiple(cp)}" if cp > 1 else ""
     if slots > cfg.train.micro_batch_tokens:
         yield Problem(
             "a sequence is longer than train.micro_batch_tokens",
             f"train.micro_batch_tokens={cfg.train.micro_batch_tokens} is less than the {slots} slots of the longest "
             f"sequence: data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + rollout.max_new_tokens"
-            f"({cfg.rollout.max_new_tokens}) - 1, rounded up to a multiple of 2*cp={slot_multiple(cp)}; "
-            f"raise it to {slots}",
+            f"({cfg.rollout.max_new_tokens}) - 1{rounded}; raise it to {slots}",
         )
 
 

@@ -24,7 +24,16 @@ def apply_override(raw: dict[str, Any], item: str) -> None:
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as e:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML: {e}") from e
+        raise ConfigError(f"override {item!r}: the value is not valid YAML: {yaml_mistake(e)}") from e
+
+
+def yaml_mistake(error: yaml.YAMLError | ValueError) -> str:
+    """What is wrong and where, in one line; PyYAML takes up to eight."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return " ".join(str(error).split())
+    where = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    began = f", from line {error.context_mark.line + 1}" if error.context_mark else ""
+    return f"{where}: {error.problem}{f' {error.context}{began}' if error.context else ''}"
 
 
 def numbers(node: Any) -> Any:

@@ -25,6 +25,7 @@ from megasapo.mcore.bridge.export import copy_out
 from megasapo.mcore.bridge.placement import Placed, nearest
 from megasapo.mcore.bridge.save import Carried
 from megasapo.mcore.torch_dist import StoredTensors
+from megasapo.overrides import yaml_mistake
 from megasapo.sections import ParallelConfig
 
 
@@ -198,7 +199,7 @@ def run_settings(directory: Path) -> dict[str, Any] | None:
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError) as e:
-        raise ConvertError(f"{path}: not a YAML file: {e}") from e
+        raise ConvertError(f"{path}: not a YAML file: {yaml_mistake(e)}") from e
     model = found.get("model") if isinstance(found, dict) else None
     return found if isinstance(model, dict) and isinstance(model.get("path"), str) else None
 

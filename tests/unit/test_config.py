@@ -35,6 +35,28 @@ def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
         config.load(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "run: {name: x\nmodel: [",
+            "line 2, column 6: expected ',' or '}', but got ':' while parsing a flow mapping, from line 1",
+        ),
+        (
+            "model:\n\tpath: m",
+            "line 2, column 1: found character '\\t' that cannot start any token while scanning for the next token",
+        ),
+        ("a\0b", 'unacceptable character #x0000: special characters are not allowed in "<unicode string>", position 1'),
+    ],
+    ids=["open", "tab", "binary"],
+)
+def test_what_is_no_yaml_is_said_in_one_line(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        config.load(tmp_path / "c.yaml")
+    assert str(refusal.value) == f"{tmp_path / 'c.yaml'}: not valid YAML: {why}"
+
+
 def test_words_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
     assert config.from_dict(MODEL, ["stability.mode=off"]).stability.mode == "off"
     (tmp_path / "c.yaml").write_text("model: {path: m}\nstability: {mode: off}\n")
@@ -65,7 +87,11 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("run.name=../elsewhere", "run.name='../elsewhere'"),
         ("noequals", "expected section.key=value"),
         ("train=5", "train=5: a section: write train.NAME=VALUE"),
-        ("train=[", "not valid YAML"),
+        (
+            "train=[",
+            "override 'train=[': the value is not valid YAML: line 1, column 2: expected the node content, but found "
+            "'<stream end>' while parsing a flow node",
+        ),
     ],
 )
 def test_bad_overrides_are_named(override: str, words: str) -> None:

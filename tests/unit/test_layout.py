@@ -165,6 +165,8 @@ def test_the_longest_sequence_must_fit_when_context_parallelism_rounds_it_up(tmp
         ConfigError, match=r"micro_batch_tokens=256 is less than the 264 slots .*2\*cp=24; raise it to 264"
     ):
         check_tokens(settings(tmp_path, "parallel.cp=12"))
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens\(100\) .*max_new_tokens\(157\) - 1; raise it to 256"):
+        check_tokens(settings(tmp_path, "rollout.max_new_tokens=157", "train.micro_batch_tokens=255"))
     assert [slot_multiple(cp) for cp in (1, 2, 3)] == [1, 4, 6]
 
 
