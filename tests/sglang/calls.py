@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from megasapo.publish import Bucket, Publisher
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.conftest import Contract
+from tests.sglang.path.brake import felt_at
 from tests.sglang.reference import greedy_of, logprobs_of
 
 PROMPTS = [(5, 6, 7), (300, 41, 9, 17, 400, 401, 402), (64,)]
 GREEDY = SamplingParams(max_new_tokens=16, temperature=0.0, ignore_eos=True)
-LONG = {"max_new_tokens": 1500, "temperature": 0.0, "ignore_eos": True}  # seconds: short ones end before a call
+LONG = {"max_new_tokens": 1500, "temperature": 0.0, "ignore_eos": True}
 TIMEOUT_S = 300.0  # of what hangs
 T = TypeVar("T")
 
@@ -74,38 +76,47 @@ def post(c: Contract, body: dict[str, Any]) -> Any:
     return response.json()
 
 
-def in_time(attempt: Callable[[], T | None]) -> T:
-    """What `attempt` gives. None is for a request that was over before anything was done to it, as happens when the
-    test gets no turn on a busy machine: then it is made again.
+def long_request(c: Contract) -> Any:
+    answer = post(c, {"rid": "long", "input_ids": [5, 6, 7], "sampling_params": LONG})
+    assert len(answer["meta_info"]["output_token_logprobs"]) == len(answer["output_ids"])
+    return answer
+
+
+@contextmanager
+def in_flight(c: Contract, ask: Callable[[Contract], T]) -> Iterator[Future[T]]:
+    """What `ask`, a long request, will come to. It has its first token, and the rest would take minutes (path/brake.py)
+    as long as the block lasts; then it goes on at full speed, and is over.
     """
-    found = next((result for result in (attempt() for _ in range(5)) if result is not None), None)
-    assert found is not None, "the request is always over too soon"
-    return found
+    felt = felt_at(c.brake)
+    felt.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        c.brake.touch()
+        try:
+            request = pool.submit(ask, c)
+            until(lambda: felt.exists() or request.done())
+            if not felt.exists():
+                raise AssertionError(f"it never ran, and came to {request.result()}")
+            yield request
+        finally:
+            c.brake.unlink()
 
 
-def flush_while_running(c: Contract, thread: threading.Thread) -> int:
-    """What /flush_cache says once the request of `thread` runs, or is over."""
-    while (status := c.http.post("/flush_cache").status_code) == 200 and thread.is_alive():  # refused once it runs
-        time.sleep(0.05)
-    return status
+@contextmanager
+def paused(c: Contract, mode: str) -> Iterator[None]:
+    assert c.http.post("/pause_generation", json={"mode": mode}).json()["status"] == "ok"
+    try:
+        yield
+    finally:
+        assert c.http.post("/continue_generation", json={}).status_code == 200
 
 
-class InFlight:
-    """A long request in a thread of its own."""
+def flush(c: Contract) -> None:
+    """Once nothing runs: the fleet's health checks may."""
+    until(lambda: c.http.post("/flush_cache").status_code == 200)
 
-    def __init__(self, c: Contract, rid: str) -> None:
-        self._thread = threading.Thread(target=self._run, args=(c, rid))
-        self._thread.start()
-        self.flushed = flush_while_running(c, self._thread)
 
-    def _run(self, c: Contract, rid: str) -> None:
-        self.answer = post(c, {"rid": rid, "input_ids": [5, 6, 7], "sampling_params": LONG})
-
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def result(self) -> Any:
-        self._thread.join(TIMEOUT_S)
-        assert not self.running()
-        assert len(self.answer["meta_info"]["output_token_logprobs"]) == len(self.answer["output_ids"])
-        return self.answer
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

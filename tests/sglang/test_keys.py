@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from megasapo import keys
@@ -26,7 +25,7 @@ from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 from tests.dist.launcher import free_ports
 from tests.sglang.calls import assert_serves, publish
-from tests.sglang.conftest import HERE, Contract, sglang_python
+from tests.sglang.conftest import HERE, Contract, client, sglang_python
 from tests.tiny import make_model
 
 BOTH = Keys("key-for-sampling", "key-for-control")
@@ -89,7 +88,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @contextmanager
 def running(guarded: Guarded, given: Keys, run_dir: Path) -> Iterator[Contract]:
-    with Fleet.start(guarded.config(given), guarded.old, run_dir) as fleet, httpx.Client() as http:
+    with Fleet.start(guarded.config(given), guarded.old, run_dir) as fleet, client(guarded.url) as http:
         yield Contract(guarded.engine, fleet, http, guarded.old, guarded.new, run_dir)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from megasapo.rollout.protocol import Refused
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.sglang.calls import publish
-from tests.sglang.conftest import Contract
+from tests.sglang.conftest import Contract, client, with_brake
 from tests.sglang.reference import logprobs_of
 from tests.sglang.router import routing
 from tests.tiny import make_model
@@ -44,11 +43,11 @@ def behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Behind]:
     settings: dict[str, Any] = {"deterministic": False, "start_timeout_s": 400.0, "request_timeout_s": 400.0}
     options = getattr(request, "param", ())
     servers = RolloutConfig(spawn=2, max_restarts=0, server_args=("--threads", "1"), **settings)
-    with Fleet.start(servers, old, tmp_path / "servers") as owner:
+    with with_brake(tmp_path / "run" / "brake"), Fleet.start(servers, old, tmp_path / "servers") as owner:
         key = tmp_path / "servers" / "api_key"
         with routing(owner.urls, key.read_text(), tmp_path / "router.log", options) as url:
             cfg = RolloutConfig(servers=owner.urls, router=url, api_key_file=str(key), **settings)
-            with Fleet.start(cfg, old, tmp_path / "run") as fleet, httpx.Client(base_url=url) as http:
+            with Fleet.start(cfg, old, tmp_path / "run") as fleet, client(url) as http:
                 yield Behind(owner, Contract("embedded", fleet, http, old, new, tmp_path / "run"))
 
 
@@ -102,8 +101,10 @@ def test_a_killed_worker_loses_no_sample(behind: Behind) -> None:
         if min(running(behind.owner)) == 0:
             return False
         os.kill(process.pid, signal.SIGKILL)
+        run.brake.unlink()
         return True
 
+    run.brake.touch()
     completions = sample(run.fleet, LONG, kill)
     assert {len(c.output_ids) for c in completions} == {LONG.max_new_tokens}
     assert_sampled_from(run.new, completions, 1)

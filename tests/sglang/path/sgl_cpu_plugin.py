@@ -1,7 +1,8 @@
 """SGLang plugin (entry point group sglang.srt.plugins): no pinned host buffers on a machine without a GPU.
 
 SGLang calls `load` in each of its processes. With --enable-return-routed-experts it pins a host buffer, which asserts
-that torch has CUDA. MEGASAPO_SGLANG_FP8=torch brings block FP8 in torch operations, for want of kernels.
+that torch has CUDA. MEGASAPO_SGLANG_FP8=torch brings block FP8 in torch operations, for want of kernels, and
+MEGASAPO_BRAKE=FILE a brake (brake.py).
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ def load() -> None:
         import sgl_fp8_on_cpu
 
         sgl_fp8_on_cpu.install()
+    if os.environ.get("MEGASAPO_BRAKE"):
+        import brake
+
+        brake.install_in_sglang()
