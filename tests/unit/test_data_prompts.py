@@ -16,9 +16,11 @@ import pytest
 from megasapo.data.files import DataError, read_records
 from megasapo.data.prompts import PromptDataset, PromptStream, epoch_order
 from megasapo.data.sft import load_demonstrations
+from megasapo.data.tokenizer import load_tokenizer
 from megasapo.errors import ConfigError
 from megasapo.rollout.limits import check_prompts
 from megasapo.sections import DataConfig, SftConfig
+from tests.tiny import make_model
 
 
 class ByteTokenizer:
@@ -105,6 +107,18 @@ def test_real_tokenizer_and_template(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('only poems') }}"
     with pytest.raises(DataError, match=r"d\.jsonl:1: the chat template refuses these messages: only poems"):
         dataset(tmp_path / "d.jsonl", tokenizer, apply_chat_template=True)
+
+
+def test_a_directory_without_a_readable_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", kind="moe", num_hidden_layers=1)
+    assert load_tokenizer(model).eos_token_id is not None
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model: its tokenizer does not load: KeyError: 'added_tokens'$"):
+        load_tokenizer(model)
+    for path in model.glob("token*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"model: no tokenizer there .*; copy that of the model"):
+        load_tokenizer(model)
 
 
 def test_parquet_reads_like_jsonl(tmp_path: Path) -> None:

@@ -154,15 +154,26 @@ def test_what_only_the_model_can_tell_is_refused_in_one_line(model_dir, flags, w
     assert capsys.readouterr().err.splitlines()[-1] == f"megasapo serve: {words}"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_directory_with_a_torn_file_is_refused_in_one_line(model_dir, tmp_path, name, capsys):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", b""), ("model.safetensors", b""), ("tokenizer.json", b""), ("tokenizer.json", b"{}")],
+)
+def test_a_directory_with_a_torn_file_is_refused_in_one_line(model_dir, tmp_path, name, content, capsys):
     torn = shutil.copytree(model_dir, tmp_path / "torn")
-    (torn / name).write_bytes(b"")
+    (torn / name).write_bytes(content)
     assert main(["--model", str(torn), "--port", "0"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("megasapo serve: ")
     assert str(torn) in said
     assert said.count("\n") == 1
+
+
+def test_weights_that_are_not_those_of_the_configuration_are_refused(model_dir, tmp_path, capsys):
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": config["hidden_size"] * 2}))
+    assert main(["--model", str(other), "--port", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"megasapo serve: --model {other} does not load: ")
 
 
 def test_help_does_not_import_torch():

@@ -6,19 +6,17 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megasapo.data.tokenizer import has_tokenizer, read_tokenizer
 from megasapo.errors import UserError
 from megasapo.rollout.local import quantised
 from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.weights import Weights
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,7 @@ def load(options: Options) -> Loaded:
         model.to(options.device).eval().requires_grad_(False)  # type: ignore[arg-type]  # mypy loses `self` here
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             tensor.data = tensor.data.clone()  # loading may have mapped the file, which updates overwrite
-    tokenizer = None
-    if any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = read_tokenizer(path) if has_tokenizer(path) else None
     eos = _ids(text.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
     if tokenizer is not None:
         eos |= _ids(tokenizer.eos_token_id)

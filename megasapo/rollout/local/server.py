@@ -58,7 +58,7 @@ def _load(options: Options) -> Loaded:
         return load(options)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"--model {options.model} does not load: {e}") from e
 
 
