@@ -16,6 +16,9 @@ from tests.tiny import make_model
 
 PROMPTS = [[5, 6, 7, 8], [9] * 30, [100, 200], [11, 12, 13, 14, 15, 16, 17], list(range(3, 90))]
 EXACT = 1e-4  # float32: two orders of summation
+# Of what is sampled and compared with transformers: other tokens every time would now and then bring a router near a
+# tie, where the two choose other experts.
+SEED = 11
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_requests_that_join_while_others_run_get_the_same_tokens(server, referen
     ids=str,
 )
 def test_logprobs_equal_teacher_forced_ones(server, reference, sampling):
-    params = [{"max_new_tokens": n, "ignore_eos": True, **sampling} for n in (40, 10, 25, 3, 12)]
+    params = [{"max_new_tokens": n, "sampling_seed": SEED, "ignore_eos": True, **sampling} for n in (40, 10, 25, 3, 12)]
     answers = server.generate(input_ids=PROMPTS, sampling_params=params, return_logprob=True)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         want = teacher_forced(reference, prompt, answer["output_ids"], sampling["temperature"] or 1.0)
@@ -154,7 +157,7 @@ def test_prompt_logprobs(server, reference, start):
 
 
 def test_plain_forward_scores_and_routes_alike(moe_dir, reference):
-    params = [{"max_new_tokens": n, "ignore_eos": True} for n in (30, 9, 16, 1, 5)]
+    params = [{"max_new_tokens": n, "sampling_seed": SEED, "ignore_eos": True} for n in (30, 9, 16, 1, 5)]
     with serving(moe_dir, plain_forward=True, enable_return_routed_experts=True) as server:
         answers = server.generate(
             input_ids=PROMPTS, sampling_params=params, return_logprob=True, return_routed_experts=True
@@ -195,9 +198,8 @@ def test_other_families_generate_as_transformers_does(kind, tmp_path):
         if hasattr(module, "_apply_gate"):
             module.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1]))
     with serving(directory, enable_return_routed_experts=True) as server:
-        answer = server.generate(
-            input_ids=PROMPTS[1], sampling_params={"max_new_tokens": 9, "ignore_eos": True}, return_routed_experts=True
-        )
+        params = {"max_new_tokens": 9, "sampling_seed": SEED, "ignore_eos": True}
+        answer = server.generate(input_ids=PROMPTS[1], sampling_params=params, return_routed_experts=True)
     with torch.inference_mode():
         reference(torch.tensor([PROMPTS[1] + answer["output_ids"][:-1]]), use_cache=False)
     rule = RoutingRule.of(read_geometry(directory))
@@ -220,7 +222,7 @@ def router_choices(reference, tokens):
 
 
 def test_routed_experts_equal_the_routers_choices(server, reference):
-    params = [{"max_new_tokens": n, "ignore_eos": True} for n in (30, 9, 16, 1, 5)]
+    params = [{"max_new_tokens": n, "sampling_seed": SEED, "ignore_eos": True} for n in (30, 9, 16, 1, 5)]
     answers = server.generate(input_ids=PROMPTS, sampling_params=params, return_routed_experts=True)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert (routed(answer) == router_choices(reference, prompt + answer["output_ids"][:-1])).all()
@@ -261,9 +263,8 @@ def test_routed_experts_from_a_start(server, reference):
 
 def test_dense_layers_have_rows_of_zeros(mixed_dir):
     with serving(mixed_dir, enable_return_routed_experts=True) as server:
-        answer = server.generate(
-            input_ids=PROMPTS[0], sampling_params={"max_new_tokens": 8, "ignore_eos": True}, return_routed_experts=True
-        )
+        params = {"max_new_tokens": 8, "sampling_seed": SEED, "ignore_eos": True}
+        answer = server.generate(input_ids=PROMPTS[0], sampling_params=params, return_routed_experts=True)
     got = routed(answer)
     want = router_choices(load_reference(mixed_dir), PROMPTS[0] + answer["output_ids"][:-1])
     assert (got[:, [0, 2, 3]] == want).all()
