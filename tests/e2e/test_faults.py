@@ -151,8 +151,11 @@ def test_ctrl_c_saves_where_one_process_is_all(tmp_path: Path, settings: Setting
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_twice_ends_at_once(ranks: int, tmp_path: Path, settings: Settings) -> None:
-    config = write_config(tmp_path / "config.yaml", settings(tmp_path))
-    with running("train", config, f"parallel.ep={ranks}", "train.steps=100000", log=tmp_path / "log") as run:
+    """While it waits for servers that never come: what it would end by itself is far away."""
+    made = settings(tmp_path)
+    made["rollout"] |= {"engine": "sglang", "spawn_command": ["sleep", "100000"], "publish_verify": False}
+    config = write_config(tmp_path / "config.yaml", made)
+    with running("train", config, f"parallel.ep={ranks}", log=tmp_path / "log") as run:
         run.until(lambda: "waiting for rollout servers" in run.output(), "its servers")
         run.interrupt()
         run.until(lambda: "Ctrl-C again" in run.output(), "its answer")
