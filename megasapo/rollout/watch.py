@@ -186,10 +186,11 @@ class Watch:
 
     def _judge(self, server: Server) -> None:
         current = self._version is None or server.version == self._version
-        server.ready = server.up and current and not server.hung
-        if server.ready and server.trouble:
+        ready = server.up and current and not server.hung
+        if ready and server.trouble:
             server.trouble = ""
             self._say("rollout server %d is ready again", server.index)
+        server.ready = ready  # last: other threads take the rest to be right then
 
     def _say(self, message: str, *args: object) -> None:
         """Once for the run, whatever number of leaders looks."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from megasapo.keys import Keys
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Refused, RolloutError
 from megasapo.rollout.servers import Server
@@ -298,6 +299,19 @@ def test_the_command_line_of_each_engine() -> None:
     own = ("run.sh", "{model}", "--at={port}", "{host}", "{api_key_file}")
     own_command = RolloutConfig(engine="sglang", api_key_file="key", spawn_command=own)
     assert server_command(own_command, "m", 5, host="h") == ["run.sh", "m", "--at=5", "h", "key"]
+
+
+def test_a_server_is_ready_last_when_the_rest_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads wait for `ready`, and read then what it says of its trouble."""
+    server, seen = Server(0, "http://127.0.0.1:9", up=True, trouble="it was away"), []
+    monkeypatch.setattr(Watch, "_say", lambda *_: seen.append((server.ready, server.trouble)))
+    watch = Watch(settings(), [server], tmp_path, tmp_path, Keys(), lambda _: None)
+    try:
+        watch._judge(server)
+        assert server.ready
+    finally:
+        watch.stop()
+    assert seen == [(False, "")]
 
 
 def test_each_fleet_makes_a_key_and_its_servers_see_no_other(
