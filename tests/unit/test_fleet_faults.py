@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from megasapo.rollout.client import ServerClient
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.protocol import Retryable
 from megasapo.sections import RolloutConfig
+from tests.dist.launcher import free_ports
 from tests.unit.load import Servers, check, ideal_s, model, requests, serving
 
 NUMBER, LONGEST = 160, 120
@@ -152,7 +154,7 @@ def test_a_leader_that_only_connected_finds_out_too(tmp_path: Path) -> None:
 
 def test_all_servers_go_and_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And an operator reads so, once for each server."""
-    first = Servers(SPEED, ports=2)
+    first = Servers(SPEED, again_at=free_ports(2))  # which nobody takes meanwhile, as one that the kernel chose
     later: list[Servers] = []
 
     def come_back() -> None:
@@ -177,7 +179,8 @@ def test_all_servers_go_and_come_back(tmp_path: Path, caplog: pytest.LogCaptureF
             servers.kill()
     for i in range(2):
         own = [line for line in said if f"rollout server {i} " in line]
-        assert "does not answer, its requests go elsewhere" in own[0]
+        # the latter where it was killed between answering a question and generating a token
+        assert re.search(r"(does not answer|generates nothing), its requests go elsewhere", own[0])
         assert own[1] == f"rollout server {i} is ready again"
 
 
