@@ -63,8 +63,12 @@ class Process:
 
 
 LONG = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
-# A step takes so long that LONG outlives every wait: who ends it is who is tested, however busy the machine is.
-SLOW = "import time; step = server.Batch.step; server.Batch.step = lambda *a: (time.sleep(0.2), step(*a))[1]"
+
+
+def slow(step_s):
+    """A step takes so long that LONG outlives every wait: who ends it is who is tested, however busy the machine is."""
+    before = f"print('a step', flush=True), time.sleep({step_s})"
+    return f"import time; step = server.Batch.step; server.Batch.step = lambda *a: ({before}, step(*a))[-1]"
 
 
 def wrapped(code):
@@ -84,7 +88,7 @@ def sent(server, path, body):
 
 
 def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
-    with Process(model_dir, command=wrapped(SLOW)) as server:
+    with Process(model_dir, command=wrapped(slow(0.2))) as server:
         assert server.url.startswith("http://127.0.0.1:")
         with sent(server, "/generate", LONG):
             server.wait_until_running(1)
@@ -96,11 +100,22 @@ def test_disconnected_clients_are_aborted_and_sigterm_ends_it(model_dir):
 
         with sent(server, "/generate", LONG) as waiting:
             server.wait_until_running(1)
-            server.process.send_signal(signal.SIGTERM)
-            answer = waiting.getresponse()
-            assert answer.status == 500
-            assert "shutting down" in json.load(answer)["error"]["message"]
-        assert server.process.wait(DEADLINE_S) == 0
+            ends_with_a_message(server, waiting)
+
+
+def test_a_request_in_a_long_step_is_told_too_that_the_server_ends(model_dir):
+    with Process(model_dir, command=wrapped(slow(6.0))) as server:
+        with sent(server, "/generate", LONG) as waiting:
+            assert server.process.stdout.readline() == "a step\n"
+            ends_with_a_message(server, waiting)
+
+
+def ends_with_a_message(server, waiting):
+    server.process.send_signal(signal.SIGTERM)
+    answer = waiting.getresponse()
+    assert answer.status == 500
+    assert "shutting down" in json.load(answer)["error"]["message"]
+    assert server.process.wait(DEADLINE_S) == 0
 
 
 def test_ctrl_c_ends_it_without_a_word(model_dir, tmp_path):

@@ -32,6 +32,7 @@ from megasapo.rollout.local.options import Options
 from megasapo.rollout.local.weights import Weights
 
 log = logging.getLogger("megasapo.serve")
+STEP_S = 10.0  # at the end, for the step that the engine is in, and for its requests to be told
 STUCK_S = 15.0  # from SIGTERM or the end of stdin to a forced exit
 
 
@@ -79,7 +80,7 @@ async def _listen_and_serve(options: Options, engine: Engine, app: App, listener
         app.asgi(),
         log_level="info" if options.log_requests else "warning",
         access_log=options.log_requests,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=int(STEP_S),
         timeout_keep_alive=75,
         lifespan="off",
     )
@@ -105,7 +106,7 @@ async def _listen_and_serve(options: Options, engine: Engine, app: App, listener
     while not (server.should_exit or task.done()):
         await asyncio.sleep(0.05)
     # Requests in flight fail now, with a message, instead of holding the server until their last token.
-    await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(engine.stop, STEP_S)
     await task
     app.close()
 
