@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from concurrent import futures
 from multiprocessing.reduction import ForkingPickler
@@ -23,6 +24,7 @@ from megasapo.rollout.online import raise_first, tensor_ranks
 from megasapo.rollout.servers import Server
 from megasapo.rollout.weight_files import Bucket
 
+MANAGER_S = 60.0  # for torch's manager of shared memory to get a turn
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor, as SGLang counts them (sglang.srt.utils.patch_torch)
 
 
@@ -63,7 +65,7 @@ class Shared:
         if device.type == "cuda":
             flat = torch.empty(size, dtype=torch.uint8, device=device)
         else:
-            storage = torch.UntypedStorage._new_using_filename_cpu(size)
+            storage = _allocated(size)
             # torch unlinks the file when its count of holders falls to nothing, and dies where it is gone already. A
             # server that fails never gives back its part of the count: so it stays above that, and `free` unlinks.
             storage._shared_incref()
@@ -85,6 +87,19 @@ class Shared:
             self._file.unlink(missing_ok=True)
         else:
             torch.cuda.ipc_collect()
+
+
+def _allocated(size: int) -> torch.UntypedStorage:
+    """Shared memory of a name. torch tells a process of its own, its manager, and gives up when that gets no turn for a
+    second (pytorch issue 129656), before anything is allocated.
+    """
+    deadline = time.monotonic() + MANAGER_S
+    while True:
+        try:
+            return torch.UntypedStorage._new_using_filename_cpu(size)
+        except RuntimeError as e:
+            if "manager connection has timed out" not in str(e) or time.monotonic() > deadline:
+                raise
 
 
 class _Pickler(ForkingPickler):

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
+from megasapo.rollout import handover
 from megasapo.rollout.handover import Shared
 from tests.gpu.receiver import receiving
 
@@ -30,6 +32,30 @@ def test_torch_in_another_process_takes_the_tensors() -> None:
         assert one.take(second.payload()) == {"c": 6.0}
         assert another.sums() == {"a": 15.0, "b": 2.5}
         second.free()
+
+
+def test_a_manager_of_memory_that_gets_no_turn_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, errors = (
+        torch.UntypedStorage._new_using_filename_cpu,
+        ["Shared memory manager connection has timed out"] * 2,
+    )
+
+    def seldom(size: int) -> torch.UntypedStorage:
+        if errors:
+            raise RuntimeError(errors.pop())
+        return allocate(size)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", seldom)
+    shared = Shared([("a", torch.ones(4))], CPU)
+    assert shared._file is not None
+    assert shared._file.exists()
+    shared.free()
+    errors += ["Shared memory manager connection has timed out", "no space"]
+    with pytest.raises(RuntimeError, match="no space"):
+        Shared([("a", torch.ones(4))], CPU)
+    monkeypatch.setattr(handover, "MANAGER_S", -1.0)
+    with pytest.raises(RuntimeError, match="has timed out"):
+        Shared([("a", torch.ones(4))], CPU)
 
 
 def test_a_sender_that_is_killed_leaves_no_memory_behind() -> None:
