@@ -6,7 +6,6 @@ shapes, fusing of scales, loading and updating are SGLang's own.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import quantise_checkpoint
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
+from tests.asking import ask
 from tests.serving import serving
 from tests.sglang.conftest import HERE, sglang_python
 from tests.tiny import make_model
@@ -57,16 +57,6 @@ def dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def generate(fleet: Fleet) -> list[Completion]:
-    async def run() -> list[Completion]:
-        try:
-            return await fleet.generate(PROMPTS, [GREEDY] * len(PROMPTS))
-        finally:
-            await fleet.close()
-
-    return asyncio.run(run())
-
-
 def embedded_logprobs(directory: Path, completions: list[Completion]) -> np.ndarray:
     """Of the same tokens, teacher-forced."""
     with serving(directory, dtype="float32") as server:
@@ -84,7 +74,7 @@ def embedded_logprobs(directory: Path, completions: list[Completion]) -> np.ndar
 
 def assert_serves(fleet: Fleet, dirs: dict[str, Path], name: str) -> None:
     """Summing in another order moves a value over a rounding boundary now and then; FP8 itself moves all of them."""
-    completions = generate(fleet)
+    completions = ask(fleet, PROMPTS, GREEDY)
     said = np.concatenate([c.logprobs for c in completions])
     own, plain = (embedded_logprobs(dirs[d], completions) for d in (f"{name}8", name))
     assert np.abs(said - plain).mean() > 0.02

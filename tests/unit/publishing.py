@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from megasapo.publish import Bucket, Publisher
 from megasapo.rollout.fleet import Fleet
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
+from tests.asking import ask
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPTS = [(5, 6, 7), (300, 41)]
@@ -52,13 +52,7 @@ def publisher(fleet: Fleet, source: Path, dirs: list[Path], run_dir: Path, metho
 
 
 def generate(fleet: Fleet) -> list[Completion]:
-    async def run() -> list[Completion]:
-        try:
-            return await fleet.generate(PROMPTS, [GREEDY] * len(PROMPTS))
-        finally:
-            await fleet.close()
-
-    return asyncio.run(run())
+    return ask(fleet, PROMPTS, GREEDY)
 
 
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:

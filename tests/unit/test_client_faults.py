@@ -21,6 +21,7 @@ from megasapo.rollout.limits import ModelLimits
 from megasapo.rollout.protocol import BadAnswer, Refused, Retryable, RolloutError
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
+from tests.asking import ask
 from tests.unit.standin_server import Standin, serving
 
 LIMITS = ModelLimits(100, max_positions=64, num_layers=2, num_experts=4, topk=2, model_type="", dense_layers=())
@@ -43,13 +44,7 @@ def fleet_of(*urls: str, version: int | None = 7, leader_index: int = 0, **setti
 
 
 def generate(fleet: Fleet, prompts: list[tuple[int, ...]] = PROMPTS) -> list[Completion]:
-    async def run() -> list[Completion]:
-        try:
-            return await fleet.generate(prompts, [THREE] * len(prompts))
-        finally:
-            await fleet.close()
-
-    return asyncio.run(run())
+    return ask(fleet, prompts, THREE)
 
 
 def once(url: str, **settings: Any) -> list[Completion]:

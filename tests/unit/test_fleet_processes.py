@@ -25,6 +25,7 @@ from megasapo.rollout.spawn import SGLANG_WITH_KEY, ServerProcess, server_comman
 from megasapo.rollout.watch import Watch
 from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
+from tests.asking import ask
 from tests.dist.launcher import free_ports
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
@@ -70,13 +71,7 @@ def listener(fleet: Fleet, index: int = 0) -> int:
 
 
 def generate(fleet: Fleet) -> int:
-    async def run() -> int:
-        try:
-            return (await fleet.generate([(1,)], [ONE]))[0].version_min
-        finally:
-            await fleet.close()
-
-    return asyncio.run(run())
+    return ask(fleet, [(1,)], ONE)[0].version_min
 
 
 def test_servers_start_answer_and_stop(model: Path, tmp_path: Path) -> None:
