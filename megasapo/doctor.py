@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
 from dataclasses import dataclass
 
 from megasapo.extensions import Extension, apex, transformer_engine
+from megasapo.launch import cores
 
 REQUIRED = (
     "torch",
@@ -52,8 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _machine() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where = f"{platform.system()} {platform.machine()}, {cores} cores"
+    where = f"{platform.system()} {platform.machine()}, {cores()} cores"
     return Finding("python", f"{platform.python_version()} on {where}", True)
 
 

@@ -79,6 +79,33 @@ def visible_device(index: int) -> str:
     return names[index].strip() if index < len(names) else ""
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_room(command: str, nproc: int, asked_by: str) -> None:
+    """Refuse more ranks than this machine has GPUs (ConfigError); without GPUs, say so where there are more than cores.
+
+    `asked_by`: the setting that made it so many.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and nproc > gpus:
+        raise ConfigError(
+            f"{nproc} ranks ({asked_by}) need a GPU each, and there are {gpus} here: ask for fewer, or start them on "
+            "several machines with torchrun or srun"
+        )
+    if not gpus and nproc > cores():
+        print(
+            f"megasapo {command}: {nproc} ranks ({asked_by}) will take turns on the {cores()} cores here, which is "
+            "slow, and each needs memory of its own",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def run(command: str, argv: list[str], nproc: int, on_term: Callable[[], None] | None = None) -> int:
     """Run `megasapo COMMAND ARGV` on `nproc` local ranks, as torchrun would; 0, or 1 when a rank failed.
 

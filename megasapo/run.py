@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,10 +64,17 @@ def world_size(parallel: config.sections.ParallelConfig, nproc: int | None) -> i
     return nproc or layout.fewest_ranks(parallel)
 
 
-def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = None) -> int | None:
+def on_ranks(
+    command: str,
+    argv: list[str],
+    nproc: int,
+    parallels: Sequence[config.sections.ParallelConfig],
+    run_dir: Path | None = None,
+) -> int | None:
     """Start the ranks and return their exit code; None in a process that is (or may itself be) the only rank.
 
-    SIGTERM, or Ctrl-C, asks the ranks in `run_dir` to stop between two steps.
+    `parallels`: the layouts that they will take. SIGTERM, or Ctrl-C, asks the ranks in `run_dir` to stop between two
+    steps. ConfigError: they do not fit on this machine.
     """
     is_rank = launch.is_rank()
     here = launch.place()
@@ -77,6 +85,7 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
         return None
     if nproc == 1:
         return None
+    launch.check_room(command, nproc, _asked_by(nproc, parallels))
     if run_dir is None:
         return launch.run(command, argv, nproc)
     lock.refuse_held(run_dir, here)  # again by rank 0, for all that it writes
@@ -84,6 +93,14 @@ def on_ranks(command: str, argv: list[str], nproc: int, run_dir: Path | None = N
     if code and (latest := run_dir / "checkpoints" / "latest").exists():
         print(f"the same command continues from {latest.with_name(latest.read_text().strip())}", file=sys.stderr)
     return code
+
+
+def _asked_by(nproc: int, parallels: Sequence[config.sections.ParallelConfig]) -> str:
+    """The settings that made it so many ranks."""
+    if nproc != math.lcm(*map(layout.fewest_ranks, parallels)):
+        return f"--nproc {nproc}"
+    cuts = [(name, size) for p in parallels for name, size in p.model_dump(exclude={"vpp"}).items() if size > 1]
+    return ", ".join(dict.fromkeys(f"parallel.{name}={size}" for name, size in cuts))
 
 
 def ask_to_stop(run_dir: Path) -> None:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         lines = read_lines(args.data, geometry)
     except DataError as e:
         raise ConfigError(str(e)) from e
-    code = run.on_ranks("score", argv, nproc)
+    code = run.on_ranks("score", argv, nproc, [cfg.parallel])
     if code is None:
         _score_on_rank(cfg, lines, args.out, args.routing)
     return code or 0

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if cfg.sft.out is not None:
         _check_out(Path(cfg.sft.out))
     run.refuse_other_command("sft", cfg)
-    code = run.on_ranks("sft", argv, nproc, cfg.run_dir)
+    code = run.on_ranks("sft", argv, nproc, [cfg.parallel], cfg.run_dir)
     if code is None:
         train(cfg)
     return code or 0

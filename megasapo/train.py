@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if run.finished(cfg) and not launch.is_rank():
         print(f"{cfg.run_dir} has already finished: choose another run.name, or a train.steps above {cfg.train.steps}")
         return 0
-    code = run.on_ranks("train", argv, nproc, cfg.run_dir)
+    code = run.on_ranks("train", argv, nproc, [cfg.parallel], cfg.run_dir)
     if code is None:
         train(cfg)
     return code or 0

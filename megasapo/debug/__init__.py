@@ -54,11 +54,12 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     refuse_unwritable(args.json, "--json")
     plan = _plan(args)
-    smallest = math.lcm(*(fewest_ranks(cfg.parallel) for cfg in plan.configs.values()))
+    parallels = [cfg.parallel for cfg in plan.configs.values()]
+    smallest = math.lcm(*map(fewest_ranks, parallels))
     nproc = run.world_size(plan.configs[""].parallel, smallest if args.nproc is None else args.nproc)
-    for cfg in plan.configs.values():
-        check_layout(cfg.parallel, nproc, plan.geometry)
-    code = run.on_ranks("debug", argv, nproc)
+    for parallel in parallels:
+        check_layout(parallel, nproc, plan.geometry)
+    code = run.on_ranks("debug", argv, nproc, parallels)
     if code is None:
         passes, is_main = score_all(plan.configs, plan.samples, plan.weights)
         if is_main:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megasapo.config import ConfigError
 from megasapo.data.packing import Shard
 from megasapo.layout import check_layout, fewest_ranks
 from megasapo.sections import ParallelConfig
@@ -189,8 +190,10 @@ def _init_process_group(world_size: int) -> torch.device:
     backend = "gloo"
     if torch.cuda.is_available():
         # Slurm may show each rank its own GPU alone
-        one_each = torch.cuda.device_count() == 1
-        device = torch.device("cuda", 0 if one_each else int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus > 1:
+            raise ConfigError(f"rank {local} of this machine has no GPU: there are {gpus}; start at most so many on it")
+        device = torch.device("cuda", 0 if gpus == 1 else local)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:

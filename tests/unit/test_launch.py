@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from megasapo import launch
 from megasapo.config import ConfigError
 from megasapo.launch import LAUNCHER
-from megasapo.run import world_size
+from megasapo.mcore.topology import Topology
+from megasapo.run import on_ranks, world_size
 from megasapo.sections import ParallelConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -70,6 +72,51 @@ def test_under_torchrun_its_number_of_ranks_counts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert world_size(ParallelConfig(tp=2), None) == 6
+
+
+@pytest.mark.parametrize(
+    ("layouts", "ranks", "said"),
+    [
+        ([{"etp": 16}], 16, "16 ranks (parallel.etp=16)"),
+        ([{"tp": 2, "pp": 8, "vpp": 2}], 16, "16 ranks (parallel.tp=2, parallel.pp=8)"),
+        ([{}, {"tp": 16}], 16, "16 ranks (parallel.tp=16)"),
+        ([{"tp": 2}], 32, "32 ranks (--nproc 32)"),
+    ],
+)
+def test_more_ranks_than_cores_or_gpus_are_named_with_the_setting_before_they_start(
+    layouts: list[dict[str, int]],
+    ranks: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def start() -> int | None:
+        return on_ranks("score", [], ranks, [ParallelConfig(**sizes) for sizes in layouts])
+
+    started = []
+    monkeypatch.setattr(launch, "run", lambda *args: started.append(args) or 0)
+    monkeypatch.setattr(launch, "cores", lambda: 15)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert start() == 0
+    told = f"{said} will take turns on the 15 cores here, which is slow, and each needs memory of its own"
+    assert capsys.readouterr().err == f"megasapo score: {told}\n"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 15)
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)} need a GPU each, and there are 15 here: ask for fewer"):
+        start()
+    assert len(started) == 1
+    monkeypatch.setattr(launch, "cores", lambda: ranks)
+    for gpus in (0, ranks):
+        monkeypatch.setattr("torch.cuda.device_count", lambda n=gpus: n)
+        assert start() == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_without_a_gpu_beside_ranks_that_have_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="rank 2 of this machine has no GPU: there are 2"):
+        Topology.init(ParallelConfig())
 
 
 def test_a_rank_whose_launcher_died_before_it_began_ends() -> None:

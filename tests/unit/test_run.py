@@ -13,6 +13,7 @@ from megasapo.config import Config, ConfigError
 from megasapo.errors import UserError
 from megasapo.launch import Place
 from megasapo.run import RunDir, ask_to_stop, finished, on_ranks, refuse_other_command
+from megasapo.sections import ParallelConfig
 
 
 def settings(root: Path, *overrides: str) -> Config:
@@ -49,13 +50,13 @@ def test_a_damaged_checkpoint_does_not_keep_a_run_from_looking_for_the_one_befor
 
 def test_ranks_are_not_started_where_another_job_works(tmp_path: Path) -> None:
     with lock.hold(tmp_path, Place("here", 0, 1, "", 0)), pytest.raises(lock.InUse, match="is in use by process"):
-        on_ranks("train", [], 2, tmp_path)
+        on_ranks("train", [], 2, [ParallelConfig(tp=2)], tmp_path)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_ranks_start(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(ConfigError, match=r"run\.name=run: cannot write there: .*Not a directory"):
-        on_ranks("train", [], 2, tmp_path / "runs" / "run")
+        on_ranks("train", [], 2, [ParallelConfig(tp=2)], tmp_path / "runs" / "run")
 
 
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_a_file_system_that_refuses_does_not_end_the_run(tmp_path: Path, caplog:
 def test_every_log_line_says_node_attempt_and_rank(tmp_path: Path) -> None:
     script = (
         "import logging; from pathlib import Path; from megasapo import run\n"
-        "run.on_ranks('train', [], 1, None); logging.getLogger('megasapo.x').warning('hello')"
+        "run.on_ranks('train', [], 1, []); logging.getLogger('megasapo.x').warning('hello')"
     )
     env = {**os.environ, "SLURM_RESTART_COUNT": "2", "RANK": "3", "WORLD_SIZE": "8"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S, env=env)
