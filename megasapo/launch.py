@@ -79,6 +79,11 @@ def visible_device(index: int) -> str:
     return names[index].strip() if index < len(names) else ""
 
 
+def torch_temporary() -> str:
+    """Where torch makes its sockets: Python would take the first of these directories that it can write to."""
+    return next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp")
+
+
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
+from megasapo import launch
+from megasapo.errors import ConfigError
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import raise_first, tensor_ranks
 from megasapo.rollout.servers import Server
@@ -32,7 +34,12 @@ class Handover:
     """An online.Channel. Every message lies in one allocation, which is freed when all servers have answered."""
 
     def __init__(self, fleet: Fleet, device: torch.device) -> None:
-        """`device`: the tensors' memory; of a GPU, which all ranks of all servers must see, or the CPU's."""
+        """`device`: the tensors' memory; of a GPU, which all ranks of all servers must see, or the CPU's.
+
+        ConfigError where nothing can be shared.
+        """
+        if device.type == "cpu":
+            _check_sharing()
         self._fleet, self._device = fleet, device
         self._servers: list[tuple[Server, int]] = []
 
@@ -54,6 +61,19 @@ class Handover:
             raise_first(await asyncio.gather(*calls, return_exceptions=True))
         finally:
             shared.free()
+
+
+def _check_sharing() -> None:
+    """Torch counts the holders of shared memory in a process that listens on a socket in the temporary directory."""
+    try:
+        _allocated(1)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0].rpartition(": ")[2]
+        raise ConfigError(
+            f"rollout.publish=tensor: torch cannot share memory, for which it makes a socket in "
+            f"{launch.torch_temporary()}: {reason}; set TMPDIR to a directory that exists, can be written and has a "
+            "short name, such as /tmp, or use publish=disk"
+        ) from e
 
 
 class Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -56,6 +57,26 @@ def test_a_manager_of_memory_that_gets_no_turn_is_asked_again(monkeypatch: pytes
     monkeypatch.setattr(handover, "MANAGER_S", -1.0)
     with pytest.raises(RuntimeError, match="has timed out"):
         Shared([("a", torch.ones(4))], CPU)
+
+
+@pytest.mark.parametrize("directory", ["missing", "file", "long" * 25])
+def test_a_temporary_directory_that_torch_cannot_use_is_refused_at_the_start(directory: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / ("long" * 25)).mkdir()
+    code = (
+        "import torch; from megasapo.errors import ConfigError; from megasapo.rollout.handover import Handover\n"
+        "try: Handover(None, torch.device('cpu'))\n"
+        "except ConfigError as e: print(e)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path / directory), "TMP": "/tmp"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    why = f"torch cannot share memory, for which it makes a socket in {tmp_path / directory}: "
+    assert done.stdout.startswith(f"rollout.publish=tensor: {why}")
+    assert done.stdout.endswith(
+        "; set TMPDIR to a directory that exists, can be written and has a short name, such as "
+        "/tmp, or use publish=disk\n"
+    )
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_sender_that_is_killed_leaves_no_memory_behind() -> None:
