@@ -28,7 +28,9 @@ from megasapo.sections import RolloutConfig
 LOOPBACK = "127.0.0.1"
 TERM_GRACE_S = 10.0
 SGLANG_WITH_KEY = Path(__file__).with_name("sglang_with_key.py")  # run by its path: SGLang's python has no megasapo
-LOAD_FILE = re.compile(r"/dev/shm/sglang_loads_\S+\.shm$", re.MULTILINE)
+# What SGLang (0.5.21) never removes: where it publishes its load, 16 KB for each start, and a semaphore
+LEFT_BEHIND = re.compile(r"/dev/shm/(?:sglang_loads_\S+\.shm|sem\.mp-\S+)$", re.MULTILINE)
+LOOK_EVERY_S = 1.0
 ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
 _RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
@@ -152,24 +154,27 @@ def guard(command: list[str]) -> int:
         over.set()
 
     threading.Thread(target=owner_gone, daemon=True).start()
+    mapped: set[Path] = set()
+    look_at = 0.0
     while child.poll() is None and not over.wait(0.2):
-        pass
-    left_behind = _load_files(child.pid)
+        if time.monotonic() > look_at:  # and not only at the end: of a server that crashed nobody is left to ask
+            mapped |= _mapped(child.pid)
+            look_at = time.monotonic() + LOOK_EVERY_S
+    mapped |= _mapped(child.pid)
     # also after the child ended by itself: its own children (schedulers) may be left
     end_group(child, TERM_GRACE_S)
-    for file in left_behind:
+    for file in mapped:
         file.unlink(missing_ok=True)
     return child.returncode
 
 
-def _load_files(group: int) -> set[Path]:
-    """What processes of this group have mapped of the files in which SGLang (0.5.21) publishes its load: 16 KB for each
-    start, of a random name, which it never removes."""
+def _mapped(group: int) -> set[Path]:
+    """What processes of this group have mapped of the files, of random names, that SGLang leaves behind."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's
             if os.getpgid(int(process.name)) == group:
-                found |= set(LOAD_FILE.findall((process / "maps").read_text()))
+                found |= set(LEFT_BEHIND.findall((process / "maps").read_text()))
     return {Path(name) for name in found}
 
 

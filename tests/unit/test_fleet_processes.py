@@ -185,19 +185,23 @@ def test_a_server_does_not_outlive_its_guard(model: Path, tmp_path: Path) -> Non
         assert generate(fleet) == -1
 
 
-def test_what_sglang_leaves_in_memory_goes_with_its_server_and_no_other(tmp_path: Path) -> None:
-    script = """if True:
-        import mmap, sys, time
-        with open(sys.argv[1], "w+b") as file:
-            file.truncate(100)
-            memory = mmap.mmap(file.fileno(), 100)
-        print("it is mapped", flush=True)
-        time.sleep(600)
-    """
-    own, others = (Path(f"/dev/shm/sglang_loads_{os.getpid()}_{whose}.shm") for whose in ("own", "others"))
+MAPS = """
+import mmap, os, sys, time
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(100)
+    memory = mmap.mmap(file.fileno(), 100)
+print("it is mapped", flush=True)
+time.sleep(600)
+"""
+LEFT = pytest.mark.parametrize("name", ["sglang_loads_{}.shm", "sem.mp-{}"])
+
+
+@LEFT
+def test_what_sglang_leaves_in_memory_goes_with_its_server_and_no_other(name: str, tmp_path: Path) -> None:
+    own, others = (Path("/dev/shm") / name.format(f"{os.getpid()}_{whose}") for whose in ("own", "others"))
     others.write_bytes(bytes(100))
     try:
-        process = ServerProcess([sys.executable, "-c", script, str(own)], tmp_path / "log", exits_with_stdin=False)
+        process = ServerProcess([sys.executable, "-c", MAPS, str(own)], tmp_path / "log", exits_with_stdin=False)
         wait_until(lambda: "\nit is mapped" in process.log_tail(), "mapped")
         assert own.exists()
         process.stop()
@@ -206,6 +210,33 @@ def test_what_sglang_leaves_in_memory_goes_with_its_server_and_no_other(tmp_path
     finally:
         own.unlink(missing_ok=True)
         others.unlink()
+
+
+@LEFT
+def test_what_sglang_leaves_in_memory_goes_when_all_of_it_has_crashed(name: str) -> None:
+    watched = """
+import sys
+from megasapo.rollout import spawn
+look = spawn._mapped
+def told(group):
+    found = look(group)
+    print(*("seen" for _ in found), flush=True)
+    return found
+spawn._mapped = told
+sys.exit(spawn.guard(sys.argv[1:]))
+"""
+    own = Path("/dev/shm") / name.format(f"{os.getpid()}_own")
+    command = [sys.executable, "-c", watched, sys.executable, "-c", MAPS, str(own)]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guard:
+            assert guard.stdout is not None
+            while guard.stdout.readline() != "seen\n":
+                assert guard.poll() is None
+            os.kill(int(Path(f"/proc/{guard.pid}/task/{guard.pid}/children").read_text()), signal.SIGKILL)
+            guard.wait(TIMEOUT_S)
+        assert not own.exists()
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def test_a_remote_fleet_is_connected_not_spawned(model: Path, tmp_path: Path) -> None:
