@@ -167,7 +167,8 @@ class RolloutConfig(Section):
     """Requests in flight from one data-parallel leader."""
     request_timeout_s: PositiveFloat = 600.0
     health_timeout_s: PositiveFloat = 30.0
-    """A server that leaves a health check unanswered for this long counts as dead: its requests go elsewhere."""
+    """A server that leaves a health check unanswered for this long counts as dead: its requests go elsewhere. Raise it
+    where one step of a server takes longer (docs/rollouts.md)."""
     retry_for_s: PositiveFloat = 600.0
     """A request that has failed for this long, retries included (no server is ready, say), ends the run: it saves a
     checkpoint, and the same command continues it."""

@@ -89,7 +89,6 @@ class ServerClient:
         keys: Keys | None = None,
         *,
         request_timeout_s: float = 600.0,
-        control_timeout_s: float = 300.0,
         question_timeout_s: float = 30.0,
     ) -> None:
         """`question_timeout_s`: of health and info; SGLang's health takes at least a second."""
@@ -97,8 +96,7 @@ class ServerClient:
             raise ValueError(f"server URL {url!r} does not start with http:// or https://")
         self.url = url.rstrip("/")
         self._keys = keys or Keys()
-        self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
-        self._question_timeout_s = question_timeout_s
+        self._request_timeout_s, self._question_timeout_s = request_timeout_s, question_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -134,7 +132,7 @@ class ServerClient:
 
     async def check_health(self) -> None:
         """Raises Retryable unless the server is up and its model generates a token."""
-        await self._call("GET", "/health_generate", None, timeout_s=self._question_timeout_s)
+        await self._ask("/health_generate")
 
     async def model_info(self) -> dict[str, Any]:
         return await self._question("/model_info")
@@ -270,11 +268,14 @@ class ServerClient:
     # --- transport ---
 
     async def _question(self, path: str) -> dict[str, Any]:
-        content = await self._call("GET", path, None, timeout_s=self._question_timeout_s)
-        return self._object(path, content)
+        return self._object(path, await self._ask(path))
+
+    async def _ask(self, path: str) -> bytes:
+        limit_s = self._question_timeout_s
+        return await self._call("GET", path, None, timeout_s=limit_s, setting="rollout.health_timeout_s")
 
     async def _control(self, path: str, body: dict[str, Any] | None, *, parse: bool = True) -> dict[str, Any]:
-        content = await self._call("POST", path, body, timeout_s=self._control_timeout_s, control=True)
+        content = await self._call("POST", path, body, timeout_s=self._request_timeout_s, control=True)
         answer = self._object(path, content) if parse else {}
         if answer.get("success") is False:
             raise Refused(f"{self.url}{path}: {answer.get('message')}", 200)
@@ -295,9 +296,16 @@ class ServerClient:
             raise BadAnswer(f"{self.url}{path}: {len(content)} bytes that are not JSON: {e}") from e
 
     async def _call(
-        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float, control: bool = False
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        *,
+        timeout_s: float,
+        setting: str = "rollout.request_timeout_s",
+        control: bool = False,
     ) -> bytes:
-        """`control`: with the admin key, where there is one."""
+        """`setting`: where `timeout_s` is from. `control`: with the admin key, where there is one."""
         key = self._keys.control if control else self._keys.api
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if body is not None:
@@ -312,7 +320,7 @@ class ServerClient:
         except aiohttp.ClientError as e:  # its timeouts too, which are TimeoutErrors
             raise Retryable(f"{self.url}{path}: {type(e).__name__}: {e}") from e
         except TimeoutError as e:
-            raise Retryable(f"{self.url}{path}: no answer in {timeout_s:g} s") from e
+            raise Retryable(f"{self.url}{path}: no answer in {setting}={timeout_s:g}") from e
         if status in (408, 429) or status >= 500:  # 408: out of sglang-router's queue
             raise Retryable(f"{self.url}{path}: {status}: {_message(content)}")
         if status >= 300:

@@ -8,6 +8,7 @@ command runs under `guard` (`python -m megasapo.rollout.spawn -- COMMAND`), whic
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import signal
@@ -51,18 +52,20 @@ def server_command(
 
     `host`: the address it listens on. `python`: of SGLang's environment.
     """
-    key = cfg.api_key_file
+    key, limit_s = cfg.api_key_file, cfg.health_timeout_s
     assert key is not None
+    sglang_limit = ("env", f"SGLANG_HEALTH_CHECK_TIMEOUT={math.ceil(limit_s)}")  # SGLang's own is 20 s
     if cfg.engine == "embedded":
         command = [sys.executable, "-m", "megasapo.rollout.local", "--model", str(model), "--port", str(port)]
         command += ["--host", host] if host != LOOPBACK else []
         command += ["--deterministic"] if cfg.repeatable else []
-        command += ["--api-key-file", key]
+        command += ["--api-key-file", key, "--health-timeout-s", f"{limit_s:g}"]
     elif cfg.spawn_command:
         filled = {"model": model, "port": port, "host": host, "api_key_file": key}
-        command = [_fill(part, filled) for part in cfg.spawn_command]
+        command = [*sglang_limit, *(_fill(part, filled) for part in cfg.spawn_command)]
     else:
-        command = [python, str(SGLANG_WITH_KEY), key, "--model-path", str(model), "--host", host, "--port", str(port)]
+        command = [*sglang_limit, python, str(SGLANG_WITH_KEY), key, "--model-path", str(model)]
+        command += ["--host", host, "--port", str(port)]
     return [*command, *cfg.server_args]
 
 

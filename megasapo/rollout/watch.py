@@ -31,6 +31,7 @@ LOOK_EVERY_S = 2.0
 HEALTH_EVERY_S = 30.0
 REPORT_EVERY_S = 2.0
 PORT_ATTEMPTS = 3
+OWN_LIMITS = "SGLANG_HEALTH_CHECK_TIMEOUT (SGLang; 20) or --health-timeout-s (megasapo serve; 20)"
 LEFT_PAUSED = "; it answers /model_info: if a run that was killed left it paused, POST /continue_generation to it"
 
 
@@ -97,7 +98,6 @@ class Watch:
                 server.url,
                 self._keys,
                 request_timeout_s=self._cfg.request_timeout_s,
-                control_timeout_s=self._cfg.request_timeout_s,
                 question_timeout_s=self._cfg.health_timeout_s,
             )
         return client
@@ -342,7 +342,8 @@ class Watch:
             except Retryable as e:
                 if epoch == self._epoch:
                     if not server.hung:
-                        self._say("rollout server %d generates nothing, its requests go elsewhere: %s", server.index, e)
+                        message = "rollout server %d generates nothing, its requests go elsewhere: %s; %s"
+                        self._say(message, server.index, e, self._patience(server))
                     self._lose(server, str(e), hung=True)
                 return await self._end_silent(server)
             server.suspect = server.hung = False
@@ -352,10 +353,18 @@ class Watch:
             server.version = parse_version(info.get("weight_version"))
             self._judge(server)
 
+    def _patience(self, server: Server) -> str:
+        """What to raise for a server that is well and only slow."""
+        own = "" if server.process is not None else f" and, where it is started, {OWN_LIMITS}"
+        setting = f"rollout.health_timeout_s={self._cfg.health_timeout_s:g}"
+        return f"if one of its steps may take so long, raise {setting}{own}"
+
     async def _end_silent(self, server: Server) -> None:
         silent_s = time.monotonic() - server.seen_at
         if server.process is not None and silent_s > self._cfg.start_timeout_s:
-            log.warning("rollout server %d has been silent for %.0f s: it is ended", server.index, silent_s)
+            limit_s = self._cfg.start_timeout_s
+            message = "rollout server %d has been silent for %.0f s, above rollout.start_timeout_s=%g: it is ended"
+            log.warning(message, server.index, silent_s, limit_s)
             await asyncio.to_thread(server.process.stop)
 
     async def _looking(self, server: Server, work: Coroutine[Any, Any, None]) -> None:

@@ -1,6 +1,6 @@
 """A rollout server process without a model, started in a tenth of a second: for tests of processes, not of answers.
 
-usage: fake_server.py PORT [--crash] [--never-healthy] [--refuse-updates] [--child PID_FILE]
+usage: fake_server.py PORT [--crash] [--never-healthy] [--stuck-by FILE] [--refuse-updates] [--child PID_FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.startswith("/health"):
-            return self._reply(503 if "--never-healthy" in sys.argv else 200, {})
+            stuck = "--stuck-by" in sys.argv and Path(sys.argv[sys.argv.index("--stuck-by") + 1]).exists()
+            return self._reply(503 if stuck or "--never-healthy" in sys.argv else 200, {})
         self._reply(200, {"weight_version": Handler.version})
 
     def do_POST(self) -> None:

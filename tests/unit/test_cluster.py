@@ -16,6 +16,7 @@ from megasapo.config import ConfigError
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.spawn import SGLANG_WITH_KEY
 
+LIMITED = ("env", "SGLANG_HEALTH_CHECK_TIMEOUT=30")  # the run's health_timeout_s as SGLang's own
 FITS = "rollout.server_args=[--mem-fraction-static, '0.4']"
 MODEL = {
     "model_type": "qwen3_moe",
@@ -69,6 +70,7 @@ def test_one_server_a_node_by_default(config: str, tmp_path: Path) -> None:
     assert (made.run_dir, made.nproc) == (tmp_path / "run", 8)
     assert [server.url for server in made.servers] == ["http://n3:30000", "http://n4:30000"]
     assert made.servers[0].command == (
+        *LIMITED,
         *(sys.executable, str(SGLANG_WITH_KEY), str(key), "--model-path", str(tmp_path / "model")),
         *("--host", "0.0.0.0", "--port", "30000", "--tp-size", "8"),
     )
@@ -91,14 +93,14 @@ def test_several_servers_share_a_node(config: str) -> None:
             ("n4", 30000, (0, 1, 2, 3)),
             ("n4", 30001, (4, 5, 6, 7)),
         ]
-        assert made.servers[1].shell.startswith("CUDA_VISIBLE_DEVICES=4,5,6,7 exec /sgl/python ")
+        assert made.servers[1].shell.startswith(f"CUDA_VISIBLE_DEVICES=4,5,6,7 exec {shlex.join(LIMITED)} /sgl/python ")
         assert sum("tp" in part for part in made.servers[1].command) == 1
 
 
 def test_an_image_names_the_python_of_its_sglang(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_PYTHON", "/opt/sglang/bin/python")
-    assert plan(config).servers[0].command[0] == "/opt/sglang/bin/python"
-    assert plan(config, "--server-python", "mine").servers[0].command[0] == "mine"
+    assert plan(config).servers[0].command[:3] == (*LIMITED, "/opt/sglang/bin/python")
+    assert plan(config, "--server-python", "mine").servers[0].command[:3] == (*LIMITED, "mine")
     assert plan(config, "--server-python", "mine", "rollout.engine=embedded").servers[0].command[0] == sys.executable
 
 
@@ -114,7 +116,7 @@ def test_the_api_key_is_made_once_for_its_owner_alone(config: str, tmp_path: Pat
     assert text not in cluster.shell_assignments(made) + cluster.describe(made)
     own = tmp_path / "own"
     own.write_text("secret-of-mine")
-    assert plan(config, f"rollout.api_key_file={own}").servers[0].command[2] == str(own)
+    assert plan(config, f"rollout.api_key_file={own}").servers[0].command[4] == str(own)
     with pytest.raises(ConfigError, match=r"api_key_file=.*/missing: no such file"):
         plan(config, f"rollout.api_key_file={tmp_path}/missing")
 
@@ -129,7 +131,7 @@ def test_a_command_of_ones_own(config: str, tmp_path: Path) -> None:
     line = "sh -c 'run {model} at {host} {port}' {api_key_file}"
     command = plan(config, "--server-command", line).servers[1].command
     text = f"run {tmp_path / 'model'} at 0.0.0.0 30000"
-    assert command == ("sh", "-c", text, str(tmp_path / "run" / "api_key"))
+    assert command == (*LIMITED, "sh", "-c", text, str(tmp_path / "run" / "api_key"))
 
 
 def test_a_shell_reads_back_what_was_meant(config: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -281,6 +282,28 @@ def test_a_remote_server_that_is_not_healthy_may_have_been_left_paused(model: Pa
             process.kill()
 
 
+@pytest.mark.parametrize("owned", [True, False])
+def test_what_says_that_a_server_hangs_names_the_settings_that_judge_it(
+    owned: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megasapo.rollout.watch.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("megasapo.rollout.watch.HEALTH_EVERY_S", 0.0)
+    stuck = tmp_path / "stuck"
+    with Fleet.start(settings("--stuck-by", str(stuck), start_timeout_s=20.0), model, tmp_path) as owner:
+        remote = RolloutConfig(servers=owner.urls, health_timeout_s=25.0, start_timeout_s=TIMEOUT_S)
+        with contextlib.nullcontext(owner) if owned else Fleet.start(remote, model, tmp_path / "other") as fleet:
+            stuck.touch()
+            wait_until(lambda: fleet.servers[0].hung, "found out")
+            if owned:
+                wait_until(lambda: fleet.servers[0].restarts > 0, "ended")
+            stuck.unlink()
+    said = [line for line in caplog.messages if line.startswith("rollout server 0 generates nothing")]
+    [ours] = [line for line in said if f"raise rollout.health_timeout_s={30 if owned else 25}" in line]
+    assert ("where it is started, SGLANG_HEALTH_CHECK_TIMEOUT" in ours) != owned
+    if owned:
+        assert any("above rollout.start_timeout_s=20: it is ended" in line for line in caplog.messages)
+
+
 def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(self: object) -> dict[str, Any]:
         raise Refused("401: Unauthorized", 401)
@@ -315,16 +338,18 @@ def test_the_command_line_of_each_engine() -> None:
     embedded = RolloutConfig(api_key_file="key", server_args=("--threads", "1"))
     assert server_command(embedded, "m", 5) == [
         *(sys.executable, "-m", "megasapo.rollout.local", "--model", "m", "--port", "5"),
-        *("--deterministic", "--api-key-file", "key", "--threads", "1"),
+        *("--deterministic", "--api-key-file", "key", "--health-timeout-s", "30", "--threads", "1"),
     ]
     assert "--deterministic" not in server_command(RolloutConfig(max_staleness=1, api_key_file="key"), "m", 5)
-    sglang = RolloutConfig(engine="sglang", api_key_file="key", server_args=("--tp", "2"))
+    sglang = RolloutConfig(engine="sglang", api_key_file="key", server_args=("--tp", "2"), health_timeout_s=61.5)
     assert server_command(sglang, "m", 5, host="0.0.0.0", python="py") == [
-        *("py", str(SGLANG_WITH_KEY), "key", "--model-path", "m", "--host", "0.0.0.0", "--port", "5", "--tp", "2"),
+        *("env", "SGLANG_HEALTH_CHECK_TIMEOUT=62", "py", str(SGLANG_WITH_KEY), "key", "--model-path", "m"),
+        *("--host", "0.0.0.0", "--port", "5", "--tp", "2"),
     ]
     own = ("run.sh", "{model}", "--at={port}", "{host}", "{api_key_file}")
     own_command = RolloutConfig(engine="sglang", api_key_file="key", spawn_command=own)
-    assert server_command(own_command, "m", 5, host="h") == ["run.sh", "m", "--at=5", "h", "key"]
+    limited = ["env", "SGLANG_HEALTH_CHECK_TIMEOUT=30"]
+    assert server_command(own_command, "m", 5, host="h") == [*limited, "run.sh", "m", "--at=5", "h", "key"]
 
 
 def test_a_server_is_ready_last_when_the_rest_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

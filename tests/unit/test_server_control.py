@@ -212,6 +212,29 @@ def test_health_of_an_idle_engine_that_is_paused_before_it_can_generate(model_di
         assert s.post("/health", method="GET").status_code == 200
 
 
+@pytest.mark.parametrize("limit_s", [0.2, 2 * TIMEOUT_S])
+def test_health_of_an_engine_in_a_step_that_takes_long(model_dir, limit_s):
+    with serving(model_dir, health_timeout_s=limit_s) as s:
+        entered, go_on = threading.Event(), threading.Event()
+        s.engine.control(lambda: (entered.set(), go_on.wait(TIMEOUT_S)))
+        assert entered.wait(TIMEOUT_S)
+
+        async def run(client):
+            asked = asyncio.create_task(client.get("/health_generate"))
+            if limit_s > 1:
+                await asyncio.sleep(0.5)
+                assert not asked.done()
+                go_on.set()
+            return await asked
+
+        answer = s.ask(run)
+        go_on.set()
+    if limit_s > 1:
+        assert answer.status_code == 200
+    else:
+        assert (answer.status_code, answer.text) == (503, "the engine does not answer in --health-timeout-s=0.2")
+
+
 def test_a_crash_of_the_engine_surfaces_everywhere(model_dir):
     with serving(model_dir) as s:
 

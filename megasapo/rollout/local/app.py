@@ -33,7 +33,6 @@ from megasapo.rollout.local.stream import Stream
 from megasapo.rollout.local.weights import WeightError
 
 log = logging.getLogger("megasapo.serve")
-HEALTH_TIMEOUT_S = 20.0
 
 
 class App:
@@ -126,13 +125,15 @@ class App:
 
     async def _health(self, request: Request) -> Response:
         """200 when the engine answers; an idle one must also generate a token, unless it is paused then."""
+        limit_s = self._options.health_timeout_s
         try:
             idle = self._engine.control(lambda: not self._engine.paused and self._engine.num_unfinished() == 0)
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 if await asyncio.wrap_future(idle):
                     await self._generate_one()
         except (EngineError, TimeoutError) as e:
-            return PlainTextResponse(str(e) or "the engine does not answer", status_code=503)
+            silent = f"the engine does not answer in --health-timeout-s={limit_s:g}"
+            return PlainTextResponse(str(e) or silent, status_code=503)
         return Response(status_code=200)
 
     async def _generate_one(self) -> None:

@@ -29,6 +29,7 @@ class Options:
     max_prefill_tokens: int = 16384
     context_length: int | None = None
     max_body_bytes: int = 64 << 20
+    health_timeout_s: float = 20.0
     weight_version: str = "default"
     deterministic: bool = False
     enable_return_routed_experts: bool = False
@@ -68,6 +69,12 @@ def _parser() -> Parser:
     p.add_argument("--max-prefill-tokens", type=_positive, default=16384, help="prompt tokens admitted in one step")
     p.add_argument("--context-length", type=_positive, help="default: the model's max_position_embeddings")
     p.add_argument("--max-body-bytes", type=_positive, default=64 << 20, help="larger requests are refused with 413")
+    p.add_argument(
+        "--health-timeout-s",
+        type=float,
+        default=20.0,
+        help="an engine silent for so long, as in a step, is not healthy",
+    )
     p.add_argument(
         "--api-key-file", metavar="FILE", help=f"holds the key of /generate and the rest; else ${keys.VARIABLE} does"
     )
