@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def started(tool: list[str], directory: Path, files: int, **how: Any) -> subproc
     directory.mkdir()
     (directory / "sitecustomize.py").write_text(HELD.format(files=files))
     path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen([sys.executable, *tool], env=os.environ | {"PYTHONPATH": path}, **how)
+    # a shell that started the tests in the background has had them ignore SIGINT
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, *tool], env=os.environ | {"PYTHONPATH": path}, preexec_fn=default, **how)
 
 
 def wait_for_records(folder: Path, files: int, process: subprocess.Popen[bytes]) -> None:
@@ -115,7 +118,7 @@ def test_stopped_with_its_processes_it_goes_on(how: str, models: Path, tmp_path:
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)  # which a terminal sends to all of them
-    assert process.wait() == (-signal.SIGKILL if how == "kill -9" else 130)
+    assert process.wait(300) == (-signal.SIGKILL if how == "kill -9" else 130)
     assert "Traceback" not in (tmp_path / "said").read_text()
     deadline = time.monotonic() + 120
     while alive_in_session(process.pid):
