@@ -265,6 +265,7 @@ def write_step(
 def train(cfg: Config) -> None:
     """Set everything up on this rank, resume, run the loop, export."""
     from megasapo.mcore import checkpoint
+    from megasapo.rollout import disk
 
     with ExitStack() as cleanup:
         topo, heartbeat, directory = run.join(cfg, cleanup)
@@ -283,6 +284,8 @@ def train(cfg: Config) -> None:
                 parts.policy.save_hf(directory.path / "hf")
             directory.finish("train", step)
     if topo.rank == 0:
+        if finished and not cfg.rollout.servers:  # those of others may name it as their model, and load it again
+            disk.forget(directory.path)  # hf/ has the same
         _report_end(cfg, directory, step, finished)
 
 
@@ -439,12 +442,6 @@ def _make_source(
 def _report_end(cfg: Config, directory: run.RunDir, step: int, finished: bool) -> None:
     path = directory.path
     stopped = f"stopped after step {step} of {cfg.train.steps}; run it again to continue"
-    run.report_end(
-        f"{path} {'finished' if finished else stopped}",
-        {
-            "TensorBoard": f"tensorboard --logdir {path / 'tensorboard'}",
-            "metrics": str(path / "metrics.jsonl"),
-            "checkpoints": str(path / "checkpoints"),
-        }
-        | ({"HF model": str(path / "hf")} if finished else {}),
-    )
+    places = {"TensorBoard": f"tensorboard --logdir {path / 'tensorboard'}", "metrics": str(path / "metrics.jsonl")}
+    places |= {"checkpoints": str(path / "checkpoints")} | ({"HF model": str(path / "hf")} if finished else {})
+    run.report_end(f"{path} {'finished' if finished else stopped}", places)

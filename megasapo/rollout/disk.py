@@ -1,6 +1,7 @@
 """Weights to servers by way of an HF directory RUN/weights/v{version}, which servers on a shared file system load.
 
-Used by publish on rank 0. The newest directory stays: a server that was restarted loads it from there.
+Used by publish on rank 0. The newest directory stays: a server that was restarted loads it from there. train.py removes
+it when the run is over and the servers are gone.
 """
 
 from __future__ import annotations
@@ -49,10 +50,7 @@ class DiskDelivery:
     def settle(self) -> None:
         for old in self._root.iterdir():
             if old != self.weights_dir:
-                try:
-                    shutil.rmtree(old)
-                except OSError as e:  # a server may still have it mapped; the next publish tries again
-                    log.warning("%s is left behind: %s", old, e)
+                _remove(old)  # or, where a server still has it mapped, at the next publish
 
     def abandon(self) -> None:
         if self._writer is not None:
@@ -60,3 +58,16 @@ class DiskDelivery:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def forget(run_dir: Path) -> None:
+    """Remove all that was delivered: no server is left to load it."""
+    if (root := run_dir / "weights").exists():
+        _remove(root)
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except OSError as e:
+        log.warning("%s is left behind: %s", directory, e)

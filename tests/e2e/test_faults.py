@@ -50,6 +50,7 @@ def test_an_uninterrupted_run_leaves_everything_in_its_place(unbroken: Path) -> 
     key = (unbroken / "api_key").read_bytes()  # of both leaders, and nowhere else
     assert [p.name for p in unbroken.rglob("*") if p.is_file() and key in p.read_bytes()] == ["api_key"]
     assert (unbroken / "lock").read_text() == ""  # given back
+    assert not (unbroken / "weights").exists()  # of the last step, as hf/
     assert list((unbroken / "tensorboard").glob("events.*"))
     assert len(list((unbroken / "rollouts").glob("step_*.jsonl"))) == 2 * STEPS  # one file a leader and step
     assert len(list((unbroken / "checkpoints").glob("step_*"))) == 2  # train.keep_checkpoints

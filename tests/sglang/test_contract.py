@@ -6,6 +6,7 @@ Each is compared with transformers and with the words of the contract, and so wi
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +26,9 @@ from megasapo.publish import Bucket
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import OnlineDelivery
 from megasapo.rollout.protocol import INCOMPLETE, RolloutError
+from megasapo.rollout.spawn import server_command
 from megasapo.routing.validate import RoutingRule, offset_of, unknown_rows, validate
+from megasapo.sections import RolloutConfig
 from megasapo.types import SamplingParams
 from tests.sglang.calls import (
     LONG,
@@ -40,7 +43,7 @@ from tests.sglang.calls import (
     post,
     publish,
 )
-from tests.sglang.conftest import Contract
+from tests.sglang.conftest import Contract, sglang_python
 from tests.sglang.reference import greedy_of, logprobs_of, routing_of
 from tests.sglang.router import routing
 
@@ -392,3 +395,12 @@ def test_a_failed_update_from_disk_leaves_weights_and_stamp(contract: Contract) 
     body = {"model_path": str(contract.run_dir / "missing"), "weight_version": "51"}
     assert contract.http.post("/update_weights_from_disk", json=body).status_code == 400
     assert_serves(contract, contract.new, 50)
+
+
+@pytest.mark.sglang
+def test_sglang_reads_its_limit_of_a_health_check_where_the_run_puts_it() -> None:
+    find = "import importlib.util; print(importlib.util.find_spec('sglang').submodule_search_locations[0])"
+    package = Path(subprocess.check_output([sglang_python(), "-c", find], text=True).strip())
+    _, limit, *_ = server_command(RolloutConfig(engine="sglang", api_key_file="key"), "m", 5)
+    variable = limit.partition("=")[0]
+    assert f'int(os.getenv("{variable}", 20))' in (package / "srt" / "entrypoints" / "http_server.py").read_text()
