@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "hf-to-megatron", "--verify"]
         arguments = ["--src", str(root / model), "--dst", str(root / name), "--shard-size", "100KB", *layout]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*tool, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        done = subprocess.run([*tool, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "tensors are the source's, bit for bit" in done.stdout
         worst = float(done.stdout.split("logprobs of 95 tokens differ from transformers' by at most ")[1].split()[0])

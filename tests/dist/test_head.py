@@ -34,7 +34,7 @@ CASES = [Case(*c) for c in product((20, 18, 9), (None, 0.4), (False, True))]
 
 
 def test_four_ranks(tmp_path: Path) -> None:
-    outputs = run_ranks(TP, "tests.dist.test_head", logs=tmp_path, timeout_s=240)
+    outputs = run_ranks(TP, "tests.dist.test_head", logs=tmp_path)
     assert all(f"{len(CASES)} cases held" in text for text in outputs)
 
 

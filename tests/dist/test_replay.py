@@ -117,7 +117,7 @@ def computed(world_size: int, directory: Path) -> Path | AssertionError:
     out = directory / f"ranks{world_size}"
     try:
         run_ranks(
-            world_size, "tests.dist.replay_ranks", str(world_size), ports, str(directory), logs=out, timeout_s=480
+            world_size, "tests.dist.replay_ranks", str(world_size), ports, str(directory), logs=out
         )
     except AssertionError as e:
         return e  # kept, so that a hang is waited for once and not by every case

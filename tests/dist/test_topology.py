@@ -17,7 +17,7 @@ from tests.dist.launcher import ROOT, free_ports, run_ranks
 
 def test_four_ranks(tmp_path: Path) -> None:
     ports = ",".join(map(str, free_ports(2)))
-    outputs = run_ranks(4, "tests.dist.test_topology", ports, logs=tmp_path, timeout_s=120)
+    outputs = run_ranks(4, "tests.dist.test_topology", ports, logs=tmp_path)
     assert all("all held" in text for text in outputs)
 
 

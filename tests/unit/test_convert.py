@@ -188,7 +188,7 @@ def test_memory_is_bounded_by_shards_and_not_by_the_model(tmp_path: Path) -> Non
         [sys.executable, "-c", PEAKS, str(tmp_path), str(shard)],
         stdout=subprocess.PIPE,
         text=True,
-        timeout=400,
+        timeout=900,
         check=True,
     )
     largest = 512 * 256 * 4  # the embedding
