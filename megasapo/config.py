@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def from_dict(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), 
     try:
         return Config.model_validate(numbers(raw))
     except ValidationError as e:
-        raise ConfigError("\n".join(_explain(source, err) for err in e.errors())) from None
+        broken = {err["loc"][:n] for err in e.errors() for n in range(len(err["loc"]))}
+        # a list with an item that is wrong counts as too short, too
+        said = (err for err in e.errors() if err["type"] != "too_short" or err["loc"] not in broken)
+        raise ConfigError("\n".join(_explain(source, err) for err in said)) from None
 
 
 def save(cfg: Config, path: Path) -> None:
@@ -112,26 +116,34 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return lines
 
 
+# pydantic speaks of Python's types, a user writes YAML
+SHAPES = {
+    "tuple_type": "give a list: [VALUE, ...]",
+    "dict_type": "give a mapping: {NAME: VALUE, ...}",
+    "model_type": "give a mapping: {NAME: VALUE, ...}",
+}
+
+
 def _explain(source: str, err: Any) -> str:
     where = ".".join(str(p) for p in err["loc"])
     if err["type"] == "extra_forbidden":
         return f"{source}: unknown key {where!r}{_nearest(err['loc'])}"
     if err["type"] == "missing":
         return f"{source}: {where} is required"
-    if err["type"] == "model_type":
+    if err["type"] == "model_type" and isinstance(err["loc"][-1], str):
         return f"{source}: {where}={err['input']!r}: a section: write {where}.NAME=VALUE, or a mapping in the file"
-    message = err["msg"].removeprefix("Value error, ")
+    message = SHAPES.get(err["type"], err["msg"].removeprefix("Value error, "))
     if not where:
         return f"{source}: {message}"
     return f"{source}: {where}={err['input']!r}: {message}"
 
 
 def _nearest(loc: tuple[Any, ...]) -> str:
-    section: Any = Config
-    for name in loc[:-1]:
-        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
-        section = field.annotation if field is not None else None
-    if not (isinstance(section, type) and issubclass(section, Section)):
+    section: type[Section] | None = Config
+    for name in (part for part in loc[:-1] if isinstance(part, str)):  # others are places in lists
+        field = section.model_fields.get(name) if section else None
+        section = _section(field.annotation) if field else None
+    if section is None:
         return ""
     names = list(section.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
@@ -140,3 +152,10 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     every: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
     elsewhere = [f"{name}.{loc[-1]}" for name, section in every.items() if loc[-1] in section.model_fields]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known keys: {', '.join(names)}"
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a setting holds: itself, as items of a list, or if anything."""
+    if parts := typing.get_args(annotation):
+        return next(filter(None, map(_section, parts)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

@@ -73,6 +73,17 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        ("[{name: math, wieght: 2}]", "unknown key 'reward.rewards.0.wieght'; did you mean 'reward.rewards.0.weight'?"),
+        ("[math]", "reward.rewards.0='math': give a mapping: {NAME: VALUE, ...}"),
+    ],
+)
+def test_a_wrong_item_of_a_list_is_all_that_is_said(rewards: str, words: str) -> None:
+    assert refused([f"reward.rewards={rewards}"]) == f"config: {words}"
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("rollout.groupsize=4", "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'?"),
@@ -87,6 +98,10 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("run.name=../elsewhere", "run.name='../elsewhere'"),
         ("noequals", "expected section.key=value"),
         ("train=5", "train=5: a section: write train.NAME=VALUE"),
+        ("rollout.servers=http://a:1", "config: rollout.servers='http://a:1': give a list: [VALUE, ...]"),
+        ("model.override_transformer_config=1", "config=1: give a mapping: {NAME: VALUE, ...}"),
+        ("train.profile={strt: 1, start: 1, stop: 2}", "did you mean 'train.profile.start'?"),
+        ("stability.rules=[{metric: x, hihg: 1}]", "unknown key 'stability.rules.0.hihg'; known keys: metric, above,"),
         (
             "train=[",
             "override 'train=[': the value is not valid YAML: line 1, column 2: expected the node content, but found "
