@@ -112,9 +112,8 @@ def main() -> None:
 
 
 def row(mode: str, seen: dict[str, list[Seconds]], learner: Saving, steps: int) -> tuple[str, ...]:
-    clock = [run.clock / steps for run in seen[mode]]
-    middle, by_none = measure.median(seen[mode]), measure.ratio(seen[mode], seen["none"])
-    seconds = (f"{statistics.median(clock):.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}", f"{middle.cpu / steps:.2f}")
+    seconds = measure.cells([Seconds(run.clock / steps, run.cpu / steps) for run in seen[mode]])
+    by_none = measure.ratio(seen[mode], seen["none"])
     call = "" if mode.startswith("none") else f"{statistics.median(learner.calls):.3f}"
     return mode, *seconds, f"{by_none.clock:.3f}", f"{by_none.cpu:.3f}", call
 

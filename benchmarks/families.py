@@ -64,7 +64,7 @@ def main() -> None:
     lines = f"{measure.machine('megatron-core', 'transformers')}.\n\n{measure.table(header, rows)}"
     print(lines)
     if args.out:
-        replace(args.out, lines)
+        measure.replace_section(args.out, BEGIN, END, lines)
 
 
 def row(kind: str, directory: Path) -> list[str]:
@@ -183,13 +183,6 @@ def _run_score(path: Path, data: Path, layout: list[str]) -> list[np.ndarray]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} {' '.join(layout)}:\n{done.stderr[-3000:]}")
     return [np.array(json.loads(line)["logprobs"]) for line in out.read_text().splitlines()]
-
-
-def replace(path: Path, lines: str) -> None:
-    """Put the table between the two marks of a page."""
-    text = path.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{head}\n{lines}\n{tail}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Servers are stand-ins (tests/unit/load_server.py) that answer at a set speed ove
 requests, computed from their lengths. Every answer is checked: none lost, doubled or another's. The stand-ins take CPU
 time too, on the same machine; `client CPU` is of this process alone.
 
-    python benchmarks/fleet.py [--servers 1 8 64] [--in-flight 256] [--rounds 2] [--tokens-per-s 10]
+    python -m benchmarks.fleet [--servers 1 8 64] [--in-flight 256] [--rounds 2] [--tokens-per-s 10]
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import machine, table
 from megasapo.rollout.fleet import Fleet
 from megasapo.sections import RolloutConfig
@@ -94,9 +93,8 @@ def main() -> None:
         return
     rows = []
     for servers in args.servers:  # each in a process of its own, for its memory
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--row", str(servers)], stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "benchmarks.fleet", *sys.argv[1:], "--row", str(servers)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         with contextlib.suppress(IndexError):
             rows.append(done.stdout.strip().splitlines()[-1].split("\t"))
         done.check_returncode()

@@ -144,7 +144,7 @@ def main() -> None:
         lines = table(a, Path(scratch))
     print(lines)
     if a.out is not None:
-        replace_table(a.out, lines)
+        measure.replace_section(a.out, "<!-- measured -->", "<!-- end -->", lines)
 
 
 def table(a: argparse.Namespace, scratch: Path) -> str:
@@ -179,14 +179,6 @@ def table(a: argparse.Namespace, scratch: Path) -> str:
             measure.table(header, rows),
         ]
     )
-
-
-def replace_table(path: Path, lines: str) -> None:
-    """What stands between the two marks of a page."""
-    begin, end = "<!-- measured -->", "<!-- end -->"
-    text = path.read_text()
-    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    path.write_text(f"{head}\n{lines}\n{tail}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from megasapo.algo.settings import resolve
 from megasapo.algo.weights import token_weights
 from megasapo.config import from_dict
+from megasapo.geometry import read_config
 from megasapo.mcore import bridge
 from megasapo.mcore.exchange import PackingRule, build_batch
 from megasapo.mcore.policy import Policy
@@ -30,30 +31,8 @@ from megasapo.mcore.topology import Topology
 from megasapo.types import Batch, TrainSequence
 
 # Qwen3-30B-A3B, of whose 48 layers there are 4
-SLICE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-}
+QWEN3 = Path(__file__).resolve().parents[1] / "examples" / "qwen3_30b_a3b" / "geometry"
+SLICE: dict[str, Any] = read_config(QWEN3) | {"num_hidden_layers": 4}
 TINY = SLICE | {
     "hidden_size": 64,
     "intermediate_size": 128,

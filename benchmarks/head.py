@@ -9,21 +9,17 @@ it; inputs, and what a matrix library allocates for itself, are not). TFLOP/s co
 cannot do without, 6 T H V; "/ products" is the time by theirs.
 
     pip install --target DIR --no-deps liger-kernel triton    # Liger's row is left out, and says so, without it
-    PYTHONPATH=DIR python benchmarks/head.py [--vocab 32768] [--runs 7] [--device cuda --dtype bfloat16 --batch 16 ...]
+    PYTHONPATH=DIR python -m benchmarks.head [--vocab 32768] [--runs 7] [--device cuda --dtype bfloat16 --batch 16 ...]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
-import platform
-import statistics
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels import ChunkedLogProbFunction
 
+from benchmarks import measure
 from megasapo.algo.objectives import sapo
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
@@ -170,17 +167,13 @@ TITLES = {"logp": "logp", "entropy": "logp and entropy", "sapo": "SAPO loss on {
 
 
 def groups() -> dict[str, dict[str, Head]]:
+    def scored(scores: Callable[[Inputs, bool], Scores], entropy: bool) -> Head:
+        return lambda x: of_scores(x, *scores(x, entropy))
+
+    every = {"megasapo": ours, "full logits": full_logits, "TRL, chunked": trl}
     out: dict[str, dict[str, Head]] = {
-        "logp": {
-            "megasapo": lambda x: of_scores(x, *ours(x, False)),
-            "full logits": lambda x: of_scores(x, *full_logits(x, False)),
-            "TRL, chunked": lambda x: of_scores(x, *trl(x, False)),
-        },
-        "entropy": {
-            "megasapo": lambda x: of_scores(x, *ours(x, True)),
-            "full logits": lambda x: of_scores(x, *full_logits(x, True)),
-            "TRL, chunked": lambda x: of_scores(x, *trl(x, True)),
-        },
+        "logp": {name: scored(scores, False) for name, scores in every.items()},
+        "entropy": {name: scored(scores, True) for name, scores in every.items()},
         "sapo": {
             "megasapo": lambda x: sapo_of(x, ours(x, False, x.in_loss.flatten())[0]),
             "full logits": lambda x: sapo_of(x, full_logits(x, False)[0]),
@@ -211,16 +204,6 @@ def backward(head: Head, x: Inputs) -> Tensor | None:
     return loss
 
 
-def timed(head: Head, x: Inputs) -> tuple[float, float]:
-    """Seconds by the clock and of CPU."""
-    wait = torch.cuda.synchronize if x.hidden.is_cuda else lambda: None
-    wait()
-    clock, cpu = time.perf_counter(), time.process_time()
-    backward(head, x)
-    wait()
-    return time.perf_counter() - clock, time.process_time() - cpu
-
-
 def extra_bytes(head: Head, x: Inputs) -> int:
     x.hidden.grad = x.weight.grad = None
     if x.hidden.is_cuda:
@@ -249,31 +232,31 @@ def check_agreement(heads: dict[str, Head], x: Inputs) -> None:
                 raise SystemExit(f"{label}: {name} is {apart:.2g} away from ours: not the same work")
 
 
-def table(heads: dict[str, Head], x: Inputs, runs: int) -> None:
+COLUMNS = (
+    "ms", "CPU ms", "tokens/s", "TFLOP/s", "/ products", "extra MiB", "memory: ours / its", "time: ours / its",
+    "CPU time: ours / its",
+)  # fmt: skip
+
+
+def table(title: str, heads: dict[str, Head], x: Inputs, runs: int) -> str:
     check_agreement(heads, x)
     extra = {label: extra_bytes(head, x) for label, head in heads.items()}
     everything: dict[str, Head] = {**heads, "the three products": three_products}
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in everything}
-    for _ in range(runs + 1):
-        for label, head in everything.items():
-            times[label].append(timed(head, x))
+    turns = {label: partial(measure.timed, partial(backward, head, x)) for label, head in everything.items()}
+    seen = measure.alternate(turns, runs)
     tokens, flops = x.hidden.shape[0], 6 * x.hidden.numel() * x.weight.shape[0]
-
-    def ratio(label: str, of: str, which: int) -> float:
-        pairs = zip(times[of][1:], times[label][1:], strict=True)  # the first is a warm-up
-        return statistics.median(a[which] / b[which] for a, b in pairs)
-
-    for label, measured in times.items():
-        clock, cpu = (statistics.median(column) for column in zip(*measured[1:], strict=True))
-        which = 0 if x.hidden.is_cuda else 1  # a CPU may be busy with other work
-        rate = f"{tokens / clock:,.0f} | {flops / clock / 1e12:.3g} | {ratio('the three products', label, which):.2f}"
-        row = f"| {label} | {1e3 * clock:.1f} | {1e3 * cpu:.1f} | {rate} |"
+    rows = []
+    for label, times in seen.items():
+        middle, by_products = measure.median(times), measure.ratio(times, seen["the three products"])
+        products = by_products.clock if x.hidden.is_cuda else by_products.cpu  # a CPU may be busy with other work
+        row = [label, f"{1e3 * middle.clock:.1f}", f"{1e3 * middle.cpu:.1f}", f"{tokens / middle.clock:,.0f}"]
+        row += [f"{flops / middle.clock / 1e12:.3g}", f"{products:.2f}"]
         if label in heads:
-            memory = f"{extra[label] / 2**20:.1f} | {extra['megasapo'] / extra[label]:.2f}"
-            row += f" {memory} | {ratio(label, 'megasapo', 0):.2f} | {ratio(label, 'megasapo', 1):.2f} |"
-        else:
-            row += " | | | |"
-        print(row)
+            by_its = measure.ratio(seen["megasapo"], times)
+            row += [f"{extra[label] / 2**20:.1f}", f"{extra['megasapo'] / extra[label]:.2f}"]
+            row += [f"{by_its.clock:.2f}", f"{by_its.cpu:.2f}"]
+        rows.append([*row, *[""] * (1 + len(COLUMNS) - len(row))])
+    return measure.table([title, *COLUMNS], rows)
 
 
 def main() -> None:
@@ -292,23 +275,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x = Inputs.make(args)
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
-    )
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "trl", "liger_kernel") if name in found)
+    print(f"{measure.machine('trl', 'liger-kernel')}; on {args.device}, ours: {x.kernel}\n")
     print(
-        f"{datetime.date.today()}, {device}, python {platform.python_version()}, {versions}; ours: {x.kernel}\n\n"
         f"{args.batch} x {args.length} tokens, hidden {args.hidden}, vocabulary {args.vocab}, {args.dtype}; "
         f"medians of {args.runs} alternating runs, forward and backward\n"
     )
-    columns = ["ms", "CPU ms", "tokens/s", "TFLOP/s", "/ products", "extra MiB"]
-    columns += ["memory: ours / its", "time: ours / its", "CPU time: ours / its"]
     every = groups()
     for name in args.only:
-        print(f"| {TITLES[name].format(args.share)} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-        table(every[name], x, args.runs)
-        print(flush=True)
+        print(table(TITLES[name].format(args.share), every[name], x, args.runs), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ from benchmarks.learner_work import (
     Work,
     add_model_options,
     add_work_options,
-    flops_per_token,
     make_work,
     model_shape,
     peak_memory_mib,
 )
 from benchmarks.measure import Seconds
 from benchmarks.turns import Message, Turns, sides
+from megasapo.geometry import read_geometry
 from tests.tiny import make_model
 
 
@@ -137,16 +137,15 @@ HEADER = (
 def table_rows(
     kind: str, work: Work, seen: dict[str, list[Seconds]], memory: dict[str, float], model: Path
 ) -> list[tuple[str, ...]]:
-    flops = flops_per_token(model, work.tokens / len(work.prompts))[1]
+    geometry = read_geometry(model)
+    flops = geometry.forward_flops(work.lengths) + geometry.training_flops(work.lengths)
     rows = []
     for name, runs in seen.items():
-        middle, speed_up = measure.median(runs), measure.ratio(seen["TRL"], runs)
-        clock = [s.clock for s in runs]
+        clock, speed_up = measure.median(runs).clock, measure.ratio(seen["TRL"], runs)
         computed = work.padded_tokens if name == "TRL" else work.tokens
         rows.append((
-            kind, name, str(work.tokens), str(computed), f"{middle.clock:.2f}", f"{min(clock):.2f}",
-            f"{max(clock):.2f}", f"{middle.cpu:.2f}", f"{work.tokens / middle.clock:.0f}",
-            f"{flops * work.tokens / middle.clock / 1e12:.4f}", f"{memory[name]:.0f}",
+            kind, name, str(work.tokens), str(computed), *measure.cells(runs), f"{work.tokens / clock:.0f}",
+            f"{flops / clock / 1e12:.4f}", f"{memory[name]:.0f}",
             f"{speed_up.clock:.2f}", f"{speed_up.cpu:.2f}",
         ))  # fmt: skip
     return rows

@@ -32,11 +32,15 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
+        return sum(self.lengths)
 
     @property
     def padded_tokens(self) -> int:
         return len(self.prompts) * (max(map(len, self.prompts)) + max(map(len, self.responses)))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -102,19 +106,6 @@ def model_shape(args: argparse.Namespace) -> dict[str, Any]:
         "head_dim": 64,
         "vocab_size": args.vocab,
     }
-
-
-def flops_per_token(model: Path, mean_length: float) -> tuple[float, float]:
-    """Of the forward pass, and of old logprobs plus update (4 times that): matrix products and attention."""
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(model)
-    heads = hf.num_attention_heads * hf.head_dim
-    attention = 2 * hf.hidden_size * (2 * heads + 2 * hf.num_key_value_heads * hf.head_dim) + 2 * heads * mean_length
-    experts = 2 * hf.num_experts_per_tok * 3 * hf.hidden_size * hf.moe_intermediate_size
-    router = 2 * hf.hidden_size * hf.num_experts
-    forward = hf.num_hidden_layers * (attention + experts + router) + 2 * hf.hidden_size * hf.vocab_size
-    return forward, 4 * forward
 
 
 def peak_memory_mib() -> float:

@@ -37,14 +37,22 @@ def timed(run: Callable[[], object]) -> Seconds:
     return Seconds(time.perf_counter() - clock, time.process_time() - cpu)
 
 
-def alternate(runs: dict[str, Callable[[], Seconds]], repeats: int, warm_up: int = 1) -> dict[str, list[Seconds]]:
-    """Each of `runs` in turn, `warm_up` rounds that do not count and then `repeats` that do."""
+def alternate(
+    runs: dict[str, Callable[[], Seconds]], repeats: int, warm_up: int = 1, rotate: bool = False
+) -> dict[str, list[Seconds]]:
+    """Each of `runs` in turn, `warm_up` rounds that do not count and then `repeats` that do.
+
+    `rotate`: who begins a round ends the next one.
+    """
     seen: dict[str, list[Seconds]] = {name: [] for name in runs}
+    order = list(runs)
     for number in range(warm_up + repeats):
-        for name, run in runs.items():
-            seconds = run()
+        for name in order:
+            seconds = runs[name]()
             if number >= warm_up:
                 seen[name].append(seconds)
+        if rotate:
+            order = [*order[1:], order[0]]
     return seen
 
 
@@ -58,6 +66,12 @@ def ratio(numerator: Sequence[Seconds], denominator: Sequence[Seconds]) -> Secon
     return Seconds(
         statistics.median(a.clock / b.clock for a, b in pairs), statistics.median(a.cpu / b.cpu for a, b in pairs)
     )
+
+
+def cells(runs: Sequence[Seconds]) -> tuple[str, str, str, str]:
+    """For a table: seconds by the clock, median, least and most, and the median of CPU seconds."""
+    clock, middle = [run.clock for run in runs], median(runs)
+    return f"{middle.clock:.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}", f"{middle.cpu:.2f}"
 
 
 def machine(*packages: str) -> str:
@@ -85,6 +99,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def replace_section(path: Path, begin: str, end: str, lines: str) -> None:
+    """Put lines between two marks of a page."""
+    text = path.read_text()
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    path.write_text(f"{head}\n{lines}\n{tail}")
 
 
 def _finish() -> None:

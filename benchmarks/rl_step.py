@@ -189,13 +189,12 @@ def compare(task: Task, runs: int, threads: int) -> dict[str, Seen]:
 def table_rows(kind: str, task: Task, seen: dict[str, Seen]) -> list[tuple[str, ...]]:
     rows = []
     for name, side in seen.items():
-        middle, speed_up = measure.median(side.seconds), measure.ratio(seen["TRL"].seconds, side.seconds)
-        clock = [s.clock for s in side.seconds]
-        per_second = statistics.median(t / s for t, s in zip(side.tokens, clock, strict=True))
+        speed_up = measure.ratio(seen["TRL"].seconds, side.seconds)
+        per_second = statistics.median(t / s.clock for t, s in zip(side.tokens, side.seconds, strict=True))
         generate = statistics.median(side.generate_s)
+        *clock, cpu = measure.cells(side.seconds)
         rows.append((
-            kind, name, f"{statistics.mean(side.tokens):.0f}", f"{middle.clock:.2f}", f"{min(clock):.2f}",
-            f"{max(clock):.2f}", f"{generate:.2f}", f"{middle.cpu:.2f}", f"{per_second:.0f}",
+            kind, name, f"{statistics.mean(side.tokens):.0f}", *clock, f"{generate:.2f}", cpu, f"{per_second:.0f}",
             f"{side.memory_mib:.0f}", f"{speed_up.clock:.2f}", f"{speed_up.cpu:.2f}",
         ))  # fmt: skip
     return rows

@@ -57,26 +57,15 @@ def compare(work: Work, runs: int, topo: Topology) -> dict[str, list[Seconds]]:
         return lambda: measure.timed(lambda: learner.step(given))
 
     steps = {name: run(learner, routed if MODES[name] == "R3" else rows) for name, learner in learners.items()}
-    seen: dict[str, list[Seconds]] = {name: [] for name in steps}
-    order = list(steps)
-    for number in range(runs + 1):  # the first round does not count
-        for name in order:
-            seconds = steps[name]()
-            if number:
-                seen[name].append(seconds)
-        order = [*order[1:], order[0]]
-    return seen
+    return measure.alternate(steps, runs, rotate=True)
 
 
 def table_rows(router: str, work: Work, seen: dict[str, list[Seconds]]) -> list[tuple[str, ...]]:
     rows = []
     for mode, runs in seen.items():
-        middle, by_none = measure.median(runs), measure.ratio(runs, seen["none"])
-        clock = [s.clock for s in runs]
-        rows.append((
-            router, mode, str(work.tokens), f"{middle.clock:.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}",
-            f"{middle.cpu:.2f}", f"{by_none.clock:.3f}", f"{by_none.cpu:.3f}",
-        ))  # fmt: skip
+        by_none = measure.ratio(runs, seen["none"])
+        ratios = f"{by_none.clock:.3f}", f"{by_none.cpu:.3f}"
+        rows.append((router, mode, str(work.tokens), *measure.cells(runs), *ratios))
     return rows
 
 

@@ -6,14 +6,12 @@ HTTP, with logprobs. `generate` runs all prompts as one batch, each row stopped 
 padded), and returns no logprobs. Runs alternate; the table shows medians over runs. On a machine that does other work
 too, look at the CPU seconds of the two processes: waiting for a core is not in them.
 
-    python benchmarks/server.py [--hidden 64] [--layers 4] [--experts 8] [--threads 1] [--runs 5]
+    python -m benchmarks.server [--hidden 64] [--layers 4] [--experts 8] [--threads 1] [--runs 5]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,10 +24,10 @@ import httpx
 import numpy as np
 import psutil
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import measure
+from benchmarks.measure import Seconds
 from tests.tiny import make_model
 
 
@@ -53,9 +51,6 @@ def workload(num_prompts: int, mean_tokens: int, vocab_size: int) -> tuple[list[
     return prompts, lengths.tolist()
 
 
-Seconds = tuple[float, float]  # by the clock, of CPU
-
-
 def cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
@@ -66,7 +61,7 @@ def run_server(client: httpx.Client, pid: int, prompts: list[list[int]], lengths
     params = [{"max_new_tokens": n, "temperature": 1.0, "ignore_eos": True} for n in lengths]
     start, start_cpu = time.perf_counter(), cpu_s(process)
     answer = client.post("/generate", json={"input_ids": prompts, "sampling_params": params, "return_logprob": True})
-    seconds = time.perf_counter() - start, cpu_s(process) - start_cpu
+    seconds = Seconds(time.perf_counter() - start, cpu_s(process) - start_cpu)
     got = [len(a["output_ids"]) for a in answer.raise_for_status().json()]
     if got != lengths:
         raise RuntimeError(f"asked for {lengths} tokens, got {got}")
@@ -78,8 +73,9 @@ def run_generate(model: Any, prompts: list[list[int]], lengths: list[int]) -> Se
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # padded on the left
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     stop = StoppingCriteriaList([OwnLength(longest, lengths)])
-    start, start_cpu = time.perf_counter(), cpu_s(psutil.Process())
-    with torch.inference_mode():
+
+    @torch.inference_mode()
+    def generate() -> None:
         out = model.generate(
             ids,
             attention_mask=mask,
@@ -92,10 +88,10 @@ def run_generate(model: Any, prompts: list[list[int]], lengths: list[int]) -> Se
             pad_token_id=0,
             stopping_criteria=stop,
         )
-    seconds = time.perf_counter() - start, cpu_s(psutil.Process()) - start_cpu
-    if out.shape != (len(prompts), longest + max(lengths)):
-        raise RuntimeError(f"generate returned {tuple(out.shape)}")
-    return seconds
+        if out.shape != (len(prompts), longest + max(lengths)):
+            raise RuntimeError(f"generate returned {tuple(out.shape)}")
+
+    return measure.timed(generate)
 
 
 def start_server(model_dir: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
@@ -109,23 +105,21 @@ def start_server(model_dir: Path, threads: int) -> tuple[subprocess.Popen[str], 
     raise RuntimeError(f"the server ended with {process.wait()} before it was ready")
 
 
-def measure(args: argparse.Namespace, model_dir: Path) -> tuple[list[Seconds], list[Seconds], int]:
+def compare(args: argparse.Namespace, model_dir: Path) -> tuple[dict[str, list[Seconds]], int]:
+    """Seconds of both sides, round by round, and the tokens of a round's responses."""
     prompts, lengths = workload(args.prompts, args.mean_tokens, 512)
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa").eval()
     process, url = start_server(model_dir, args.threads)
-    ours: list[Seconds] = []
-    theirs: list[Seconds] = []
     try:
         with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-            for run in range(args.runs + 1):
-                seconds = run_server(client, process.pid, prompts, lengths), run_generate(model, prompts, lengths)
-                if run:  # the first warms both up
-                    ours.append(seconds[0])
-                    theirs.append(seconds[1])
+            turns = {
+                "megasapo serve": lambda: run_server(client, process.pid, prompts, lengths),
+                "transformers generate": lambda: run_generate(model, prompts, lengths),
+            }
+            return measure.alternate(turns, args.runs), sum(lengths)
     finally:
         process.terminate()
         process.wait(30)
-    return ours, theirs, sum(lengths)
 
 
 def main() -> None:
@@ -145,23 +139,18 @@ def main() -> None:
         "num_key_value_heads": args.hidden // 32,
     }
     with tempfile.TemporaryDirectory() as directory:
-        ours, theirs, tokens = measure(args, make_model(directory, **shape))
-    print(
-        f"{datetime.date.today()}, {platform.machine()}, {args.threads} thread(s), python {platform.python_version()},",
-        end=" ",
-    )
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+        seen, tokens = compare(args, make_model(directory, **shape))
+    print(measure.machine("transformers"))
     print(
         f"Qwen3-MoE {shape}; {args.prompts} prompts, {tokens} response tokens; medians of {args.runs} alternating runs"
     )
-    print(f"{'':24}{'seconds':>10}{'min':>8}{'max':>8}{'tokens/s':>10}{'CPU s':>8}")
-    for name, runs in (("transformers generate", theirs), ("megasapo serve", ours)):
-        clock, cpu = zip(*runs, strict=True)
-        median = statistics.median(clock)
-        print(f"{name:24}{median:10.2f}{min(clock):8.2f}{max(clock):8.2f}", end="")
-        print(f"{tokens / median:10.0f}{statistics.median(cpu):8.2f}")
-    for i, what in enumerate(("by the clock", "in CPU seconds")):
-        ratios = [b[i] / a[i] for a, b in zip(ours, theirs, strict=True)]
+    rows = [(name, *measure.cells(runs), f"{tokens / measure.median(runs).clock:.0f}") for name, runs in seen.items()]
+    print(measure.table(("", "seconds", "min", "max", "CPU s", "tokens/s"), rows))
+    pairs = list(zip(seen["transformers generate"], seen["megasapo serve"], strict=True))
+    for what, ratios in (
+        ("by the clock", [theirs.clock / ours.clock for theirs, ours in pairs]),
+        ("in CPU seconds", [theirs.cpu / ours.cpu for theirs, ours in pairs]),
+    ):
         print(
             f"speed-up {what}: median of pairs {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
         )

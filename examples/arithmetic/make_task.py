@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,15 @@ def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int,
         write_jsonl(out / f"{name}.jsonl", [{"prompt": problem_text(p), "answer": str(sum(p))} for p in problems])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the arithmetic example's tokenizer, model and data.")
-    parser.add_argument("--out", type=Path, required=True, help="directory to fill: model/ and three .jsonl files")
+def make(description: str, make_data: Callable[..., None], *, out: str, num_sft: int, diligent: float) -> None:
+    """The command of an example: its tokenizer, model and data, from arguments whose defaults are given."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path(out), help="directory to fill: model/ and three .jsonl files")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-sft", type=int, default=57600)
+    parser.add_argument("--num-sft", type=int, default=num_sft)
     parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-eval", type=int, default=200)
-    parser.add_argument("--diligent", type=float, default=0.5, help="share of demonstrations that show the totals")
+    parser.add_argument("--diligent", type=float, default=diligent, help="share of the diligent pupil's demonstrations")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.diligent)
@@ -152,4 +154,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    make(
+        "Make the arithmetic example's tokenizer, model and data.",
+        make_data,
+        out="examples/arithmetic/out",
+        num_sft=57600,
+        diligent=0.5,
+    )

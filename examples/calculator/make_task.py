@@ -9,13 +9,12 @@ digits. What stands between `]` and `>` is the calculator's; in training the mod
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.arithmetic.make_task import make_model, make_tokenizer, write_jsonl
+from examples.arithmetic.make_task import make, write_jsonl
 from examples.calculator.tool import answer
 
 
@@ -44,23 +43,11 @@ def make_data(out: Path, seed: int, num_sft: int, num_train: int, num_eval: int,
         write_jsonl(out / f"{name}.jsonl", [row(p, answer=str(p[0] * p[1])) for p in problems])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the calculator example's tokenizer, model and data.")
-    parser.add_argument("--out", type=Path, default=Path("examples/calculator/out"))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-sft", type=int, default=48000)
-    parser.add_argument("--num-train", type=int, default=3000)
-    parser.add_argument("--num-eval", type=int, default=200)
-    parser.add_argument("--diligent", type=float, default=0.4, help="share of demonstrations that ask the calculator")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    make_data(args.out, args.seed, args.num_sft, args.num_train, args.num_eval, args.diligent)
-    make_tokenizer(args.out / "model")
-    make_model(args.out / "model", args.seed)
-    print(
-        f"{args.out}: model/, sft.jsonl ({args.num_sft}), train.jsonl ({args.num_train}), eval.jsonl ({args.num_eval})"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    make(
+        "Make the calculator example's tokenizer, model and data.",
+        make_data,
+        out="examples/calculator/out",
+        num_sft=48000,
+        diligent=0.4,
+    )
