@@ -6,7 +6,6 @@ slots count for routing, since the response attends to them, and not for logprob
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from megasapo.debug.passes import CURRENT, CURRENT_HELD, NATIVE, REPLAYED, UNQUANTISED, Passes, Variant
 from megasapo.debug.samples import Dumped
+from megasapo.routing.figures import Moments, moments
 from megasapo.routing.flips import flips
 from megasapo.routing.validate import offset_of
 from megasapo.score import used
@@ -149,27 +149,19 @@ def terms(samples: Sequence[Dumped], passes: Passes) -> Record | None:
     engine and mismatch are one term without a traced routing, fp8 is there with --unquantised, update and drift with
     two sets of weights.
     """
-    parts: dict[str, list[np.ndarray]] = {}
-    chain = _chain(samples, passes)
+    chain, parts = _chain(samples, passes), []
     for sample in samples:
-        at = sample.response
-        logps = [sample.rollout_logp[at], *(passes[variant][sample.number].logp[at] for _, variant in chain)]
-        for (name, _), (before, after) in zip(chain, itertools.pairwise(logps), strict=True):
-            parts.setdefault(name, []).append(after.astype(np.float64) - before)
-    values = {name: np.concatenate(found) for name, found in parts.items()}
-    whole = np.sum(list(values.values()), axis=0)
-    good = np.isfinite(whole)
-    if good.sum() < 2:
+        logps = [sample.rollout_logp, *(passes[variant][sample.number].logp for _, variant in chain)]
+        parts.append(np.diff(np.stack(logps).astype(np.float64)[:, sample.response], axis=0).T)
+    values = np.concatenate(parts)  # [tokens, terms]
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) < 2:
         return None
-    whole = whole[good]
-    variance = float(whole.var())
-    record: Record = {"tokens": len(whole), "mean": float(whole.mean()), "variance": variance, "terms": {}}
-    for name, value in values.items():
-        term = value[good]
-        shared = float(((term - term.mean()) * (whole - whole.mean())).mean())
-        figures = {"mean": float(term.mean()), "variance": float(term.var())}
-        record["terms"][name] = figures | {"share": shared / variance if variance > 0 else None}
-    return record
+    whole = Moments(moments(values.sum(axis=1), values).sum(axis=0))
+    each = zip(whole.term_mean, whole.term_variance, map(_finite, whole.share), strict=True)
+    figures = [{"mean": float(mean), "variance": float(spread), "share": share} for mean, spread, share in each]
+    terms = {name: found for (name, _), found in zip(chain, figures, strict=True)}
+    return {"tokens": len(values), "mean": float(whole.mean), "variance": whole.variance, "terms": terms}
 
 
 def _chain(samples: Sequence[Dumped], passes: Passes) -> list[tuple[str, Variant]]:

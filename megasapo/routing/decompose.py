@@ -113,7 +113,7 @@ def _add(sums: dict[str, np.ndarray], sequence: ScoredSequence, axes: Axes) -> N
         _add_flips(sums, i, moved[name], terms[:, axes.terms.index(name)], d, routing["behaviour"].shape[-1])
     for i, name in enumerate(ROUTINGS):
         sums["load"][i] += _load(routing[name], axes.num_experts)
-    rows = _moments(d, terms)
+    rows = figures.moments(d, terms)
     num_flips = moved["mismatch"].layers_changed + moved["drift"].layers_changed
     sums["by_sign"][_sign(sequence.advantage)] += rows.sum(axis=0)
     _add_by(sums["by_flips"], np.digitize(num_flips, axes.flip_edges) - 1, rows)
@@ -164,12 +164,6 @@ def _add_by(into: np.ndarray, group: np.ndarray, rows: np.ndarray) -> None:
     """Add rows [N, M] to the groups' rows; `group` [N]."""
     for i in np.unique(group):
         into[i] += rows[group == i].sum(axis=0)
-
-
-def _moments(d: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """[N, num_moments]."""
-    alone = np.stack([np.ones_like(d), d, d * d], axis=1)
-    return np.concatenate([alone, terms, terms * terms, terms * d[:, None]], axis=1)
 
 
 def _load(ids: np.ndarray, num_experts: int) -> np.ndarray:

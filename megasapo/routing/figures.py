@@ -1,6 +1,6 @@
 """What the sums of a decomposition say: variance shares, flip rates, loads and counterfactuals.
 
-Called by decompose.Decomposition. Every figure is defined in docs/routing.md; None or NaN where it is undefined.
+Called by decompose.Decomposition; the debugger has its shares from here, too. Every figure is defined in docs/routing.md; None or NaN where it is undefined.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ Sums = Mapping[str, np.ndarray]
 
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 ROUNDING = 1e-12  # of a mean square: a variance below it is that of equal numbers
+
+
+def moments(d: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """[N, num_moments] of log-ratios d [N] and their terms [N, terms]: rows whose sums Moments reads."""
+    alone = np.stack([np.ones_like(d), d, d * d], axis=1)
+    return np.concatenate([alone, terms, terms * terms, terms * d[:, None]], axis=1)
 
 
 class Moments:
