@@ -170,6 +170,17 @@ class RunDir:
         if self._is_main:
             checkpoints.write_durably(self.path / "done", json.dumps({"command": command, "step": step}))
 
+    def report_end(self, step: int, total: int, hf: Path) -> None:
+        """Say, once the ranks have parted, how it ended and where everything is; `hf`: what is made at the very end."""
+        if not self._is_main:
+            return
+        ended = "finished" if step >= total else f"stopped after step {step} of {total}; run it again to continue"
+        print(f"\n{self.path} {ended}\n  TensorBoard  tensorboard --logdir {self.path / 'tensorboard'}")
+        print(f"  metrics      {self.path / 'metrics.jsonl'}\n  checkpoints  {self.path / 'checkpoints'}")
+        if step >= total:
+            print(f"  HF model     {hf}")
+        sys.stdout.flush()
+
     def _save_config(self, cfg: Config) -> None:
         path = self.path / "config.yaml"
         if path.exists() and (self.path / "checkpoints" / "latest").exists():  # else nothing of it is continued
@@ -231,10 +242,3 @@ class Phases:
         whole, self._started = now - self._started, now
         seconds, self._seconds = self._seconds, {}
         return {f"time/{name}_s": s for name, s in seconds.items()} | {"time/step_s": whole}
-
-
-def report_end(headline: str, places: dict[str, str]) -> None:
-    """Say how it ended and where everything is."""
-    width = max(len(name) for name in places)
-    lines = [headline, *(f"  {name:{width}}  {place}" for name, place in places.items())]
-    print("\n" + "\n".join(lines), flush=True)

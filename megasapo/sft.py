@@ -88,15 +88,11 @@ def train(cfg: Config) -> None:
         step = _loop(cfg, topo, policy, examples, directory, log, meter, heartbeat, step, steps)
         with heartbeat.phase("save"):
             policy.finish_saving()
-        finished = step >= steps
-        if finished:
-            out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
+        out = Path(cfg.sft.out) if cfg.sft.out else directory.path / "hf"
+        if step >= steps:
             policy.save_hf(out)
             directory.finish("sft", step)
-    if topo.rank == 0:
-        stopped = f"stopped after step {step} of {steps}; run it again to continue"
-        places = {"metrics": str(directory.path / "metrics.jsonl")} | ({"HF model": str(out)} if finished else {})
-        run.report_end(f"{directory.path} {'finished' if finished else stopped}", places)
+    directory.report_end(step, steps, out)
 
 
 def _loop(

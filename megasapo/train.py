@@ -93,6 +93,7 @@ class Parts:
 def loop(p: Parts, step: int) -> int:
     """From `step` to train.steps, or until asked to stop; returns the step reached. Collective."""
     from megasapo import ceiling, metrics
+    from megasapo.rollout.sequences import to_sequences
     from megasapo.rollout.stats import group_stats, routing_stats
 
     phases = run.Phases(p.heartbeat.phase, p.profiler.phase)
@@ -105,7 +106,7 @@ def loop(p: Parts, step: int) -> int:
         with phases("rollout"), ceiling.saving_first(p.source, partial(save_and_wait, p, step)):
             groups, dropped = p.source.next(version=step)
         with phases("batch"):
-            sequences = make_sequences(groups, p)
+            sequences = to_sequences(groups, p.algo, p.routing)
             batch = make_batch(sequences, p)
         with phases("old_logprobs"):
             batch = p.policy.with_old_logprobs(batch)
@@ -212,13 +213,6 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def make_sequences(groups: list[Group], p: Parts) -> list[TrainSequence]:
-    """This leader's samples as sequences with advantages, in the order of groups and samples."""
-    from megasapo.rollout.sequences import to_sequences
-
-    return to_sequences(groups, p.algo, p.routing)
-
-
 def make_batch(sequences: list[TrainSequence], p: Parts) -> Batch:
     """Token weights, mini-batches balanced over ranks, packed. Collective."""
     from megasapo.algo.weights import token_weights
@@ -278,15 +272,15 @@ def train(cfg: Config) -> None:
         step = loop(parts, step)
         with heartbeat.phase("save"):
             parts.policy.finish_saving()
-        finished = step >= cfg.train.steps
+        finished, out = step >= cfg.train.steps, directory.path / "hf"
         if finished:
             with heartbeat.phase("export"):
-                parts.policy.save_hf(directory.path / "hf")
+                parts.policy.save_hf(out)
             directory.finish("train", step)
-    if topo.rank == 0:
-        if finished and not cfg.rollout.servers:  # those of others may name it as their model, and load it again
-            disk.forget(directory.path)  # hf/ has the same
-        _report_end(cfg, directory, step, finished)
+    # servers of others may name it as their model, and load it again
+    if topo.rank == 0 and finished and not cfg.rollout.servers:
+        disk.forget(directory.path)  # hf/ has the same
+    directory.report_end(step, cfg.train.steps, out)
 
 
 def resume(p: Parts, last: Path | None) -> int:
@@ -437,11 +431,3 @@ def _make_source(
         return {f"eval/{name}": value for name, value in figures.items() if name not in ("problems", "samples")}
 
     return source, evaluate_now
-
-
-def _report_end(cfg: Config, directory: run.RunDir, step: int, finished: bool) -> None:
-    path = directory.path
-    stopped = f"stopped after step {step} of {cfg.train.steps}; run it again to continue"
-    places = {"TensorBoard": f"tensorboard --logdir {path / 'tensorboard'}", "metrics": str(path / "metrics.jsonl")}
-    places |= {"checkpoints": str(path / "checkpoints")} | ({"HF model": str(path / "hf")} if finished else {})
-    run.report_end(f"{path} {'finished' if finished else stopped}", places)
