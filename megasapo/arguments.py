@@ -13,6 +13,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    def add_config(self) -> None:
+        """CONFIG.yaml, and settings over it: to be parsed with parse_intermixed_args, as flags may stand between."""
+        self.add_argument("config", metavar="CONFIG.yaml")
+        self.add_argument(
+            "overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML"
+        )
+
     def error(self, message: str) -> NoReturn:
         """Print it and exit with code 2."""
         unknown, flags = message.partition("unrecognized arguments: ")[2].split(), list(self._option_string_actions)

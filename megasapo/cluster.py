@@ -73,8 +73,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     p = Parser(prog="megasapo cluster", description="what slurm/sapo_moe.sh will start, checked")
-    p.add_argument("config", metavar="CONFIG.yaml")
-    p.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML")
+    p.add_config()
     p.add_argument("--learner-nodes", type=int, required=True, metavar="N")
     p.add_argument("--gpus", type=int, required=True, metavar="G", help="GPUs on each node; 0: learn on CPUs")
     p.add_argument("--nproc", type=int, metavar="P", help="ranks on each learner node (default: G)")

@@ -32,12 +32,9 @@ STOP_FOR = "attempt "  # a stop file that begins so is for the ranks of that att
 def parse(command: str, description: str, argv: list[str]) -> tuple[Config, int]:
     """CONFIG.yaml, overrides and --nproc of a learner command. Exits on --help or unusable arguments."""
     parser = Parser(prog=f"megasapo {command}", description=description)
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML"
-    )
+    parser.add_config()
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: as few as the layout needs)")
-    args = parser.parse_intermixed_args(argv)  # overrides may stand behind --nproc, too
+    args = parser.parse_intermixed_args(argv)
     cfg = config.load(args.config, args.overrides)
     check_files(cfg)
     ranks = world_size(cfg.parallel, args.nproc)

@@ -120,7 +120,8 @@ def _score_on_rank(cfg: Config, lines: Sequence[Line], out: Path, with_routing: 
     try:
         records = score(cfg, lines, topo, with_routing=with_routing)
         if topo.rank == 0:
-            _write(out, records)
+            with placed(out) as unfinished, unfinished.open("w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in records)
             print(f"{out}: {len(records)} sequences", flush=True)
         topo.barrier()
     finally:
@@ -154,8 +155,3 @@ def used(choices: np.ndarray, forced: np.ndarray | None) -> np.ndarray:
     if forced is not None:
         experts[: len(forced)] = np.where(forced < 0, experts[: len(forced)], forced)
     return experts
-
-
-def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
-    with placed(out) as unfinished, unfinished.open("w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)

@@ -128,7 +128,7 @@ def loop(p: Parts, step: int) -> int:
         also = diagnosed.scalars | held_out | metrics.quantiles(stats, "ratio/log_hist", "ratio/log")
         figures = metrics.observed(stats) | metrics.defined(also)
         events = p.guard.observe(step, figures)
-        write_step(p, step, stats, groups, diagnosed, held_out, phases, events)
+        write_step(p, step, stats, also, groups, diagnosed, phases, events)
         if act(p, step, events, groups, figures):
             step = roll_back(p, events)
             continue
@@ -233,20 +233,19 @@ def write_step(
     p: Parts,
     step: int,
     stats: Metrics,
+    also: dict[str, float],
     groups: list[Group],
     diagnosed: Figures,
-    held_out: dict[str, float],
     phases: run.Phases,
     events: list[Event],
 ) -> None:
-    """The step's line, histograms and samples; `stats` are merged over ranks, `groups` this leader's."""
+    """The step's line, histograms and samples; `stats` and `also` are of all ranks, `groups` this leader's."""
     from megasapo.log.rollouts import sample_texts, write_rollouts
-    from megasapo.metrics import Hist, quantiles, scalars
+    from megasapo.metrics import Hist, scalars
 
     if p.cfg.log.keep_rollouts and p.topo.is_leader:
         write_rollouts(p.directory.path, step, groups, shard=(p.topo.dp_rank, p.topo.dp))
-    numbers = scalars(stats) | diagnosed.scalars | held_out | phases.take()
-    numbers |= quantiles(stats, "ratio/log_hist", "ratio/log")
+    numbers = scalars(stats) | also | phases.take()
     numbers |= p.meter.rates(numbers, numbers["rollout/tokens"])
     numbers["stability/events"] = float(len(events))
     histograms = {name: value for name, value in stats.items() if isinstance(value, Hist)} | diagnosed.histograms

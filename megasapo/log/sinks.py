@@ -100,18 +100,17 @@ def make_log(
     *,
     resume_step: int | None = None,
     total_steps: int | None = None,
-    stream: TextIO | None = None,
 ) -> Log:
     """The configured sinks of a run, on the main rank; elsewhere a Log that does nothing.
 
     `resume_step`: the last step that the run keeps (None: a fresh start, what an earlier run left is cut).
-    `total_steps` is for the progress bar, which goes to `stream` (stdout).
+    `total_steps` is for the progress bar.
     """
     if not is_main:
         return Log([])
     run_dir.mkdir(parents=True, exist_ok=True)
     make: dict[str, Callable[[], Sink]] = {
-        "console": lambda: ConsoleSink(total_steps, resume_step or 0, stream or sys.stdout),
+        "console": lambda: ConsoleSink(total_steps, resume_step or 0, sys.stdout),
         "jsonl": lambda: JsonlSink(run_dir / "metrics.jsonl", resume_step),
         "tensorboard": lambda: TensorBoardSink(run_dir / "tensorboard", resume_step),
     }

@@ -55,10 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="megasapo plan", description="memory, messages and time of parallel layouts")
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=c", help="settings over the file's, values as YAML"
-    )
+    parser.add_config()
     parser.add_argument("--gpus", type=int, required=True, help="ranks of the learner, over all machines")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True)
     parser.add_argument("--nodes-of", type=int, default=8, help="GPUs on one machine (default 8)")

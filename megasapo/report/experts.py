@@ -8,7 +8,7 @@ from typing import Any
 from megasapo.report.blocks import Chart, Part, Section, Table
 from megasapo.report.curves import NO_DIAGNOSIS, Curve, curve_part
 from megasapo.report.figures import Figure, Series, categories, diagnosed, figure_of, heat_map
-from megasapo.report.ratios import SEQUENTIAL
+from megasapo.report.ratios import SEQUENTIAL, mean, product
 from megasapo.report.read import Run
 
 COSTLIEST = 10
@@ -32,7 +32,7 @@ def _load(diagnosis: dict[str, Any]) -> Chart:
     even = 1 / top  # where an even share lies on the colour bar
     scale = [[0, "#0072B2"], [even, "#fbfbfd"], [even + (1 - even) / 2, "#e0853d"], [1, "#a33600"]]
     traces = [
-        _map(diagnosis, [[_times(x, num_experts) for x in row] for row in loads[who]], "times an even share", WHO[who])
+        _map(diagnosis, [[product(x, num_experts) for x in row] for row in loads[who]], "times an even share", WHO[who])
         | {"colorscale": scale, "zmin": 0, "zmax": top}
         for who in ("current", "behaviour", "rollout")
     ]
@@ -83,10 +83,6 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def _times(value: float | None, factor: int) -> float | None:
-    return None if value is None else value * factor
-
-
 def _map(diagnosis: dict[str, Any], z: list[list[float | None]], bar: str, name: str) -> Figure:
     return heat_map(range(len(z[0])), diagnosis["layers"], z, bar=bar, name=name)
 
@@ -117,12 +113,8 @@ def _when(diagnosis: dict[str, Any]) -> str:
     return f"Step {diagnosis['step']}, the latest diagnosis, {diagnosis['tokens']} tokens."
 
 
-def _mean_of(which: str, pick: Any) -> Any:
-    def value(diagnosis: dict[str, Any]) -> float | None:
-        known = [x for x in diagnosis[which]["current"] if x is not None]
-        return pick(known) if known else None
-
-    return value
+def _known(diagnosis: dict[str, Any], which: str) -> list[float]:
+    return [x for x in diagnosis[which]["current"] if x is not None]
 
 
 EVENNESS = [
@@ -131,8 +123,8 @@ EVENNESS = [
         "Entropy of the load over log E: 100 % is all experts alike. A falling lowest layer is a router collapsing.",
         "load entropy / log E",
         (
-            Series("mean of the layers", diagnosed(_mean_of("load_entropy", lambda xs: sum(xs) / len(xs)))),
-            Series("lowest layer", diagnosed(_mean_of("load_entropy", min)), "#D55E00"),
+            Series("mean of the layers", diagnosed(lambda d: mean(d["load_entropy"]["current"]))),
+            Series("lowest layer", diagnosed(lambda d: min(_known(d, "load_entropy"), default=None)), "#D55E00"),
         ),
         NO_DIAGNOSIS,
         unit=True,
@@ -142,8 +134,8 @@ EVENNESS = [
         "Load of a layer's busiest expert over an even share: with expert parallelism the others wait for it.",
         "times an even share",
         (
-            Series("mean of the layers", diagnosed(_mean_of("load_imbalance", lambda xs: sum(xs) / len(xs)))),
-            Series("worst layer", diagnosed(_mean_of("load_imbalance", max)), "#D55E00"),
+            Series("mean of the layers", diagnosed(lambda d: mean(d["load_imbalance"]["current"]))),
+            Series("worst layer", diagnosed(lambda d: max(_known(d, "load_imbalance"), default=None)), "#D55E00"),
         ),
         NO_DIAGNOSIS,
     ),

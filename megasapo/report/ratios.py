@@ -206,7 +206,7 @@ def _by_sign(diagnosis: dict[str, Any]) -> Chart:
     labels = {"positive": "A > 0", "negative": "A < 0", "zero": "A = 0"}
     names = [f"{labels[name]}: {of['tokens']} tokens" for name, of in signs]
     data = [
-        bars(names, [_product(of["share"][term], of["variance"]) for _, of in signs], term, colour, "%{y:.3~g}")
+        bars(names, [product(of["share"][term], of["variance"]) for _, of in signs], term, colour, "%{y:.3~g}")
         for term, colour in TERM_COLOURS.items()
         if term in diagnosis["share"]
     ]
@@ -216,8 +216,9 @@ def _by_sign(diagnosis: dict[str, Any]) -> Chart:
     return Chart("Variance by sign of the advantage", look, figure, note=_latest(diagnosis))
 
 
-def _product(share: float | None, variance: float | None) -> float | None:
-    return None if share is None or variance is None else share * variance
+def product(a: float | None, b: float | None) -> float | None:
+    """None where either is undefined."""
+    return None if a is None or b is None else a * b
 
 
 def _sweep(diagnosis: dict[str, Any]) -> Chart:
@@ -237,7 +238,8 @@ def _layers(group: Sequence[int]) -> str:
     return str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are defined."""
     known = [x for x in values if x is not None]
     return sum(known) / len(known) if known else None
 
@@ -248,8 +250,8 @@ OVER_STEPS = [
         "Share of expert choices that differ, mean of the layers: between engines (mismatch), by the update (drift).",
         "share of choices",
         (
-            Series("mismatch", diagnosed(lambda d: _mean(d["flip_rate"]["mismatch"])), TERM_COLOURS["mismatch"]),
-            Series("drift", diagnosed(lambda d: _mean(d["flip_rate"]["drift"])), TERM_COLOURS["drift"]),
+            Series("mismatch", diagnosed(lambda d: mean(d["flip_rate"]["mismatch"])), TERM_COLOURS["mismatch"]),
+            Series("drift", diagnosed(lambda d: mean(d["flip_rate"]["drift"])), TERM_COLOURS["drift"]),
         ),
         NO_DIAGNOSIS,
         unit=True,

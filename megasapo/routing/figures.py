@@ -1,6 +1,7 @@
 """What the sums of a decomposition say: variance shares, flip rates, loads and counterfactuals.
 
-Called by decompose.Decomposition; the debugger has its shares from here, too. Every figure is defined in docs/routing.md; None or NaN where it is undefined.
+Called by decompose.Decomposition, and by the debugger for its shares. Every figure is defined in docs/routing.md; None
+or NaN where it is undefined.
 """
 
 from __future__ import annotations

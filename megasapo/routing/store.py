@@ -104,7 +104,7 @@ def read_diagnosis(run_dir: Path, *, newest: int | None = None) -> list[dict[str
             found.append(json.loads(path.read_text()))
         except ValueError as e:
             raise UserError(f"{path} is not a diagnosis: {e}; restore or remove it") from e
-    return sorted(found, key=lambda document: document["step"])
+    return found
 
 
 def read_tokens(run_dir: Path, step: int) -> dict[str, np.ndarray]:

@@ -47,11 +47,6 @@ class RoutingRule:
         layers = tuple(i for i, moe in enumerate(geometry.moe_layers) if moe)
         return RoutingRule(geometry.layers, layers, geometry.experts, geometry.top_k, check)
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Of a routing without unknown rows."""
-        return storage_dtype(self.num_experts)
-
     def layers_sent(self, num_ids: int, tokens: int) -> int | None:
         """Of how many layers so many ids of a sequence of `tokens` tokens are; None: they cannot be of this model.
 
@@ -78,7 +73,7 @@ def validate(routed: np.ndarray, *, tokens: int, rule: RoutingRule, where: str) 
     if lowest < UNKNOWN or highest >= rule.num_experts:
         bad = np.any((ids < UNKNOWN) | (ids >= rule.num_experts), axis=2)
         _refuse(ids, bad, rule, where, f"expert ids go from 0 to {rule.num_experts - 1}: is it the learner's model?")
-    stored = np.ascontiguousarray(ids, dtype=np.int16 if lowest == UNKNOWN else rule.dtype)
+    stored = np.ascontiguousarray(ids, dtype=np.int16 if lowest == UNKNOWN else storage_dtype(rule.num_experts))
     if rule.check:
         if lowest == UNKNOWN:
             _check_unknown(stored, rule, where)

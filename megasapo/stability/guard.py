@@ -41,12 +41,8 @@ class Guard:
         acts = cfg.mode == "act"
         self._skip_rules = [rule for rule in rules if acts and rule.action == "skip"]
         self._step_rules = [rule for rule in rules if rule not in self._skip_rules]
-        self._watch = Watch(cfg, self._step_rules)
-        # Ratios grow from one mini-batch of a step to the next: each place in the step has a history of its own.
-        self._mini: dict[int, Watch] = {}
-        self._step = 0
+        self._restore(0, None)
         self._vetoes: list[Event] = []  # of the step under way
-        self._skips_in_a_row = 0
         self._longest_skip = 0  # of the rows that had a part in this step
         self.rollbacks = 0
         self.may_roll_back = acts and any(rule.action == "rollback" for rule in rules)
@@ -79,7 +75,9 @@ class Guard:
     def _restore(self, step: int, state: Mapping[str, Any] | None) -> None:
         """None: of a checkpoint from before there was a watch."""
         self._step, self._skips_in_a_row = step, 0
-        self._watch, self._mini = Watch(self._cfg, self._step_rules), {}
+        self._watch = Watch(self._cfg, self._step_rules)
+        # Ratios grow from one mini-batch of a step to the next: each place in the step has a history of its own.
+        self._mini: dict[int, Watch] = {}
         if state is None:
             return
         self._skips_in_a_row = int(state["skips_in_a_row"])
