@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 
@@ -22,19 +23,33 @@ class Seconds(NamedTuple):
     clock: float
     cpu: float
 
+    def since(self, start: Seconds) -> Seconds:
+        return Seconds(self.clock - start.clock, self.cpu - start.cpu)
+
 
 def device() -> torch.device:
     """CUDA where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def now() -> Seconds:
+    """The clock and this process's CPU seconds; on CUDA once the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Seconds(time.perf_counter(), time.process_time())
+
+
 def timed(run: Callable[[], object]) -> Seconds:
-    """One run; on CUDA until the device has finished."""
-    _finish()
-    clock, cpu = time.perf_counter(), time.process_time()
+    """One run."""
+    start = now()
     run()
-    _finish()
-    return Seconds(time.perf_counter() - clock, time.process_time() - cpu)
+    return now().since(start)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of another process so far."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def alternate(
@@ -106,11 +121,6 @@ def replace_section(path: Path, begin: str, end: str, lines: str) -> None:
     text = path.read_text()
     head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     path.write_text(f"{head}\n{lines}\n{tail}")
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _processor() -> str:

@@ -131,7 +131,7 @@ class _Steps:
         now = _now_with_children()
         numbers = json.loads(self._metrics.read_text().splitlines()[-1])
         self._turns.done({
-            "seconds": Seconds(now.clock - self._since.clock, now.cpu - self._since.cpu),
+            "seconds": now.since(self._since),
             "generate_s": numbers["time/rollout_s"],
             "tokens": round(numbers["response/length_mean"] * self._samples),
             "memory_mib": peak_memory_mib(),
@@ -141,18 +141,10 @@ class _Steps:
 
 def _now_with_children() -> Seconds:
     """The clock, and the CPU seconds of this process and of those below it."""
-    import time
-
     import psutil
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    cpu = 0.0
     me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        times = process.cpu_times()
-        cpu += times.user + times.system
-    return Seconds(time.perf_counter(), cpu)
+    return Seconds(measure.now().clock, sum(map(measure.cpu_s, (me, *me.children(recursive=True)))))
 
 
 def trl_side(turns: Turns, task: Task) -> None:

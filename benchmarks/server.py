@@ -51,17 +51,12 @@ def workload(num_prompts: int, mean_tokens: int, vocab_size: int) -> tuple[list[
     return prompts, lengths.tolist()
 
 
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
-
-
 def run_server(client: httpx.Client, pid: int, prompts: list[list[int]], lengths: list[int]) -> Seconds:
     process = psutil.Process(pid)
     params = [{"max_new_tokens": n, "temperature": 1.0, "ignore_eos": True} for n in lengths]
-    start, start_cpu = time.perf_counter(), cpu_s(process)
+    start = Seconds(time.perf_counter(), measure.cpu_s(process))
     answer = client.post("/generate", json={"input_ids": prompts, "sampling_params": params, "return_logprob": True})
-    seconds = Seconds(time.perf_counter() - start, cpu_s(process) - start_cpu)
+    seconds = Seconds(time.perf_counter(), measure.cpu_s(process)).since(start)
     got = [len(a["output_ids"]) for a in answer.raise_for_status().json()]
     if got != lengths:
         raise RuntimeError(f"asked for {lengths} tokens, got {got}")

@@ -7,7 +7,6 @@ through its own `rollout_func` and reward functions.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.learner_work import BETAS, CLIP, EPS, GROUP, LR, MINI_BATCHES, Work, peak_memory_mib
-from benchmarks.measure import Seconds
+from benchmarks.measure import Seconds, now
 from benchmarks.turns import Turns
 
 
@@ -34,7 +33,7 @@ class Clocks(TrainerCallback):
     def reset(self) -> None:
         self.clock = self.cpu = 0.0
         self.steps = 0
-        self._since: tuple[float, float] | None = None
+        self._since: Seconds | None = None
         self.order: list[torch.Tensor] = []  # completions of each micro-batch, padded
         self.old_logp = 0.0
         self.grad_norms: list[float] = []
@@ -45,9 +44,9 @@ class Clocks(TrainerCallback):
 
     def stop(self) -> None:
         assert self._since is not None, "the clock was not started"
-        clock, cpu = now()
-        self.clock += clock - self._since[0]
-        self.cpu += cpu - self._since[1]
+        spent = now().since(self._since)
+        self.clock += spent.clock
+        self.cpu += spent.cpu
         self._since = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -158,9 +157,3 @@ def _order(micro: list[torch.Tensor], work: Work) -> list[int]:
         assert len(matches) == 1, f"{len(matches)} responses begin as a row of TRL's batch does"
         order += matches
     return order
-
-
-def now() -> Seconds:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Seconds(time.perf_counter(), time.process_time())

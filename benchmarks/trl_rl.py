@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from benchmarks.learner_work import GROUP, peak_memory_mib
-from benchmarks.measure import Seconds
-from benchmarks.trl_learner import Finished, make_trainer, now
+from benchmarks.measure import Seconds, now
+from benchmarks.trl_learner import Finished, make_trainer
 from benchmarks.turns import Turns
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ class Clock(TrainerCallback):
         self._since = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        clock, cpu = now()
         self._turns.done({
-            "seconds": Seconds(clock - self._since.clock, cpu - self._since.cpu),
+            "seconds": now().since(self._since),
             "generate_s": self.generate_s,
             "tokens": self.tokens,
             "memory_mib": peak_memory_mib(),
