@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megasapo import config, run
 from megasapo.arguments import Parser
 from megasapo.config import Config, ConfigError
@@ -112,7 +110,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     source = run_dir / "config.yaml"
     if not source.is_file():
         raise ConfigError(f"{run_dir} is not the directory of a run: it has no config.yaml")
-    raw = yaml.safe_load(source.read_text()) | {"parallel": {}}
+    raw = config.read(source) | {"parallel": {}}
     configs = {"": config.from_dict(raw, args.overrides, source=str(source))}
     for against in args.against:
         configs[against] = config.from_dict(raw, [*args.overrides, *against.split()], source=f"--against {against}")

@@ -93,6 +93,15 @@ def test_the_first_weights_are_those_that_the_run_started_from(tmp_path: Path) -
         assert plan.weights.behaviour == {0: Path(started_from or tmp_path)}
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "model is required"), ("model: [", "not valid YAML"), ("7", "mapping")]
+)
+def test_a_damaged_configuration_is_said_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.yaml: .*{said}"):
+        debug._plan(debug._parser().parse_intermixed_args([str(tmp_path), "--step=1"]))
+
+
 def test_steps_that_are_not_there_and_broken_lines_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape("log.keep_rollouts=true")):
         read_samples(tmp_path, 1, group_size=2, geometry=GEOMETRY)
