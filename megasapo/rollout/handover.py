@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from collections.abc import Sequence
 from concurrent import futures
 from multiprocessing.reduction import ForkingPickler
@@ -24,9 +23,9 @@ from megasapo.errors import ConfigError
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.online import raise_first, tensor_ranks
 from megasapo.rollout.servers import Server
+from megasapo.rollout.shared_memory import managed
 from megasapo.rollout.weight_files import Bucket
 
-MANAGER_S = 60.0  # for torch's manager of shared memory to get a turn
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor, as SGLang counts them (sglang.srt.utils.patch_torch)
 
 
@@ -110,16 +109,7 @@ class Shared:
 
 
 def _allocated(size: int) -> torch.UntypedStorage:
-    """Shared memory of a name. torch tells a process of its own, its manager, and gives up when that gets no turn for a
-    second (pytorch issue 129656), before anything is allocated.
-    """
-    deadline = time.monotonic() + MANAGER_S
-    while True:
-        try:
-            return torch.UntypedStorage._new_using_filename_cpu(size)
-        except RuntimeError as e:
-            if "manager connection has timed out" not in str(e) or time.monotonic() > deadline:
-                raise
+    return managed(lambda: torch.UntypedStorage._new_using_filename_cpu(size))
 
 
 class _Pickler(ForkingPickler):

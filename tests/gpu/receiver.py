@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
+from megasapo.rollout.shared_memory import managed
 from tests.dist.launcher import ROOT
 
 
@@ -58,17 +58,6 @@ def _rebuild_by_uuid(*arguments: Any) -> Any:
     return rebuild_cuda_tensor(*arguments[:6], uuids.index(arguments[6]), *arguments[7:])
 
 
-def _loaded(payload: bytes) -> list[tuple[str, torch.Tensor]]:
-    """Again where torch's manager of shared memory got no turn for a second: nothing is mapped then."""
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            return pickle.loads(payload)
-        except RuntimeError as e:
-            if "manager connection has timed out" not in str(e) or time.monotonic() > deadline:
-                raise
-
-
 if __name__ == "__main__":
     rebuild_cuda_tensor = reductions.rebuild_cuda_tensor
     reductions.rebuild_cuda_tensor = _rebuild_by_uuid
@@ -76,6 +65,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         if line.strip():
             held.clear()
-            held = _loaded(base64.b64decode(line))
+            payload = base64.b64decode(line)
+            held = managed(lambda payload=payload: pickle.loads(payload))
         print(json.dumps({name: float(tensor.double().sum()) for name, tensor in held}), flush=True)
     held.clear()  # while CUDA is still there to say so to the sender

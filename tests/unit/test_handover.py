@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megasapo.rollout import handover
+from megasapo.rollout import shared_memory
 from megasapo.rollout.handover import Shared
+from megasapo.rollout.local import payload
 from tests.gpu.receiver import receiving
 
 CPU = torch.device("cpu")
@@ -36,25 +38,32 @@ def test_torch_in_another_process_takes_the_tensors() -> None:
 
 
 def test_a_manager_of_memory_that_gets_no_turn_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate, errors = (
-        torch.UntypedStorage._new_using_filename_cpu,
-        ["Shared memory manager connection has timed out"] * 2,
-    )
+    """By the learner when it allocates, and by the server when it gives back."""
+    errors: list[str] = []
 
-    def seldom(size: int) -> torch.UntypedStorage:
-        if errors:
-            raise RuntimeError(errors.pop())
-        return allocate(size)
+    def seldom(real: Any) -> Any:
+        def call(*arguments: Any) -> torch.UntypedStorage:
+            if errors:
+                raise RuntimeError(errors.pop(0))
+            return real(*arguments)
 
-    monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", seldom)
+        return call
+
+    for name in ("_new_using_filename_cpu", "_new_shared_filename_cpu"):
+        monkeypatch.setattr(torch.UntypedStorage, name, seldom(getattr(torch.UntypedStorage, name)))
+    late = "Shared memory manager connection has timed out"
+    errors += [late] * 2
     shared = Shared([("a", torch.ones(4))], CPU)
-    assert shared._file is not None
-    assert shared._file.exists()
+    found = payload.parse(shared.payload())
+    errors += [late] * 2
+    [(_, received)] = payload.read(found)
     shared.free()
-    errors += ["Shared memory manager connection has timed out", "no space"]
+    assert received.tolist() == [1, 1, 1, 1]
+    errors += [late, "no space"]
     with pytest.raises(RuntimeError, match="no space"):
         Shared([("a", torch.ones(4))], CPU)
-    monkeypatch.setattr(handover, "MANAGER_S", -1.0)
+    errors.append(late)
+    monkeypatch.setattr(shared_memory, "MANAGER_S", -1.0)
     with pytest.raises(RuntimeError, match="has timed out"):
         Shared([("a", torch.ones(4))], CPU)
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from megasapo.hf_files import DTYPES
+from megasapo.rollout.shared_memory import managed
 
 HEADER_BYTES = 64
 MEMORY = Path("/dev/shm")
@@ -91,7 +92,8 @@ def _give_back(storage: Storage) -> None:
 
     The count is torch's, and atomic. No manager is named, which makes torch use this process's own.
     """
-    memory = torch.UntypedStorage._new_shared_filename_cpu(b"", f"/{storage.file}".encode(), storage.num_bytes)
+    name = f"/{storage.file}".encode()
+    memory = managed(lambda: torch.UntypedStorage._new_shared_filename_cpu(b"", name, storage.num_bytes))
     memory._shared_decref()
 
 
