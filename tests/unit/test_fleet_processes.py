@@ -289,9 +289,12 @@ def test_what_says_that_a_server_hangs_names_the_settings_that_judge_it(
     monkeypatch.setattr("megasapo.rollout.watch.LOOK_EVERY_S", 0.1)
     monkeypatch.setattr("megasapo.rollout.watch.HEALTH_EVERY_S", 0.0)
     stuck = tmp_path / "stuck"
-    with Fleet.start(settings("--stuck-by", str(stuck), start_timeout_s=20.0), model, tmp_path) as owner:
+    with Fleet.start(settings("--stuck-by", str(stuck)), model, tmp_path) as owner:
         remote = RolloutConfig(servers=owner.urls, health_timeout_s=25.0, start_timeout_s=TIMEOUT_S)
         with contextlib.nullcontext(owner) if owned else Fleet.start(remote, model, tmp_path / "other") as fleet:
+            assert fleet._watch is not None
+            if owned:  # only now that it has started, for which there is time
+                fleet._watch._cfg = fleet.cfg.model_copy(update={"start_timeout_s": 0.5})
             stuck.touch()
             wait_until(lambda: fleet.servers[0].hung, "found out")
             if owned:
@@ -301,7 +304,7 @@ def test_what_says_that_a_server_hangs_names_the_settings_that_judge_it(
     [ours] = [line for line in said if f"raise rollout.health_timeout_s={30 if owned else 25}" in line]
     assert ("where it is started, SGLANG_HEALTH_CHECK_TIMEOUT" in ours) != owned
     if owned:
-        assert any("above rollout.start_timeout_s=20: it is ended" in line for line in caplog.messages)
+        assert any("above rollout.start_timeout_s=0.5: it is ended" in line for line in caplog.messages)
 
 
 def test_a_refused_question_stops_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
