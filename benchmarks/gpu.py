@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,16 @@ from benchmarks.gpu_work import (
     TINY,
     Clock,
     Work,
-    free,
     learner,
     median_seconds,
     medians,
     timed_calls,
     write_model,
 )
+from benchmarks.head import Inputs, backward, extra_bytes, full_logits, of_scores
+from benchmarks.head import ours as our_scores
 from megasapo.config import ConfigError
 from megasapo.geometry import Geometry, read_geometry
-from megasapo.mcore.head import token_logprobs
-from megasapo.mcore.head_rows import choose_kernel
 from megasapo.mcore.topology import Topology
 from megasapo.sections import ParallelConfig
 
@@ -137,52 +137,29 @@ class Head:
 
 def measure_head(work: Work, device: torch.device, shape: dict[str, Any]) -> Head:
     """Forward and backward of the output head, by the clock and in memory above its inputs."""
-    hidden_size, vocab = shape["hidden_size"], shape["vocab_size"]
-    dtype = torch.bfloat16
-    hidden = torch.randn(work.tokens, hidden_size, device=device, dtype=dtype).requires_grad_()
-    weight = (0.02 * torch.randn(vocab, hidden_size, device=device)).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocab, (work.tokens,), device=device)
-    upstream = torch.randn(work.tokens, device=device)
-    weight.main_grad = torch.zeros(vocab, hidden_size, device=device)  # type: ignore[attr-defined]  # as in training
-    kernel = choose_kernel("auto", device)
+    sizes = {"batch": 1, "length": work.tokens, "hidden": shape["hidden_size"], "vocab": shape["vocab_size"]}
+    given = {"share": 1.0, "dtype": "bfloat16", "device": device, "kernel": "auto"}
+    inputs = Inputs.make(argparse.Namespace(**sizes, **given))
+    main_grad = torch.zeros_like(inputs.weight, dtype=torch.float32)  # as in training
+    inputs.weight.main_grad = main_grad  # type: ignore[attr-defined]
 
-    def ours() -> None:
-        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-        logp, _ = token_logprobs(hidden, weight, targets, vocab_size=vocab, with_entropy=True, kernel=kernel)
-        (logp * upstream).sum().backward()
-
-    def full_logits() -> None:
-        log_probs = (hidden @ weight.t()).float().log_softmax(-1)
-        logp = log_probs.gather(1, targets[:, None])[:, 0]
-        (logp * upstream).sum().backward()
+    def ours(x: Inputs) -> Tensor:
+        x.weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        return of_scores(x, our_scores(x, True)[0], None)
 
     @torch.no_grad()
-    def products() -> None:
-        logits = hidden @ weight.t()
-        logits @ weight
-        logits.t() @ hidden
+    def products(x: Inputs) -> None:
+        logits = x.hidden @ x.weight.t()
+        logits @ x.weight
+        logits.t() @ x.hidden
 
-    runs: dict[str, Callable[[], None]] = {"ours": ours, "full logits": full_logits, "three products": products}
-    extra = {name: _extra_bytes(run, hidden, weight, device) for name, run in runs.items()}
-    return Head(medians({name: _without_grad(run, hidden, weight) for name, run in runs.items()}, work, device), extra)
-
-
-def _without_grad(run: Callable[[], None], *leaves: Tensor) -> Callable[[], None]:
-    def from_nothing() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        run()
-
-    return from_nothing
-
-
-def _extra_bytes(run: Callable[[], None], hidden: Tensor, weight: Tensor, device: torch.device) -> int:
-    hidden.grad = weight.grad = None
-    free()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    _reset_peak(device)
-    run()
-    return _peak(device) - before if device.type == "cuda" else 0
+    runs: dict[str, Callable[[Inputs], Tensor | None]] = {
+        "ours": ours,
+        "full logits": lambda x: of_scores(x, *full_logits(x, False)),
+        "three products": products,
+    }
+    extra = {name: extra_bytes(run, inputs) for name, run in runs.items()}
+    return Head(medians({name: partial(backward, run, inputs) for name, run in runs.items()}, work, device), extra)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks import measure
 from megasapo.algo.objectives import sapo
@@ -121,6 +120,8 @@ def full_logits(x: Inputs, entropy: bool) -> Scores:
 
 
 def trl(x: Inputs, entropy: bool) -> Scores:
+    from trl.kernels import ChunkedLogProbFunction
+
     wanted = ("entropy",) if entropy else ()
     out = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, TRL_CHUNK, None, 1.0, wanted)
     return out[0], out[1] if entropy else None
