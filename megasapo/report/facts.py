@@ -15,14 +15,11 @@ EVENTS_SHOWN = 200
 def facts(runs: Sequence[Run]) -> Section:
     """What was run, in a column a run, and where the runs' settings differ."""
     head = ["", *[run.label for run in runs]]
-    settings = [[name, *[_fact(name, of, run) for run in runs]] for name, of in FACTS.items()]
-    settings = [row for row in settings if set(row[1:]) != {"-"}]
-    outcome = [[name, *[of(run) for run in runs]] for name, of in OUTCOME.items()]
-    outcome = [row for row in outcome if set(row[1:]) != {"-"}]
-    tables: list[Block] = [
-        Table("Outcome", "", head, outcome, wide=len(runs) > 1),
-        Table("Settings", "", head, settings, wide=len(runs) > 1),
-    ]
+    tables: list[Block] = []
+    for title, every in (("Outcome", OUTCOME), ("Settings", FACTS)):
+        rows = [[name, *[_fact(name, of, run) for run in runs]] for name, of in every.items()]
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        tables.append(Table(title, "", head, rows, wide=len(runs) > 1))
     if len(runs) > 1:
         tables.append(_differences(runs))
     return Section("runs", "Run" if len(runs) == 1 else "Runs", "", [Part(tables)])

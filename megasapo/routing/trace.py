@@ -53,6 +53,9 @@ class TraceRow:
     routing: np.ndarray  # [rows, L, K] uint8 or int16, -1 in all K places: unknown
 
 
+ABOUT = ("uid", "source", "version_min", "version_max", "prompt_tokens")  # columns that are fields of a row
+
+
 def is_traced(uid: int, rate: float, seed: int) -> bool:
     """Whether a sequence is in the trace: the same answer on every rank, for both sources, and after a resume."""
     drawn = int.from_bytes(hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest(), "big")
@@ -248,11 +251,7 @@ def _table(chunk: Sequence[tuple[int, TraceRow]], schema: pa.Schema) -> pa.Table
     rows = [row for _, row in chunk]
     columns = {
         "step": [step for step, _ in chunk],
-        "uid": [r.uid for r in rows],
-        "source": [r.source for r in rows],
-        "version_min": [r.version_min for r in rows],
-        "version_max": [r.version_max for r in rows],
-        "prompt_tokens": [r.prompt_tokens for r in rows],
+        **{name: [getattr(row, name) for row in rows] for name in ABOUT},
         "tokens": [len(r.routing) for r in rows],
         "num_layers": [r.routing.shape[1] for r in rows],
         "top_k": [r.routing.shape[2] for r in rows],
@@ -279,5 +278,4 @@ def _row(table: pa.Table, number: int) -> tuple[int, TraceRow]:
     else:
         ids = ids.astype(np.uint8)
     routing = ids.reshape(values["tokens"], values["num_layers"], values["top_k"])
-    chosen = {name: values[name] for name in ("uid", "source", "version_min", "version_max", "prompt_tokens")}
-    return values["step"], TraceRow(**chosen, routing=routing)
+    return values["step"], TraceRow(**{name: values[name] for name in ABOUT}, routing=routing)
