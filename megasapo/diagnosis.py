@@ -166,7 +166,7 @@ class Diagnosis:
             mini_batches=1,
             group_size=1,
             packing=self._packing,
-            weight_rule=_no_weights,
+            weight_rule=lambda loss_tokens, **_: np.zeros(len(loss_tokens), dtype=np.float32),  # nothing is learned
             routing=layout,
         )
         return score_routings(self._policy, batch.mini[0], theta_0, self._topo, self._groups)
@@ -241,10 +241,6 @@ def _learner_rows(scored: Sequence[ScoredSequence], *, before: int, after: int) 
         rows.append(TraceRow(s.uid, "learner", before, before, prompt, s.routing_behaviour))
         rows.append(TraceRow(s.uid, "learner", after, after, prompt, s.routing_current))
     return rows
-
-
-def _no_weights(loss_tokens: np.ndarray, *, num_sequences: int, num_loss_tokens: int) -> np.ndarray:
-    return np.zeros(len(loss_tokens), dtype=np.float32)
 
 
 def _check_offset(scored: Sequence[ScoredSequence]) -> None:

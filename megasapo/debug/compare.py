@@ -16,7 +16,6 @@ from megasapo.debug.samples import Dumped
 from megasapo.routing.figures import Moments, moments
 from megasapo.routing.flips import flips
 from megasapo.routing.validate import offset_of
-from megasapo.score import used
 
 if TYPE_CHECKING:
     from megasapo.mcore.scorer import Scored
@@ -38,7 +37,7 @@ def expected_experts(sample: Dumped, passes: Passes) -> np.ndarray | None:
 def row(variant: Variant, samples: Sequence[Dumped], passes: Passes, tolerance: float) -> Record:
     """One line of the table: a variant over some samples, by their response tokens."""
     there = [s for s in samples if s.number in passes[variant]]
-    difference = np.concatenate([_difference(s, passes[variant][s.number]) for s in there])
+    difference = np.concatenate([(passes[variant][s.number].logp - s.rollout_logp)[s.response] for s in there])
     known = difference[np.isfinite(difference)].astype(np.float64)
     record: Record = {
         "variant": str(variant),
@@ -55,26 +54,22 @@ def row(variant: Variant, samples: Sequence[Dumped], passes: Passes, tolerance: 
     return record
 
 
-def _difference(sample: Dumped, scored: Scored) -> np.ndarray:
-    """[response tokens] learner's logprob less the server's."""
-    return scored.logp[sample.response] - sample.rollout_logp[sample.response]
-
-
 def _flips(variant: Variant, samples: Sequence[Dumped], passes: Passes) -> np.ndarray | None:
     """[all slots, L] where the experts that a variant used are not the expected ones."""
     found = []
     for sample in samples:
-        scored, expected = passes[variant][sample.number], expected_experts(sample, passes)
-        if scored.choices is None or expected is None:
+        used, expected = _used(variant, sample, passes), expected_experts(sample, passes)
+        if used is None or expected is None:
             return None
-        found.append(rerouted(expected, used(scored.choices, _forced(variant, sample, passes))))
+        found.append(rerouted(expected, used))
     return np.concatenate(found)
 
 
-def _forced(variant: Variant, sample: Dumped, passes: Passes) -> np.ndarray | None:
-    if variant.routing == "R2":
-        return passes[NATIVE][sample.number].choices
-    return sample.routing if variant.routing == "R3" else None
+def _used(variant: Variant, sample: Dumped, passes: Passes) -> np.ndarray | None:
+    """[n - 1, L, K] the experts that did the work, -1 where R3 let routers choose."""
+    if variant.routing == "R3":
+        return sample.routing
+    return passes[NATIVE if variant.routing == "R2" else variant][sample.number].choices
 
 
 def by_layer(native: Variant, samples: Sequence[Dumped], passes: Passes, layers: Sequence[int]) -> Record | None:
@@ -118,9 +113,7 @@ def first_rerouted(native: Variant, sample: Dumped, passes: Passes, layers: Sequ
 
 def first_beyond(variant: Variant, sample: Dumped, passes: Passes, tolerance: float) -> Record | None:
     """The first response token whose logprob is further than `tolerance` from the server's."""
-    scored = passes[variant].get(sample.number)
-    if scored is None:
-        return None
+    scored = passes[variant][sample.number]
     beyond = np.abs(scored.logp - sample.rollout_logp) > tolerance  # False where NaN
     if not beyond.any():
         return None
@@ -187,10 +180,9 @@ def _chain(samples: Sequence[Dumped], passes: Passes) -> list[tuple[str, Variant
 def fp8_tokens(sample: Dumped, passes: Passes) -> list[Record] | None:
     """Every response token with and without FP8, same weights and same experts; None without --unquantised."""
     chain = _chain([sample], passes)
-    ends = [variant for name, variant in chain[:2] if len(chain) > 1 and chain[1][0] == "fp8"]
-    if not ends:
+    if "fp8" not in dict(chain):
         return None
-    plain, quantised = (passes[variant][sample.number].logp for variant in ends)
+    plain, quantised = (passes[variant][sample.number].logp for _, variant in chain[:2])
     return [
         _token(sample, int(slot) + 1)
         | {
