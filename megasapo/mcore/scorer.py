@@ -74,24 +74,20 @@ class Scorer:
         routing: of each sequence [at most n - 1, L, K] expert ids that are forced, -1 and None where routers choose.
         Logits are divided by `rollout.temperature`, as servers report logprobs.
         """
-        micro = self._micro_batches(sequences)
+        micro, replay = self._micro_batches(sequences), self._replay
         routed: step.Routed = step.natively
-        if self._replay is None and (routing is not None or with_routing):
-            raise ConfigError(f"model.path={self._cfg.model.path} has no experts: there is no routing to force or show")
-        if self._replay is not None and routing is not None:
+        if routing is not None or with_routing:
+            assert replay is not None, "callers force or ask for no routing of a model without experts"
+            routed = replay.record if routing is None else replay.compare if with_routing else replay.replay
+        if routing is not None:
             micro = [mb.with_(routing=self._cut(mb, routing)) for mb in micro]
-            routed = self._replay.compare if with_routing else self._replay.replay
-        elif self._replay is not None and with_routing:
-            routed = self._replay.record
         logps = step.logprobs(self._chunks, micro, self._topo, temperature=self._cfg.rollout.temperature, routed=routed)
         logp = join(self._topo.gather(all_pieces(micro, logps)))
         found = [Scored(logp[i]) if i in logp else NOTHING for i in range(len(sequences))]
-        if not with_routing or self._replay is None:
+        if replay is None or not with_routing:
             return found
-        choices = self._over_layers(micro, self._replay.take())
-        given_up = {}
-        if routing is not None:
-            given_up = self._over_layers(micro, self._replay.take_given_up())
+        choices = self._over_layers(micro, replay.take())
+        given_up = {} if routing is None else self._over_layers(micro, replay.take_given_up())
         return [Scored(s.logp, choices.get(i), given_up.get(i)) for i, s in enumerate(found)]
 
     def _over_layers(self, micro: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, np.ndarray]:
