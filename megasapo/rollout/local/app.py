@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megasapo import __version__
 from megasapo.rollout.local import protocol
-from megasapo.rollout.local.control import Control, Refused
+from megasapo.rollout.local.control import Control
 from megasapo.rollout.local.engine import Engine, EngineError
 from megasapo.rollout.local.model import Loaded
 from megasapo.rollout.local.options import Options
@@ -77,7 +78,7 @@ class App:
         handlers: dict[Any, Any] = {
             HTTPException: lambda _, e: _error(e.status_code, str(e.detail)),
             EngineError: lambda _, e: _error(500, str(e)),
-            **dict.fromkeys((protocol.BadRequest, Refused, WeightError), lambda _, e: _error(400, str(e))),
+            **dict.fromkeys((protocol.BadRequest, WeightError), lambda _, e: _error(400, str(e))),
         }
         app = Starlette(routes=[*control, *others], exception_handlers=handlers)
         return Guard(app, self._options, frozenset(route.path for route in control))
@@ -217,7 +218,7 @@ class App:
         async def handler(request: Request) -> Response:
             try:
                 return JSONResponse(await fn(await _body(request)))
-            except (ValueError, RuntimeError) as e:  # Refused, WeightError, torch.distributed's own
+            except (ValueError, RuntimeError) as e:  # BadRequest, WeightError, torch.distributed's own
                 log.warning("%s: %s", request.url.path, e)
                 status = 500 if isinstance(e, EngineError) else 400
                 content = {"success": False, "message": str(e), "num_paused_requests": 0}
@@ -239,10 +240,10 @@ class App:
         try:
             timeout_s = max(0.0, float(request.query_params.get("timeout", 0)))
         except ValueError as e:
-            raise Refused(f"timeout: {e}") from e
+            raise protocol.BadRequest(f"timeout: {e}") from e
         try:
             return PlainTextResponse(await self._control.flush(timeout_s))
-        except Refused as e:
+        except protocol.BadRequest as e:
             return PlainTextResponse(str(e), status_code=400)
 
 
@@ -327,18 +328,10 @@ async def _disconnected(request: Request) -> None:
 
 def _resolver(done: asyncio.Future[None]) -> Callable[[Exception | None], None]:
     """A Job's `notify` that settles `done` on its own event loop."""
-    loop = done.get_loop()
-
-    def settle(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
 
     def notify(error: Exception | None) -> None:
+        settle = partial(done.set_result, None) if error is None else partial(done.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
-            loop.call_soon_threadsafe(settle, error)
+            done.get_loop().call_soon_threadsafe(settle)
 
     return notify

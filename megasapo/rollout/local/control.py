@@ -1,6 +1,6 @@
 """SGLang's control calls on the engine: weight updates, pausing, aborting, flushing. Each takes the JSON body.
 
-Called by the HTTP application, which turns a Refused into a 400. Answers are SGLang's.
+Called by the HTTP application, which turns a BadRequest into a 400. Answers are SGLang's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from megasapo.rollout.local import payload
 from megasapo.rollout.local.engine import Engine
-from megasapo.rollout.local.protocol import check_known
+from megasapo.rollout.local.protocol import BadRequest, check_known, field
 from megasapo.rollout.local.weights import Weights
 from megasapo.rollout.weight_group import WeightGroup
 
@@ -32,22 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 CACHE_FIELDS = ("flush_cache", "torch_empty_cache")  # there is no prefix cache
 SESSION = "must run between begin_weight_update() and end_weight_update()"
-
-
-class Refused(ValueError):
-    """A control call that cannot be carried out; the message says why."""
-
-
-def field(body: dict[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
-    """A field of the body; absent or null is the default, which a required field lacks. Raises Refused."""
-    value = body.get(name)
-    if value is None:
-        if default is None:
-            raise Refused(f"the field {name} is required")
-        return default
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise Refused(f"{name}={value!r}: expected {kind.__name__}")
-    return value
 
 
 Call = Callable[[Any, dict[str, Any]], Awaitable[T]]
@@ -87,7 +71,7 @@ class Control:
     async def _when_idle(self, fn: Callable[[], T], abort_first: bool = False) -> T:
         """When nothing runs any more, or at once while paused."""
         if abort_first:
-            await self._on_engine(lambda: self._engine.abort(None))
+            await self._on_engine(self._engine.abort)
         return await asyncio.wrap_future(self._engine.call(fn))
 
     # Generation
@@ -96,7 +80,7 @@ class Control:
     async def pause(self, body: dict[str, Any]) -> dict[str, Any]:
         mode = field(body, "mode", str, "abort")
         if mode not in ("abort", "retract", "in_place"):
-            raise Refused(f"mode={mode!r}: expected 'abort', 'retract' or 'in_place'")
+            raise BadRequest(f"mode={mode!r}: expected 'abort', 'retract' or 'in_place'")
         await self._on_engine(lambda: self._engine.pause(mode))
         return {"message": "Generation paused successfully.", "status": "ok"}
 
@@ -110,14 +94,14 @@ class Control:
         everything = field(body, "abort_all", bool, False)
         rid = field(body, "rid", str, "")
         if everything or rid:
-            await self._on_engine(lambda: self._engine.abort(None if everything else rid))
+            await self._on_engine(lambda: self._engine.abort("" if everything else rid))
 
     async def flush(self, timeout_s: float) -> str:
         """There is no prefix cache; what can be flushed is what no running request holds."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while await self._on_engine(self._engine.num_running):
             if asyncio.get_running_loop().time() >= deadline:
-                raise Refused("Cache not flushed because there are running requests.\n")
+                raise BadRequest("Cache not flushed because there are running requests.\n")
             await asyncio.sleep(0.05)
         return "Cache flushed.\n"
 
@@ -135,7 +119,7 @@ class Control:
         version = self._version(body)
         load_format = field(body, "load_format", str, "auto")
         if load_format not in ("auto", "safetensors"):
-            raise Refused(f"load_format={load_format!r}: the embedded server reads safetensors ('auto') only")
+            raise BadRequest(f"load_format={load_format!r}: the embedded server reads safetensors ('auto') only")
 
         def load() -> None:
             self._weights.load(path)
@@ -148,7 +132,7 @@ class Control:
     @takes()
     async def begin_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._session:
-            raise Refused("a weight-update session is already open; call end_weight_update() first")
+            raise BadRequest("a weight-update session is already open; call end_weight_update() first")
         self._session = True
         await self._on_engine(self._weights.begin)
         return {"success": True, "message": "Success"}
@@ -156,7 +140,7 @@ class Control:
     @takes()
     async def end_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self._session:
-            raise Refused("no weight-update session is open; call begin_weight_update() first")
+            raise BadRequest("no weight-update session is open; call begin_weight_update() first")
         self._session = False
         await self._on_engine(self._weights.end)
         return {"success": True, "message": "Success"}
@@ -165,7 +149,7 @@ class Control:
     async def init_group(self, body: dict[str, Any]) -> dict[str, Any]:
         name = field(body, "group_name", str, "weight_update_group")
         if name in self._groups:
-            raise Refused(f"the group {name!r} exists already; destroy it first")
+            raise BadRequest(f"the group {name!r} exists already; destroy it first")
         address, port = field(body, "master_address", str), field(body, "master_port", int)
         rank, size = field(body, "rank_offset", int), field(body, "world_size", int)
         backend = field(body, "backend", str, "nccl")
@@ -179,7 +163,7 @@ class Control:
     async def destroy_group(self, body: dict[str, Any]) -> dict[str, Any]:
         group = self._groups.pop(field(body, "group_name", str, "weight_update_group"), None)
         if group is None:
-            raise Refused("The group to be destroyed does not exist.")
+            raise BadRequest("The group to be destroyed does not exist.")
         await asyncio.to_thread(group.close)
         return {"success": True, "message": "Succeeded to destroy custom process group."}
 
@@ -190,16 +174,16 @@ class Control:
     )
     async def update_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self._session:
-            raise Refused(f"update_weights_from_distributed {SESSION}")
+            raise BadRequest(f"update_weights_from_distributed {SESSION}")
         group_name = field(body, "group_name", str, "weight_update_group")
         group = self._groups.get(group_name)
         if group is None:
-            raise Refused(f"no weight-update group {group_name!r}; call init_weights_update_group first")
+            raise BadRequest(f"no weight-update group {group_name!r}; call init_weights_update_group first")
         specs = _specs(body)
         version = self._version(body)
         load_format = field(body, "load_format", str, "")
         if load_format not in ("", "flattened_bucket"):
-            raise Refused(f"load_format={load_format!r}: expected null or 'flattened_bucket'")
+            raise BadRequest(f"load_format={load_format!r}: expected null or 'flattened_bucket'")
 
         receive = _receive_bucket if load_format else _receive_each
         # Beside the engine's thread, which goes on; and before any check, or the sender would wait for us in vain.
@@ -214,12 +198,12 @@ class Control:
     async def update_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tensors in shared memory of this machine. The payload is a pickle in SGLang; see payload.py for ours."""
         if not self._session:
-            raise Refused(f"update_weights_from_tensor {SESSION}")
+            raise BadRequest(f"update_weights_from_tensor {SESSION}")
         payloads = field(body, "serialized_named_tensors", list)
         if len(payloads) != 1 or not isinstance(payloads[0], str):
-            raise Refused("serialized_named_tensors: expected one string, for this server has one rank")
+            raise BadRequest("serialized_named_tensors: expected one string, for this server has one rank")
         if body.get("load_format") is not None:
-            raise Refused(f"load_format={body['load_format']!r}: expected null, a list of names and tensors")
+            raise BadRequest(f"load_format={body['load_format']!r}: expected null, a list of names and tensors")
         version = self._version(body)
         found = await asyncio.to_thread(payload.parse, payloads[0])
 
@@ -235,7 +219,7 @@ class Control:
     async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
         version = field(body, "new_version", str)
         if field(body, "abort_all_requests", bool, True):
-            await self._on_engine(lambda: self._engine.abort(None))
+            await self._on_engine(self._engine.abort)
         await self._on_engine(lambda: self._stamp(version))
         return {"success": True, "message": f"Weight version updated to {version}", "new_version": version}
 
@@ -243,7 +227,7 @@ class Control:
     async def checksum(self, body: dict[str, Any]) -> dict[str, Any]:
         action = field(body, "action", str, "checksum")
         if action != "checksum":
-            raise Refused(f"action={action!r}: the embedded server knows 'checksum' only")
+            raise BadRequest(f"action={action!r}: the embedded server knows 'checksum' only")
         digest = await self._on_engine(self._weights.checksum)
         return {"success": True, "message": "Success.", "checksum": digest, "num_tensors": len(self._weights.names)}
 
@@ -291,14 +275,14 @@ Spec = tuple[str, torch.dtype, list[int]]
 def _specs(body: dict[str, Any]) -> list[Spec]:
     names, dtypes, shapes = (field(body, key, list) for key in ("names", "dtypes", "shapes"))
     if not len(names) == len(dtypes) == len(shapes):
-        raise Refused(f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes")
+        raise BadRequest(f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes")
     specs = []
     for name, dtype_name, shape in zip(names, dtypes, shapes, strict=True):
         dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
-            raise Refused(f"weight {name!r}: unknown dtype {dtype_name!r}")
+            raise BadRequest(f"weight {name!r}: unknown dtype {dtype_name!r}")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise Refused(f"weight {name!r}: shape {shape!r} is not a list of sizes")
+            raise BadRequest(f"weight {name!r}: shape {shape!r} is not a list of sizes")
         specs.append((name, dtype, shape))
     return specs
 

@@ -20,6 +20,7 @@ from megasapo.rollout.local.batch import Batch
 from megasapo.rollout.local.sequence import Job, Sequence
 
 T = TypeVar("T")
+Call = tuple[Future[Any], Callable[[], Any]]
 log = logging.getLogger("megasapo.serve")
 
 
@@ -41,8 +42,8 @@ class Engine:
         self.failure: str | None = None
         self.crashed = False
         self._deterministic = deterministic
-        self._inbox: deque[Job | tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._urgent: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._inbox: deque[Job | Call] = deque()
+        self._urgent: deque[Call] = deque()
         self._jobs: list[Job] = []
         self._waiting: deque[Sequence] = deque()
         self._wake = threading.Condition()
@@ -82,7 +83,7 @@ class Engine:
         """Abort what is left of a request whose client does not wait for it any more."""
         if not job.finished():
             with suppress(EngineError):  # it has stopped, and all jobs with it
-                self.control(lambda: self.abort_job(job))
+                self.control(lambda: self._abort(job.sequences, "Client disconnected"))
 
     def _put(self, queue: deque[Any], item: Any) -> None:
         with self._wake:
@@ -104,25 +105,21 @@ class Engine:
         with self._wake:
             return [item for item in self._inbox if isinstance(item, Job)]
 
-    def abort(self, rid: str | None) -> None:
-        """Abort the sequences whose id starts with `rid` (so a batch's too, as SGLang does); None: all of them."""
-        for job in self._jobs + self._inbox_jobs():
-            for s in job.sequences:
-                if s.finish is None and (rid is None or s.rid.startswith(rid)):
-                    s.abort("Aborted")
-        self._settle()
+    def abort(self, rid: str = "") -> None:
+        """Abort the sequences whose id starts with `rid` (so a batch's too, as SGLang does): without it all of them."""
+        jobs = self._jobs + self._inbox_jobs()
+        self._abort([s for job in jobs for s in job.sequences if s.rid.startswith(rid)], "Aborted")
 
-    def abort_job(self, job: Job) -> None:
-        """Abort what one HTTP request asked for (its client has gone)."""
-        for s in job.sequences:
+    def _abort(self, sequences: list[Sequence], why: str) -> None:
+        for s in sequences:
             if s.finish is None:
-                s.abort("Client disconnected")
+                s.abort(why)
         self._settle()
 
     def pause(self, mode: str) -> None:
         """Stop stepping. `abort` finishes everything with partial answers, `retract` gives the KV cache back."""
         if mode == "abort":
-            self.abort(None)
+            self.abort()
         elif mode == "retract":
             self._retract(len(self.batch.rows))
         self.paused = True
@@ -160,43 +157,35 @@ class Engine:
         """Run control calls and take jobs until there is something to step; False when stopping."""
         while True:
             with self._wake:
-                while not (self._stopping or self._urgent or self._takeable() or self._steppable()):
+                while not self._stopping and (item := self._pop()) is None and not self._steppable():
                     self._wake.wait()
                 if self._stopping:
                     return False
-                urgent = self._urgent.popleft() if self._urgent else None
-            if urgent is not None:
-                _answer(*urgent)
-            elif (item := self._next_item()) is not None:
-                if isinstance(item, Job):
-                    self._jobs.append(item)
-                    self._waiting.extend(s for s in item.sequences if s.finish is None)
-                    self._settle()
-                else:
-                    _answer(*item)
-            elif self._steppable():
+            if item is None:
                 return True
+            if isinstance(item, Job):
+                self._jobs.append(item)
+                self._waiting.extend(s for s in item.sequences if s.finish is None)
+                self._settle()
+            else:
+                _answer(*item)
 
     def _steppable(self) -> bool:
         return not self.paused and bool(self.batch.rows or self._waiting)
 
-    def _takeable(self) -> bool:
+    def _pop(self) -> Job | Call | None:
+        """What comes before the next step, taken out of its queue."""
+        if self._urgent:
+            return self._urgent.popleft()
         if self.paused:
-            return any(not isinstance(item, Job) for item in self._inbox)
+            call = next((item for item in self._inbox if not isinstance(item, Job)), None)
+            if call is not None:
+                self._inbox.remove(call)
+            return call
         if not self._inbox:
-            return False
+            return None
         isolated = self._deterministic or not isinstance(self._inbox[0], Job)
-        return not (isolated and self._jobs)
-
-    def _next_item(self) -> Any:
-        with self._wake:
-            if not self._takeable():
-                return None
-            if not self.paused:
-                return self._inbox.popleft()
-            item = next(item for item in self._inbox if not isinstance(item, Job))
-            self._inbox.remove(item)
-            return item
+        return None if isolated and self._jobs else self._inbox.popleft()
 
     def _step(self) -> None:
         self._admit()

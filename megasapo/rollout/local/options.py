@@ -16,7 +16,7 @@ from megasapo.arguments import Parser
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Settings of one server process; the keys are held as text, never printed."""
+    """Settings of one server process, with the defaults of its flags; the keys are held as text, never printed."""
 
     model: str
     host: str = "127.0.0.1"
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> Options:
     parser = _parser()
     args = vars(parser.parse_args(argv))
     try:
-        wanted = keys.read(args.pop("api_key_file"), args.pop("admin_api_key_file"))
+        wanted = keys.read(args.pop("api_key_file", None), args.pop("admin_api_key_file", None))
         options = Options(**args, api_key=wanted.api, admin_api_key=wanted.admin)
         _check(options)
     except ValueError as e:
@@ -57,18 +57,19 @@ def _parser() -> Parser:
     p = Parser(
         prog="megasapo serve",
         description="The embedded rollout server: SGLang's HTTP protocol on transformers' model code.",
+        argument_default=argparse.SUPPRESS,  # those of Options
     )
     p.add_argument("--model", required=True, metavar="HF_DIR", help="config.json, safetensors, tokenizer")
-    p.add_argument("--host", default="127.0.0.1", help="anything but loopback needs a key")
-    p.add_argument("--port", type=int, default=30000, help="0: any free port, printed when ready")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the model's own")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--host", help="anything but loopback needs a key")
+    p.add_argument("--port", type=int, help="0: any free port, printed when ready")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="auto: the model's own")
+    p.add_argument("--device", help="cpu, cuda or cuda:N")
     p.add_argument("--threads", type=_positive, help="threads of torch; default: torch's own choice")
-    p.add_argument("--max-running-requests", type=_positive, default=256, help="sequences decoded together")
+    p.add_argument("--max-running-requests", type=_positive, help="sequences decoded together")
     p.add_argument("--max-total-tokens", type=_positive, help="rows times length of the KV cache; default: 2 GiB of it")
-    p.add_argument("--max-prefill-tokens", type=_positive, default=16384, help="prompt tokens admitted in one step")
+    p.add_argument("--max-prefill-tokens", type=_positive, help="prompt tokens admitted in one step")
     p.add_argument("--context-length", type=_positive, help="default: the model's max_position_embeddings")
-    p.add_argument("--max-body-bytes", type=_positive, default=64 << 20, help="larger requests are refused with 413")
+    p.add_argument("--max-body-bytes", type=_positive, help="larger requests are refused with 413")
     p.add_argument(
         "--health-timeout-s",
         type=float,
@@ -81,7 +82,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--admin-api-key-file", metavar="FILE", help=f"holds that of control endpoints; else ${keys.ADMIN_VARIABLE}"
     )
-    p.add_argument("--weight-version", default="default", help="stamp of the weights the server starts with")
+    p.add_argument("--weight-version", help="stamp of the weights the server starts with")
     p.add_argument("--deterministic", action="store_true", help="run every request by itself, one after another")
     p.add_argument("--enable-return-routed-experts", action="store_true", help="record the experts of every token")
     p.add_argument("--plain-forward", action="store_true", help="transformers' modules as they are: slower when small")

@@ -9,6 +9,7 @@ import base64
 import os
 import sys
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +27,11 @@ FIELDS = frozenset((
     "rid", "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "return_text_in_logprobs",
     "stream", "return_routed_experts", "routed_experts_start_len",
 ))
-SAMPLING_FIELDS = frozenset((
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "min_new_tokens", "n", "stop", "stop_token_ids",
-    "ignore_eos", "skip_special_tokens", "no_stop_trim", "sampling_seed",
-))
+SAMPLING_DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "min_new_tokens": 0, "n": 1,
+    "stop": [], "stop_token_ids": [], "ignore_eos": False, "skip_special_tokens": True, "no_stop_trim": False,
+    "sampling_seed": 0,  # of its type only: without one it is random
+}
 # Fields of SGLang's that do not change what is generated.
 HARMLESS = frozenset((
     "log_metrics", "no_logs", "priority", "routing_key", "conversation_id", "custom_labels", "external_trace_header",
@@ -59,7 +61,7 @@ NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = dict.fromkeys((
 
 
 class BadRequest(ValueError):
-    """The request cannot be served as it is; the message says why. Answered with HTTP 400."""
+    """A request cannot be served, or a control call carried out; the message says why. Answered with HTTP 400."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +81,37 @@ def parse(body: Any, loaded: Loaded, max_total_tokens: int, routing: bool) -> Ge
     check_known(body, FIELDS, NEUTRAL, HARMLESS)
     prompts, many = _prompts(body, loaded)
     count = len(prompts)
-    params = [_checked_params(p) for p in _each(body.get("sampling_params") or {}, count, "sampling_params", dict)]
-    copies = {p.get("n", 1) for p in params}
+    params = [_checked_params(p) for p in _each(body, "sampling_params", count, dict, {})]
+    copies = {p["n"] for p in params}
     if len(copies) > 1:
         raise BadRequest(f"sampling_params.n differs within one request: {sorted(copies)}")
     n = copies.pop()
     if count * n > MAX_SEQUENCES:
         raise BadRequest(f"{count} prompts times n={n} are more than {MAX_SEQUENCES} sequences")
-    rids = _rids(body.get("rid"), count, many, n)
-    want_logprob = _each(_or(body.get("return_logprob"), False), count, "return_logprob", bool)
-    start = _each(_or(body.get("logprob_start_len"), -1), count, "logprob_start_len", int)
-    routing_start = _typed(_or(body.get("routed_experts_start_len"), 0), int, "routed_experts_start_len")
-    want_routing = _typed(_or(body.get("return_routed_experts"), False), bool, "return_routed_experts")
+    rids = _rids(body, count, many, n)
+    want_logprob = _each(body, "return_logprob", count, bool, False)
+    start = _each(body, "logprob_start_len", count, int, -1)
+    routing_start = field(body, "routed_experts_start_len", int, 0)
+    want_routing = field(body, "return_routed_experts", bool, False)
     sequences = []
     for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        _check_lengths(prompt, p, loaded.context_length, max_total_tokens)
+        _check_lengths(len(prompt), p["max_new_tokens"], loaded.context_length, max_total_tokens)
         _check_starts(len(prompt), start[i], routing_start)
         sampling = _sampling(p, loaded)
         for copy in range(n):
-            seeded = sampling if copy == 0 else _with_seed(sampling, p, copy)
             sequences.append(
                 Sequence(
                     rids[i * n + copy],
                     prompt,
-                    seeded,
+                    replace(sampling, seed=derived_seed(sampling.seed, copy)),
                     return_logprob=want_logprob[i],
                     logprob_start=start[i],
                     return_routing=want_routing and routing,
                     routing_start=routing_start,
                 )
             )
-    stream = _typed(_or(body.get("stream"), False), bool, "stream")
-    text = _typed(_or(body.get("return_text_in_logprobs"), False), bool, "return_text_in_logprobs")
-    return Generate(sequences, many or n > 1, stream, text)
+    text = field(body, "return_text_in_logprobs", bool, False)
+    return Generate(sequences, many or n > 1, field(body, "stream", bool, False), text)
 
 
 def answer(s: Sequence, loaded: Loaded, weight_version: str, text_in_logprobs: bool) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _text(s: Sequence, ids: list[int], finish: dict[str, Any] | None, loaded: Lo
 
 def check_known(
     given: dict[str, Any],
-    fields: frozenset[str],
+    fields: Collection[str],
     neutral: dict[str, tuple[Any, ...]],
     harmless: frozenset[str],
     at: str = "",
@@ -185,8 +185,14 @@ def check_known(
             raise BadRequest(f"{at}{name}={value!r} is not supported by the embedded server")
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def field(body: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """A field of the body; absent or null is the default, which a required field lacks. Raises BadRequest."""
+    value = body.get(name)
+    if value is not None:
+        return _typed(value, kind, name)
+    if default is None:
+        raise BadRequest(f"the field {name} is required")
+    return default
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
@@ -198,9 +204,10 @@ def _typed(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _each(value: Any, count: int, name: str, kind: type) -> list[Any]:
+def _each(body: dict[str, Any], name: str, count: int, kind: type, default: Any) -> list[Any]:
     """One value for every prompt, from one or from a list of as many."""
-    values = value if isinstance(value, list) else [value] * count
+    value = body.get(name)
+    values = value if isinstance(value, list) else [default if value is None else value] * count
     if len(values) != count:
         raise BadRequest(f"{name} has {len(values)} entries for {count} prompts")
     return [_typed(v, kind, name) for v in values]
@@ -234,21 +241,19 @@ def _check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
             raise BadRequest(f"{name} has {t!r}: expected token ids from 0 to {vocab_size - 1}")
 
 
-def _rids(rid: Any, count: int, many: bool, n: int) -> list[str]:
-    if n > 1 or rid is None:  # SGLang gives copies new ids
+def _rids(body: dict[str, Any], count: int, many: bool, n: int) -> list[str]:
+    if n > 1 or body.get("rid") is None:  # SGLang gives copies new ids
         return [uuid.uuid4().hex for _ in range(count * n)]
-    if isinstance(rid, list):
-        rids = _each(rid, count, "rid", str)
-    else:
-        rids = [f"{_typed(rid, str, 'rid')}_{i}" for i in range(count)] if many else [_typed(rid, str, "rid")]
+    rids = _each(body, "rid", count, str, None)
+    if many and not isinstance(body["rid"], list):
+        rids = [f"{rid}_{i}" for i, rid in enumerate(rids)]
     if len(set(rids)) != len(rids):
         raise BadRequest(f"rid has duplicates: {sorted({r for r in rids if rids.count(r) > 1})}")
     return rids
 
 
-def _check_lengths(prompt: list[int], params: dict[str, Any], context: int, max_total: int) -> None:
+def _check_lengths(given: int, new: int, context: int, max_total: int) -> None:
     """SGLang's own two messages, and the cache's bound."""
-    given, new = len(prompt), params.get("max_new_tokens", 128)
     if given >= context:
         raise BadRequest(f"The input ({given} tokens) is longer than the model's context length ({context} tokens).")
     if given + new > context:
@@ -276,62 +281,50 @@ def _check_starts(prompt: int, logprob_start: int, routing_start: int) -> None:
 
 
 def _checked_params(given: dict[str, Any]) -> dict[str, Any]:
-    """Types and ranges, as SGLang's SamplingParams.verify; absent and null mean the default."""
-    check_known(given, SAMPLING_FIELDS, NEUTRAL_SAMPLING, frozenset(), "sampling_params.")
+    """All parameters, types and ranges as in SGLang's SamplingParams.verify; absent and null mean the default."""
+    check_known(given, SAMPLING_DEFAULTS, NEUTRAL_SAMPLING, frozenset(), "sampling_params.")
     if given.get("max_new_tokens", 0) is None:  # SGLang's "as many as there is room for", not its default
         raise BadRequest("sampling_params.max_new_tokens=None is not supported by the embedded server")
-    p = {k: v for k, v in given.items() if v is not None}
-    for name in ("max_new_tokens", "top_k", "min_new_tokens", "n", "sampling_seed"):
-        _typed(p.get(name, 0), int, name)
-    for name in ("temperature", "top_p", "min_p"):
-        _typed(p.get(name, 0.0), float, name)
-    for name in ("ignore_eos", "skip_special_tokens", "no_stop_trim"):
-        _typed(p.get(name, False), bool, name)
-    new = p.get("max_new_tokens", 128)
+    fresh = {"sampling_seed": int.from_bytes(os.urandom(8), signed=True)}
+    p = SAMPLING_DEFAULTS | fresh | {name: value for name, value in given.items() if value is not None}
+    if isinstance(p["stop"], str):
+        p["stop"] = [p["stop"]]
+    for name, default in SAMPLING_DEFAULTS.items():
+        _typed(p[name], type(default), name)
+    new = p["max_new_tokens"]
     ranges = {
-        "temperature must be a non-negative finite number": 0 <= p.get("temperature", 1) < float("inf"),
-        "top_p must be in (0, 1]": 0 < p.get("top_p", 1) <= 1,
-        "min_p must be in [0, 1]": 0 <= p.get("min_p", 0) <= 1,
-        "top_k must be -1 (disable) or at least 1": p.get("top_k", -1) == -1 or p.get("top_k", -1) >= 1,
+        "temperature must be a non-negative finite number": 0 <= p["temperature"] < float("inf"),
+        "top_p must be in (0, 1]": 0 < p["top_p"] <= 1,
+        "min_p must be in [0, 1]": 0 <= p["min_p"] <= 1,
+        "top_k must be -1 (disable) or at least 1": p["top_k"] == -1 or p["top_k"] >= 1,
         "max_new_tokens must be at least 0": new >= 0,
-        f"min_new_tokens must be in [0, max_new_tokens({new})]": 0 <= p.get("min_new_tokens", 0) <= new,
-        "sampling_seed must be in [-2**63, 2**63 - 1]": -(2**63) <= p.get("sampling_seed", 0) < 2**63,
-        "n must be at least 1": p.get("n", 1) >= 1,
+        f"min_new_tokens must be in [0, max_new_tokens({new})]": 0 <= p["min_new_tokens"] <= new,
+        "sampling_seed must be in [-2**63, 2**63 - 1]": -(2**63) <= p["sampling_seed"] < 2**63,
+        "n must be at least 1": p["n"] >= 1,
     }
     for rule, holds in ranges.items():
         if not holds:
-            raise BadRequest(f"{rule}, got {p.get(rule.split()[0])}.")
+            raise BadRequest(f"{rule}, got {p[rule.split()[0]]}.")
     return p
 
 
 def _sampling(p: dict[str, Any], loaded: Loaded) -> Sampling:
-    stop = p.get("stop", [])
-    stops = [stop] if isinstance(stop, str) else _typed(stop, list, "stop")
+    stops, stop_ids = p["stop"], p["stop_token_ids"]
     if not all(isinstance(text, str) and text for text in stops):
-        raise BadRequest(f"stop={stop!r}: expected strings that are not empty")
+        raise BadRequest(f"stop={stops!r}: expected strings that are not empty")
     if stops and loaded.tokenizer is None:
         raise BadRequest("stop strings need a tokenizer, and the model directory has none: use stop_token_ids")
-    stop_ids = _typed(p.get("stop_token_ids", []), list, "stop_token_ids")
     _check_ids(stop_ids, loaded.vocab_size, "stop_token_ids")
-    top_k = p.get("top_k", -1)
-    temperature = float(p.get("temperature", 1.0))
-    seed = p.get("sampling_seed")
     return Sampling(
-        max_new_tokens=p.get("max_new_tokens", 128),
-        temperature=0.0 if temperature < 1e-6 or top_k == 1 else temperature,
-        top_p=float(p.get("top_p", 1.0)),
-        top_k=TOP_K_ALL if top_k == -1 else min(top_k, TOP_K_ALL),
-        min_p=float(p.get("min_p", 0.0)),
-        min_new_tokens=p.get("min_new_tokens", 0),
-        stop_ids=frozenset() if p.get("ignore_eos") else loaded.eos_ids | frozenset(stop_ids),  # as SGLang: all of them
+        max_new_tokens=p["max_new_tokens"],
+        temperature=0.0 if p["temperature"] < 1e-6 or p["top_k"] == 1 else float(p["temperature"]),
+        top_p=float(p["top_p"]),
+        top_k=TOP_K_ALL if p["top_k"] == -1 else min(p["top_k"], TOP_K_ALL),
+        min_p=float(p["min_p"]),
+        min_new_tokens=p["min_new_tokens"],
+        stop_ids=frozenset() if p["ignore_eos"] else loaded.eos_ids | frozenset(stop_ids),  # as SGLang: all of them
         stop_strings=tuple(stops),
-        seed=seed % 2**64 if seed is not None else int.from_bytes(os.urandom(8)),
-        skip_special_tokens=p.get("skip_special_tokens", True),
-        no_stop_trim=p.get("no_stop_trim", False),
+        seed=p["sampling_seed"] % 2**64,
+        skip_special_tokens=p["skip_special_tokens"],
+        no_stop_trim=p["no_stop_trim"],
     )
-
-
-def _with_seed(sampling: Sampling, p: dict[str, Any], copy: int) -> Sampling:
-    """A request's copies differ from one another, and are the same again for the same seed."""
-    fresh = p.get("sampling_seed") is None
-    return replace(sampling, seed=int.from_bytes(os.urandom(8)) if fresh else derived_seed(sampling.seed, copy))
