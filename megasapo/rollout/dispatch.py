@@ -109,17 +109,17 @@ class Dispatch:
 
     async def close(self) -> None:
         """Close the connections, in the event loop that used them."""
-        clients, self._clients, self._loop = self._clients, [], None
+        self._loop = None
         await asyncio.gather(*self._aborting)
-        for client in clients:
+        for client in self._clients:
             await client.close()
 
     def lost(self, server: Server) -> None:
         """Whoever waits for this server looks elsewhere. From any thread."""
-        loop, clients = self._loop, self._clients
+        loop = self._loop  # which `close` may take away at any moment
         if loop is None or loop.is_closed() or self._cfg.router is not None:
             return
-        asyncio.run_coroutine_threadsafe(clients[server.index].close(), loop)
+        asyncio.run_coroutine_threadsafe(self._clients[server.index].close(), loop)
 
     def take_counts(self) -> dict[str, float]:
         """Retries by cause and hedges since the last call."""

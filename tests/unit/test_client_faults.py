@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 import socket
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,12 @@ from megasapo.keys import Keys
 from megasapo.rollout import client as client_module
 from megasapo.rollout import dispatch as dispatch_module
 from megasapo.rollout.client import ServerClient, retrying
+from megasapo.rollout.dispatch import Dispatch
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.limits import ModelLimits
+from megasapo.rollout.loop import LoopThread
 from megasapo.rollout.protocol import BadAnswer, Refused, Retryable, RolloutError
+from megasapo.rollout.servers import Server
 from megasapo.sections import RolloutConfig
 from megasapo.types import Completion, SamplingParams
 from tests.asking import ask
@@ -284,6 +288,24 @@ def test_a_failure_cancels_the_other_requests() -> None:
     with serving(OneRefused(["ok"])) as server:
         with pytest.raises(Refused):
             generate(fleet_of(server.url))
+
+
+def test_a_server_may_be_lost_while_connections_are_closed() -> None:
+    """The watch says so from its own thread, which may be anywhere in it when the rollouts end."""
+
+    class Interrupted(Dispatch):
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "_loop" and threading.current_thread() is threading.main_thread() and value is not None:
+                loop.run(self.close())
+            return value
+
+    cfg = RolloutConfig(servers=("http://127.0.0.1:1",), deterministic=False)
+    servers, loop = [Server(0, cfg.servers[0])], LoopThread()
+    dispatch = Interrupted(cfg, servers, LIMITS, Keys(), 0, newest=lambda: None, check=lambda: None)
+    loop.run(dispatch.generate([], [], routed=False))
+    dispatch.lost(servers[0])
+    loop.close()
 
 
 def test_no_more_requests_in_flight_than_allowed() -> None:
