@@ -6,6 +6,7 @@ Called by the HTTP application, which turns a BadRequest into a 400. Answers are
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import wraps
@@ -31,21 +32,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_tensor_list": (None, []),
 }
 CACHE_FIELDS = ("flush_cache", "torch_empty_cache")  # there is no prefix cache
+GROUP = "weight_update_group"
 SESSION = "must run between begin_weight_update() and end_weight_update()"
 
 
-Call = Callable[[Any, dict[str, Any]], Awaitable[T]]
+def takes_body(*ignored: str) -> Callable[[Callable[..., Awaitable[T]]], Callable[[Any, dict[str, Any]], Awaitable[T]]]:
+    """Has a call take its parameters from the JSON body; `ignored` are fields of SGLang's that change nothing here.
 
-
-def takes(*fields: str, ignored: tuple[str, ...] = ()) -> Callable[[Call[T]], Call[T]]:
-    """Marks a call by the fields it reads, and those of SGLang's that change nothing here. Others: BadRequest."""
+    It raises BadRequest for other fields, for a wrong type, and where a parameter without default is missing.
+    """
     harmless = frozenset({"rid", "http_worker_ipc", *ignored})
 
-    def mark(call: Call[T]) -> Call[T]:
+    def mark(call: Callable[..., Awaitable[T]]) -> Callable[[Any, dict[str, Any]], Awaitable[T]]:
+        _, *parameters = inspect.signature(call, eval_str=True).parameters.values()
+        names = [p.name for p in parameters]
+
         @wraps(call)
         async def checked(self: Control, body: dict[str, Any]) -> T:
-            check_known(body, frozenset(fields), NEUTRAL, harmless)
-            return await call(self, body)
+            check_known(body, names, NEUTRAL, harmless)
+            values = [
+                field(body, p.name, p.annotation, None if p.default is p.empty else p.default) for p in parameters
+            ]
+            return await call(self, *values)
 
         return checked
 
@@ -68,7 +76,7 @@ class Control:
         """Before the engine's next step."""
         return await asyncio.wrap_future(self._engine.control(fn))
 
-    async def _when_idle(self, fn: Callable[[], T], abort_first: bool = False) -> T:
+    async def _when_idle(self, fn: Callable[[], T], abort_first: bool) -> T:
         """When nothing runs any more, or at once while paused."""
         if abort_first:
             await self._on_engine(self._engine.abort)
@@ -76,25 +84,22 @@ class Control:
 
     # Generation
 
-    @takes("mode")
-    async def pause(self, body: dict[str, Any]) -> dict[str, Any]:
-        mode = field(body, "mode", str, "abort")
+    @takes_body()
+    async def pause(self, mode: str = "abort") -> dict[str, Any]:
         if mode not in ("abort", "retract", "in_place"):
             raise BadRequest(f"mode={mode!r}: expected 'abort', 'retract' or 'in_place'")
         await self._on_engine(lambda: self._engine.pause(mode))
         return {"message": "Generation paused successfully.", "status": "ok"}
 
-    @takes(ignored=CACHE_FIELDS)
-    async def resume(self, body: dict[str, Any]) -> dict[str, Any]:
+    @takes_body(*CACHE_FIELDS)
+    async def resume(self) -> dict[str, Any]:
         await self._on_engine(self._engine.resume)
         return {"message": "Generation continued successfully.", "status": "ok"}
 
-    @takes("rid", "abort_all", ignored=("finished_reason", "abort_message", "weight_versions"))
-    async def abort(self, body: dict[str, Any]) -> None:
-        everything = field(body, "abort_all", bool, False)
-        rid = field(body, "rid", str, "")
-        if everything or rid:
-            await self._on_engine(lambda: self._engine.abort("" if everything else rid))
+    @takes_body("finished_reason", "abort_message", "weight_versions")
+    async def abort(self, rid: str = "", abort_all: bool = False) -> None:
+        if abort_all or rid:
+            await self._on_engine(lambda: self._engine.abort("" if abort_all else rid))
 
     async def flush(self, timeout_s: float) -> str:
         """There is no prefix cache; what can be flushed is what no running request holds."""
@@ -107,81 +112,79 @@ class Control:
 
     # Weights
 
-    @takes(
-        "model_path",
-        "weight_version",
-        "load_format",
-        "abort_all_requests",
-        ignored=(*CACHE_FIELDS, "recapture_cuda_graph", "token_step", "is_async"),
-    )
-    async def update_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
-        path = field(body, "model_path", str)
-        version = self._version(body)
-        load_format = field(body, "load_format", str, "auto")
+    @takes_body(*CACHE_FIELDS, "recapture_cuda_graph", "token_step", "is_async")
+    async def update_from_disk(
+        self, model_path: str, weight_version: str = "", load_format: str = "auto", abort_all_requests: bool = False
+    ) -> dict[str, Any]:
         if load_format not in ("auto", "safetensors"):
             raise BadRequest(f"load_format={load_format!r}: the embedded server reads safetensors ('auto') only")
 
         def load() -> None:
-            self._weights.load(path)
-            self._stamp(version)
-            self.model_path = path
+            self._weights.load(model_path)
+            self._stamp(weight_version)
+            self.model_path = model_path
 
-        await self._when_idle(load, field(body, "abort_all_requests", bool, False))
-        return self._done("Succeeded to update model weights.", version) | {"num_paused_requests": 0}
+        await self._when_idle(load, abort_all_requests)
+        return self._done("Succeeded to update model weights.", weight_version) | {"num_paused_requests": 0}
 
-    @takes()
-    async def begin_update(self, body: dict[str, Any]) -> dict[str, Any]:
+    @takes_body()
+    async def begin_update(self) -> dict[str, Any]:
         if self._session:
             raise BadRequest("a weight-update session is already open; call end_weight_update() first")
         self._session = True
         await self._on_engine(self._weights.begin)
         return {"success": True, "message": "Success"}
 
-    @takes()
-    async def end_update(self, body: dict[str, Any]) -> dict[str, Any]:
+    @takes_body()
+    async def end_update(self) -> dict[str, Any]:
         if not self._session:
             raise BadRequest("no weight-update session is open; call begin_weight_update() first")
         self._session = False
         await self._on_engine(self._weights.end)
         return {"success": True, "message": "Success"}
 
-    @takes("group_name", "master_address", "master_port", "rank_offset", "world_size", "backend")
-    async def init_group(self, body: dict[str, Any]) -> dict[str, Any]:
-        name = field(body, "group_name", str, "weight_update_group")
-        if name in self._groups:
-            raise BadRequest(f"the group {name!r} exists already; destroy it first")
-        address, port = field(body, "master_address", str), field(body, "master_port", int)
-        rank, size = field(body, "rank_offset", int), field(body, "world_size", int)
-        backend = field(body, "backend", str, "nccl")
+    @takes_body()
+    async def init_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = GROUP,
+        backend: str = "nccl",
+    ) -> dict[str, Any]:
+        if group_name in self._groups:
+            raise BadRequest(f"the group {group_name!r} exists already; destroy it first")
+        member = (master_address, master_port, rank_offset, world_size, group_name, backend, JOIN_TIMEOUT_S)
         # In a thread of its own: it blocks until the learner has joined, which must not stop generation.
-        self._groups[name] = await asyncio.to_thread(
-            WeightGroup.join, address, port, rank, size, name, backend, JOIN_TIMEOUT_S
-        )
+        self._groups[group_name] = await asyncio.to_thread(WeightGroup.join, *member)
         return {"success": True, "message": "Succeeded to initialize custom process group."}
 
-    @takes("group_name")
-    async def destroy_group(self, body: dict[str, Any]) -> dict[str, Any]:
-        group = self._groups.pop(field(body, "group_name", str, "weight_update_group"), None)
+    @takes_body()
+    async def destroy_group(self, group_name: str = GROUP) -> dict[str, Any]:
+        group = self._groups.pop(group_name, None)
         if group is None:
             raise BadRequest("The group to be destroyed does not exist.")
         await asyncio.to_thread(group.close)
         return {"success": True, "message": "Succeeded to destroy custom process group."}
 
-    @takes(
-        *("names", "dtypes", "shapes", "group_name"),
-        *("weight_version", "load_format", "abort_all_requests"),
-        ignored=CACHE_FIELDS,
-    )
-    async def update_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
+    @takes_body(*CACHE_FIELDS)
+    async def update_from_distributed(
+        self,
+        names: list,
+        dtypes: list,
+        shapes: list,
+        group_name: str = GROUP,
+        load_format: str = "",
+        weight_version: str = "",
+        abort_all_requests: bool = False,
+    ) -> dict[str, Any]:
         if not self._session:
             raise BadRequest(f"update_weights_from_distributed {SESSION}")
-        group_name = field(body, "group_name", str, "weight_update_group")
         group = self._groups.get(group_name)
         if group is None:
             raise BadRequest(f"no weight-update group {group_name!r}; call init_weights_update_group first")
-        specs = _specs(body)
-        version = self._version(body)
-        load_format = field(body, "load_format", str, "")
+        specs = _specs(names, dtypes, shapes)
         if load_format not in ("", "flattened_bucket"):
             raise BadRequest(f"load_format={load_format!r}: expected null or 'flattened_bucket'")
 
@@ -189,23 +192,24 @@ class Control:
         # Beside the engine's thread, which goes on; and before any check, or the sender would wait for us in vain.
         async with self._receiving:
             tensors = await asyncio.to_thread(lambda: list(receive(group, specs, self._device)))
-            return await self._replace(tensors, version, body)
+            return await self._replace(tensors, weight_version, abort_all_requests)
 
-    @takes(
-        *("serialized_named_tensors", "load_format", "weight_version", "abort_all_requests"),
-        ignored=CACHE_FIELDS,
-    )
-    async def update_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
+    @takes_body(*CACHE_FIELDS)
+    async def update_from_tensor(
+        self,
+        serialized_named_tensors: list,
+        load_format: str = "",
+        weight_version: str = "",
+        abort_all_requests: bool = False,
+    ) -> dict[str, Any]:
         """Tensors in shared memory of this machine. The payload is a pickle in SGLang; see payload.py for ours."""
         if not self._session:
             raise BadRequest(f"update_weights_from_tensor {SESSION}")
-        payloads = field(body, "serialized_named_tensors", list)
-        if len(payloads) != 1 or not isinstance(payloads[0], str):
+        if len(serialized_named_tensors) != 1 or not isinstance(serialized_named_tensors[0], str):
             raise BadRequest("serialized_named_tensors: expected one string, for this server has one rank")
-        if body.get("load_format") is not None:
-            raise BadRequest(f"load_format={body['load_format']!r}: expected null, a list of names and tensors")
-        version = self._version(body)
-        found = await asyncio.to_thread(payload.parse, payloads[0])
+        if load_format:
+            raise BadRequest(f"load_format={load_format!r}: expected null, a list of names and tensors")
+        found = await asyncio.to_thread(payload.parse, serialized_named_tensors[0])
 
         def check() -> None:
             for name, shared in found:
@@ -213,29 +217,26 @@ class Control:
 
         await self._on_engine(check)  # what is read then is no more than the model
         tensors = await asyncio.to_thread(payload.read, found)
-        return await self._replace(tensors, version, body)
+        return await self._replace(tensors, weight_version, abort_all_requests)
 
-    @takes("new_version", "abort_all_requests")
-    async def update_version(self, body: dict[str, Any]) -> dict[str, Any]:
-        version = field(body, "new_version", str)
-        if field(body, "abort_all_requests", bool, True):
+    @takes_body()
+    async def update_version(self, new_version: str, abort_all_requests: bool = True) -> dict[str, Any]:
+        if abort_all_requests:
             await self._on_engine(self._engine.abort)
-        await self._on_engine(lambda: self._stamp(version))
-        return {"success": True, "message": f"Weight version updated to {version}", "new_version": version}
+        await self._on_engine(lambda: setattr(self._engine, "weight_version", new_version))
+        return {"success": True, "message": f"Weight version updated to {new_version}", "new_version": new_version}
 
-    @takes("action")
-    async def checksum(self, body: dict[str, Any]) -> dict[str, Any]:
-        action = field(body, "action", str, "checksum")
+    @takes_body()
+    async def checksum(self, action: str = "checksum") -> dict[str, Any]:
         if action != "checksum":
             raise BadRequest(f"action={action!r}: the embedded server knows 'checksum' only")
         digest = await self._on_engine(self._weights.checksum)
         return {"success": True, "message": "Success.", "checksum": digest, "num_tensors": len(self._weights.names)}
 
-    @takes("name", "truncate_size")
-    async def get_weight(self, body: dict[str, Any]) -> list[Any]:
+    @takes_body()
+    async def get_weight(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first `truncate_size` rows (or numbers) of a weight."""
-        name, size = field(body, "name", str), field(body, "truncate_size", int, 100)
-        return await self._on_engine(lambda: self._weights.get(name)[:size].float().tolist())
+        return await self._on_engine(lambda: self._weights.get(name)[:truncate_size].float().tolist())
 
     def close(self) -> None:
         """Leave the groups, so that members that wait in a broadcast get an error. The server has ended."""
@@ -247,24 +248,21 @@ class Control:
                 log.warning("leaving the group %r: %s", name, e)
 
     async def _replace(
-        self, tensors: list[tuple[str, torch.Tensor]], version: str | None, body: dict[str, Any]
+        self, tensors: list[tuple[str, torch.Tensor]], version: str, abort_first: bool
     ) -> dict[str, Any]:
         def replace() -> None:
             self._weights.write(tensors)
             self._stamp(version)
 
-        await self._when_idle(replace, field(body, "abort_all_requests", bool, False))
+        await self._when_idle(replace, abort_first)
         return self._done("Succeeded to update parameter online.", version)
 
-    def _version(self, body: dict[str, Any]) -> str | None:
-        return field(body, "weight_version", str, "") or None
-
-    def _stamp(self, version: str | None) -> None:
-        if version is not None:
+    def _stamp(self, version: str) -> None:
+        if version:
             self._engine.weight_version = version
 
-    def _done(self, message: str, version: str | None) -> dict[str, Any]:
-        if version is not None:
+    def _done(self, message: str, version: str) -> dict[str, Any]:
+        if version:
             message += f" Weight version updated to {version}."
         return {"success": True, "message": message}
 
@@ -272,8 +270,7 @@ class Control:
 Spec = tuple[str, torch.dtype, list[int]]
 
 
-def _specs(body: dict[str, Any]) -> list[Spec]:
-    names, dtypes, shapes = (field(body, key, list) for key in ("names", "dtypes", "shapes"))
+def _specs(names: list[Any], dtypes: list[Any], shapes: list[Any]) -> list[Spec]:
     if not len(names) == len(dtypes) == len(shapes):
         raise BadRequest(f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes")
     specs = []
