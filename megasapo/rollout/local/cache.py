@@ -22,8 +22,7 @@ class Cache:
         self.device = device
         self.rows = 0
         self.capacity = 0
-        self._key: torch.Tensor | None = None
-        self._value: torch.Tensor | None = None
+        self._stored: list[torch.Tensor] = []  # keys and values, once there are any
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that length stay within the bounds."""
@@ -41,8 +40,7 @@ class Cache:
         kept = (max(rows, self.rows), max(exact[1], self.capacity))
         wanted = (max(rows, roomy[0]), max(exact[1], roomy[1]))
         rows, capacity = next((c for c in (wanted, kept) if c[0] * c[1] <= self.max_cells), exact)
-        if self._key is not None and self._value is not None:
-            self._key, self._value = (self._grown(x, rows, capacity) for x in (self._key, self._value))
+        self._stored = [self._grown(x, rows, capacity) for x in self._stored]
         self.rows, self.capacity = rows, capacity
 
     def _grown(self, old: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
@@ -56,36 +54,30 @@ class Cache:
         heads = torch.arange(self.num_heads, device=self.device) * self.capacity
         return ((rows * (self.num_heads * self.capacity) + positions)[:, None] + heads).flatten()
 
-    def write(
-        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         """Store [T, kv heads, d] at `slots`; returns the layer's [rows, kv heads, capacity, d] keys and values."""
-        if self._key is None or self._value is None:
+        if not self._stored:
             shape = (self.num_layers, self.rows, key.shape[1], self.capacity)
-            self._key = key.new_zeros(*shape, key.shape[2])
-            self._value = value.new_zeros(*shape, value.shape[2])
-        keys, values = self._key[layer], self._value[layer]
-        keys.view(-1, key.shape[2]).index_copy_(0, slots, key.reshape(-1, key.shape[2]))
-        values.view(-1, value.shape[2]).index_copy_(0, slots, value.reshape(-1, value.shape[2]))
-        return keys, values
+            self._stored = [x.new_zeros(*shape, x.shape[2]) for x in (key, value)]
+        both = [x[layer] for x in self._stored]
+        for stored, x in zip(both, (key, value), strict=True):
+            stored.view(-1, x.shape[2]).index_copy_(0, slots, x.reshape(-1, x.shape[2]))
+        return both
 
     def move(self, source: list[int], target: list[int], length: int) -> None:
         """Copy the first `length` positions of rows `source` to rows `target`."""
-        if not source or self._key is None or self._value is None:
-            return
-        for x in (self._key, self._value):
+        for x in self._stored:
             x[:, target, :, :length] = x[:, source, :, :length]
 
     def clear(self, row: int) -> None:
         """Zero what a row stores: positions that a mask hides are multiplied by zero, and zero times NaN is NaN."""
-        if self._key is not None and self._value is not None:
-            self._key[:, row] = 0
-            self._value[:, row] = 0
+        for x in self._stored:
+            x[:, row] = 0
 
     def release(self) -> None:
         """Give the memory back; what was stored is lost."""
         self.rows = self.capacity = 0
-        self._key = self._value = None
+        self._stored = []
 
 
 def _round(length: int) -> int:

@@ -7,7 +7,7 @@ engine's thread. Every replacement is checked as a whole before anything is writ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -53,10 +53,6 @@ class Weights:
         for name, fp8 in self._fp8.items():
             self._stored |= {name: fp8.values, name + SCALE: fp8.scale_inv}
         self.names = [name for name in self._stored if name not in self._aliases]
-
-    @property
-    def quantised(self) -> bool:
-        return bool(self._fp8)
 
     def get(self, name: str) -> torch.Tensor:
         """What is held under the name, not a copy. Raises WeightError for an unknown name, listing the nearest."""
@@ -183,13 +179,13 @@ def file_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return views
 
 
-def _by_layer(state: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+def _by_layer(state: dict[str, torch.Tensor]) -> list[list[str]]:
     """Names grouped by layer, so that numbering needs memory for one layer only."""
     groups: dict[str, list[str]] = {}
     for name in state:
         layer = re.match(r"(.*?\.\d+)\.", name)
         groups.setdefault(layer.group(1) if layer else "", []).append(name)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def _view(parameter: torch.Tensor, numbers: torch.Tensor, name: str) -> torch.Tensor:
