@@ -34,9 +34,9 @@ def write(run_dir: Path, step: int, groups: Iterable[Group], *, shard: tuple[int
     index, num = shard
     part = "" if num == 1 else f".part-{index}-of-{num}"
     path = folder / f"step_{step:08d}{part}.jsonl"
-    with placed(path) as unfinished, unfinished.open("w", encoding="utf-8") as f:
-        for rest in (json.dumps(_encode(group)).removeprefix("{") for group in groups):
-            f.write(f"{_signed(rest.encode()).decode()}\n")
+    with placed(path) as unfinished, unfinished.open("wb") as f:
+        for group in groups:
+            f.write(_signed(_encode(group).removeprefix("{").encode()) + b"\n")
         f.flush()
         os.fsync(f.fileno())
     for other in folder.glob(f"step_{step:08d}*.jsonl"):  # of a try in another layout, whose checkpoint was lost
@@ -62,8 +62,9 @@ def read(run_dir: Path, step: int, prompts: Mapping[int, Prompt]) -> list[Group]
                 damaged += 1
                 continue
             record = json.loads(line)
-            if record["uid"] in prompts:
-                found.append(_decode(record, prompts[record["uid"]]))
+            uid = record["uid"]
+            if uid in prompts:
+                found.append(Group(uid, prompts[uid], tuple(_decode_sample(row) for row in record["samples"])))
         if damaged:
             log.warning("%s is damaged: the groups of %d of its lines are sampled again", path, damaged)
     return found
@@ -74,52 +75,27 @@ def _signed(rest: bytes) -> bytes:
     return b'{"sha256": "%s", %s' % (hashlib.sha256(rest).hexdigest().encode(), rest)
 
 
-def _encode(group: Group) -> dict[str, Any]:
-    return {"uid": group.uid, "samples": [_encode_sample(sample) for sample in group.samples]}
+def _encode(group: Group) -> str:
+    """A JSON object of all but the prompt."""
+    return json.dumps({"uid": group.uid, "samples": [_encode_sample(s) for s in group.samples]}, default=_array)
 
 
 def _encode_sample(sample: Sample) -> dict[str, Any]:
-    done = sample.completion
-    routed = None if done.routed_experts is None else smallest(done.routed_experts)
-    return {
-        "text": sample.text,
-        "reward": sample.reward,
-        "parts": dict(sample.reward_parts),
-        "finish_reason": done.finish_reason,
-        "version_min": done.version_min,
-        "version_max": done.version_max,
-        "version_spans": done.version_spans,
-        "output_ids": list(done.output_ids),
-        "logprobs": _array(done.logprobs),
-        "routed_experts": _array(routed),
-        "sampled": _array(done.sampled),
-    }
+    completion = {name: getattr(sample.completion, name) for name in Completion.__slots__}
+    return {"text": sample.text, "reward": sample.reward, "parts": dict(sample.reward_parts), **completion}
 
 
-def _decode(record: Mapping[str, Any], prompt: Prompt) -> Group:
-    return Group(record["uid"], prompt, tuple(_decode_sample(row) for row in record["samples"]))
+def _decode_sample(row: dict[str, Any]) -> Sample:
+    text, reward, parts = (row.pop(name) for name in ("text", "reward", "parts"))
+    for name in ("logprobs", "routed_experts", "sampled"):
+        row[name] = _restore(row[name])
+    row["output_ids"] = tuple(row["output_ids"])
+    row["version_spans"] = tuple(tuple(span) for span in row["version_spans"])
+    return Sample(Completion(**row), text, reward, parts)
 
 
-def _decode_sample(row: Mapping[str, Any]) -> Sample:
-    routed = _restore(row["routed_experts"])
-    logprobs = _restore(row["logprobs"])
-    assert logprobs is not None
-    completion = Completion(
-        output_ids=tuple(row["output_ids"]),
-        logprobs=logprobs,
-        finish_reason=row["finish_reason"],
-        version_min=row["version_min"],
-        version_max=row["version_max"],
-        routed_experts=None if routed is None else routed.astype(np.int32),
-        version_spans=tuple(tuple(span) for span in row["version_spans"]),
-        sampled=_restore(row["sampled"]),
-    )
-    return Sample(completion, row["text"], row["reward"], row["parts"])
-
-
-def _array(values: np.ndarray | None) -> dict[str, Any] | None:
-    if values is None:
-        return None
+def _array(values: np.ndarray) -> dict[str, Any]:
+    values = smallest(values) if values.dtype == np.int32 else values  # experts
     data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
     return {"dtype": values.dtype.str, "shape": list(values.shape), "base64": data}
 
@@ -128,4 +104,5 @@ def _restore(stored: Mapping[str, Any] | None) -> np.ndarray | None:
     if stored is None:
         return None
     flat = np.frombuffer(base64.b64decode(stored["base64"], validate=True), dtype=stored["dtype"])
-    return flat.reshape(stored["shape"]).copy()
+    values = flat.reshape(stored["shape"]).copy()
+    return values.astype(np.int32) if values.dtype.kind in "iu" else values
