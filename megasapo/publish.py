@@ -7,9 +7,9 @@ model only as an export of HF-named tensors in buckets.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ import torch
 
 from megasapo.checksum import Checksum
 from megasapo.rollout.broadcast import Broadcast
+from megasapo.rollout.client import ServerClient
 from megasapo.rollout.disk import DiskDelivery
 from megasapo.rollout.fleet import Fleet
 from megasapo.rollout.handover import Handover
-from megasapo.rollout.online import Channel, OnlineDelivery
+from megasapo.rollout.online import Channel, OnlineDelivery, asked
 from megasapo.rollout.protocol import RolloutError
 from megasapo.rollout.quantise import quantise_bucket
 from megasapo.rollout.servers import Server
@@ -78,13 +79,12 @@ class Publisher:
         `agree(x)` returns rank 0's x on every rank. `device`: the model's; CUDA means NCCL, or CUDA IPC. `verify`:
         compare the embedded servers' checksum with the export's.
         """
-        if rank == 0 and fleet is None:
-            raise ValueError("rank 0 publishes and needs the fleet that it started")
         self._export, self._fleet, self._agree, self._verify = export, fleet, agree, verify
         self._quantise = cfg.quantization == "fp8_block"
         self._delivery: Delivery | None = None
         if rank == 0:
-            assert fleet is not None
+            if fleet is None:
+                raise ValueError("rank 0 publishes and needs the fleet that it started")
             fleet.check_quantization()  # a server would take weights of the wrong kind without a word
             if cfg.publish == "disk":
                 self._delivery = DiskDelivery(fleet, run_dir, model_dir, quantised=self._quantise)
@@ -116,74 +116,64 @@ class Publisher:
 
     def _try(self, version: int) -> str | None:
         """One attempt; what went wrong, the same text on every rank."""
-        if self._delivery is None:
-            failed = self._agree(None)
-            if failed is None:
-                for _ in self._export():
-                    pass
-                failed = self._agree(None)
-            return failed
-        assert self._fleet is not None
+        updated: list[Server] = []
+        if self._fleet is None or self._delivery is None:
+            return self._attempt(version, updated)
+        failed: str | None = "a collective call"
         self._fleet.begin_publish()
-        updated: list[Server] | None = None
         try:
-            failed = self._agree(self._guarded(lambda d: d.open(version)))
-            if failed is None:
-                outcome = self._send_all()
-                updated = outcome if isinstance(outcome, list) else None
-                failed = self._agree(outcome if isinstance(outcome, str) else None)
+            failed = self._attempt(version, updated)
             if failed is not None:
                 self._delivery.abandon()
         finally:
-            if updated is not None:
+            if failed is None:
                 self._fleet.end_publish(version, updated, self._delivery.weights_dir)
                 self._delivery.settle()
             else:
                 self._fleet.abandon_publish()
         return failed
 
+    def _attempt(self, version: int, updated: list[Server]) -> str | None:
+        """The same, between the fleet's begin and end; on rank 0 `updated` gets the servers that have all of it."""
+        failed = self._agree(self._guarded(lambda delivery: delivery.open(version)))
+        if failed is None:
+            failed = self._agree(self._send_all(updated))
+        return failed
+
     def _guarded(self, step: Callable[[Delivery], Any]) -> str | None:
         """A step on rank 0; its failure is a text that every rank will raise, not one rank's exception."""
-        assert self._delivery is not None
         try:
-            step(self._delivery)
+            if self._delivery is not None:
+                step(self._delivery)
         except (RolloutError, RuntimeError, OSError) as e:
             return f"{type(e).__name__}: {e}"
         return None
 
-    def _send_all(self) -> list[Server] | str:
+    def _send_all(self, updated: list[Server]) -> str | None:
         """All buckets, then the last word; the export is drained even after a failure, for it is collective."""
-        assert self._delivery is not None
         checksum = Checksum() if self._verify else None
         failed: str | None = None
         for bucket in self._export():
             if failed is None:
-                failed = self._guarded(lambda d, b=bucket: self._send(d, b, checksum))  # type: ignore[misc]
-        updated: list[Server] = []
+                failed = self._guarded(partial(self._send, bucket, checksum))
         if failed is None:
-            failed = self._guarded(lambda d: updated.extend(d.finish()))
+            failed = self._guarded(lambda delivery: updated.extend(delivery.finish()))
         if failed is None and checksum is not None:
-            wanted = checksum.hexdigest()
-            failed = self._guarded(lambda _: self._compare(updated, wanted))
-        return updated if failed is None else failed
+            failed = self._guarded(lambda _: self._compare(updated, checksum.hexdigest()))
+        return failed
 
-    def _send(self, delivery: Delivery, bucket: Bucket, checksum: Checksum | None) -> None:
+    def _send(self, bucket: Bucket, checksum: Checksum | None, delivery: Delivery) -> None:
         """One bucket as the servers get it; what is hashed is what they are to hold."""
         if self._quantise:
             bucket = quantise_bucket(bucket)
         delivery.send(bucket)
-        for name, tensor in bucket if checksum is not None else []:
-            assert checksum is not None
-            checksum.add(name, tensor)
+        if checksum is not None:
+            for name, tensor in bucket:
+                checksum.add(name, tensor)
 
     def _compare(self, servers: list[Server], wanted: str) -> None:
-        fleet = self._fleet
-        assert fleet is not None
-
-        async def ask() -> list[str]:
-            return await asyncio.gather(*(fleet.control(s).checksum() for s in servers))
-
-        for server, got in zip(servers, fleet.run(ask()), strict=True):
+        assert self._fleet is not None
+        for server, got in zip(servers, asked(self._fleet, servers, ServerClient.checksum), strict=True):
             if got != wanted:
                 raise RolloutError(
                     f"{server.url} holds other weights than were published: checksum {got[:12]}... instead of "
