@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,7 @@ class RewardModel:
         self._max_workers = max_workers or max(2, min(8, (os.cpu_count() or 2) // 4))
         check(cfg)
         self._graders: list[_Grader] = []
-        self._pools: list[GraderPool] = []
-        self._client: Any = None
+        self._opened = AsyncExitStack()
         self._num_errors = self._num_episode_errors = 0
         self._errors_in_a_row: dict[str, int] = {}  # of each grader, and of the episode
 
@@ -91,11 +91,8 @@ class RewardModel:
 
     async def close(self) -> None:
         """End every worker process, a hanging one included."""
-        pools, self._pools, self._graders = self._pools, [], []
-        client, self._client = self._client, None
-        await asyncio.gather(*(pool.close() for pool in pools))
-        if client is not None:
-            await client.aclose()
+        self._graders = []
+        await self._opened.aclose()
 
     async def __aenter__(self) -> RewardModel:
         await self.start()
@@ -165,22 +162,17 @@ class RewardModel:
                 timeout_s=self._cfg.timeout_s,
                 max_workers=self._max_workers,
             )
-            self._pools.append(pool)
+            self._opened.push_async_callback(pool.close)
             await pool.start()
             return pool
         options = dict(spec.options)
         if spec.name == "http":
-            options["client"] = self._http_client()
-        return _timed(functools.partial(INLINE[spec.name], **options), self._cfg.timeout_s)
+            import httpx
 
-    def _http_client(self) -> Any:
-        import httpx
-
-        if self._client is None:
             # No limits of its own: every call has reward.timeout_s as a whole.
-            limits = httpx.Limits(max_connections=HTTP_CONNECTIONS)
-            self._client = httpx.AsyncClient(timeout=None, limits=limits)
-        return self._client
+            client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=HTTP_CONNECTIONS))
+            options["client"] = await self._opened.enter_async_context(client)
+        return _timed(functools.partial(INLINE[spec.name], **options), self._cfg.timeout_s)
 
 
 def _timed(score: Reward, timeout_s: float) -> Reward:
