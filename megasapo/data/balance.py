@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 Bins = list[list[int]]
@@ -89,60 +90,55 @@ class _Rows:
     max_tokens: int  # of a bin
     max_rows: int  # of a bin
 
-    def by(self, weights: Sequence[float]) -> list[int]:
-        """Indices, heaviest first."""
-        return sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    def put(self, i: int, into: _Bin) -> bool:
+        """Whether there is room for sequence i; it is then in."""
+        fits = into.tokens + self.lengths[i] <= self.max_tokens and len(into.members) < self.max_rows
+        if fits:
+            into.members.append(i)
+            into.tokens += self.lengths[i]
+            into.cost += self.costs[i]
+        return fits
 
-    def fits(self, i: int, into: _Bin) -> bool:
-        return into.tokens + self.lengths[i] <= self.max_tokens and len(into.members) < self.max_rows
 
-    def put(self, i: int, into: _Bin) -> None:
-        into.members.append(i)
-        into.tokens += self.lengths[i]
-        into.cost += self.costs[i]
+def _heaviest_first(weights: Sequence[float]) -> list[int]:
+    """Their indices."""
+    return sorted(range(len(weights)), key=lambda i: (-weights[i], i))
 
 
 def _level(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
     """Dearest first to the rank with the least, there into the cheapest bin with room; None when one fits nowhere."""
     ranks = [[_Bin() for _ in range(num_micro)] for _ in range(num_ranks)]
-    heap: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
+    least: list[tuple[float, int]] = [(0, r) for r in range(num_ranks)]
     cheapest: list[list[tuple[float, int]]] = [[(0, b) for b in range(num_micro)] for _ in range(num_ranks)]
-    for i in rows.by(rows.costs):
-        passed: list[tuple[float, int]] = []
-        chosen = None
-        while chosen is None:
-            if not heap:
-                return None
-            carried, r = heapq.heappop(heap)
-            chosen = _put_into_cheapest(rows, i, ranks[r], cheapest[r])
-            passed.append((carried + (rows.costs[i] if chosen else 0), r))
-        for entry in passed:
-            heapq.heappush(heap, entry)
+
+    def put(i: int, r: int) -> bool:
+        return _add(rows.costs[i], cheapest[r], lambda b: rows.put(i, ranks[r][b]))
+
+    for i in _heaviest_first(rows.costs):
+        if not _add(rows.costs[i], least, partial(put, i)):
+            return None
     # within a rank dearest first, so that the k-th of all ranks are alike
     return [[sorted(b.members) for b in sorted(bins, key=lambda b: -b.cost)] for bins in ranks]
 
 
-def _put_into_cheapest(rows: _Rows, i: int, bins: list[_Bin], heap: list[tuple[float, int]]) -> _Bin | None:
-    """The bin with room that has the least cost; `heap` holds the costs and numbers of all of them."""
+def _add(cost: float, heap: list[tuple[float, int]], takes: Callable[[int], bool]) -> bool:
+    """Whether one of `heap`'s (cost, number) takes it; its cost, the least of those that would, then grows by `cost`."""
     passed: list[tuple[float, int]] = []
-    chosen = None
-    while heap and chosen is None:
-        cost, b = heapq.heappop(heap)
-        if rows.fits(i, bins[b]):
-            chosen = bins[b]
-            rows.put(i, chosen)
-            cost = chosen.cost
-        passed.append((cost, b))
+    taken = False
+    while heap and not taken:
+        carried, number = heapq.heappop(heap)
+        taken = takes(number)
+        passed.append((carried + cost if taken else carried, number))
     for entry in passed:
         heapq.heappush(heap, entry)
-    return chosen
+    return taken
 
 
 def _best_fit(rows: _Rows) -> list[_Bin]:
     """Longest first into the fullest bin with room: few but uneven bins, at most 11/9 of the fewest and one more."""
     bins: list[_Bin] = []
     open_: list[tuple[int, int]] = []  # (room, bin), in order
-    for i in rows.by(rows.lengths):
+    for i in _heaviest_first(rows.lengths):
         at = bisect.bisect_left(open_, (rows.lengths[i], 0))
         room, b = open_.pop(at) if at < len(open_) else (rows.max_tokens, len(bins))
         if b == len(bins):
