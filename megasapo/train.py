@@ -418,7 +418,7 @@ def _make_source(
         complete = Completer(fleet, cfg.rollout, decode, encode, version=lambda: fleet.version or 0)
         sampler = Sampler(cfg, complete, scorer, decode)
     source = RolloutSource(cfg, fleet, stream, scorer, sampler, topo, thread, republish=publisher)
-    cleanup.callback(source.close)
+    cleanup.callback(source.discard_pending)
 
     async def measure() -> list[Problem]:
         found = [] if complete is None else await evaluate(complete, held_out, scorer, decode, cfg)

@@ -60,7 +60,6 @@ class Broadcast:
                     dtypes=[dtype] * len(tensors),
                     shapes=[list(t.shape) for _, t in tensors],
                     group=group.name,
-                    flattened=True,
                 )
             )
             for s in self._servers

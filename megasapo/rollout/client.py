@@ -91,7 +91,8 @@ class ServerClient:
         request_timeout_s: float = 600.0,
         question_timeout_s: float = 30.0,
     ) -> None:
-        """`question_timeout_s`: of health and info; SGLang's health takes at least a second."""
+        """`request_timeout_s`: of generation and control. `question_timeout_s`: of health and info; SGLang's health
+        takes at least a second."""
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"server URL {url!r} does not start with http:// or https://")
         self.url = url.rstrip("/")
@@ -235,9 +236,9 @@ class ServerClient:
         await self._control("/destroy_weights_update_group", {"group_name": name})
 
     async def update_from_distributed(
-        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, flattened: bool
+        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None:
-        """Receive tensors that rank 0 broadcasts meanwhile: one by one, or all as one uint8 bucket (flattened)."""
+        """Receive tensors that rank 0 broadcasts meanwhile, all as one uint8 bucket."""
         body = {
             "names": names,
             "dtypes": dtypes,
@@ -245,7 +246,7 @@ class ServerClient:
             "group_name": group,
             # SGLang asserts that this flush succeeds and dies if requests hold the cache: flush() afterwards instead
             "flush_cache": False,
-            "load_format": "flattened_bucket" if flattened else None,
+            "load_format": "flattened_bucket",
         }
         await self._control("/update_weights_from_distributed", body)
 

@@ -46,21 +46,13 @@ class Fleet:
         )
 
     @classmethod
-    def start(
-        cls,
-        cfg: RolloutConfig,
-        model_path: str | Path,
-        run_dir: str | Path,
-        *,
-        leader_index: int = 0,
-        routing: bool = False,
-    ) -> Fleet:
+    def start(cls, cfg: RolloutConfig, model_path: str | Path, run_dir: str | Path, *, routing: bool = False) -> Fleet:
         """Spawn `rollout.spawn` servers, or connect to `rollout.servers`, and wait until all answer.
 
         `routing`: those that are spawned can return the experts they chose; running ones must have been started so.
         Those that are spawned ask for a key, a new one in `run_dir` if rollout.api_key_file names none.
         Raises RolloutError with the log's tail when one does not in rollout.start_timeout_s. One process of a run
-        calls it.
+        calls it, the first of its leaders.
         """
         cfg = with_routing(cfg) if routing else cfg
         urls = cfg.servers or tuple(f"http://127.0.0.1:{free_port()}" for _ in range(cfg.spawn))
@@ -70,7 +62,7 @@ class Fleet:
             limits.check_engine(cfg.engine)
             served = served_model(cfg, served, Path(run_dir))
             cfg = _with_key(cfg, Path(run_dir).absolute() / "api_key")
-        fleet = cls(cfg, urls, limits, leader_index)
+        fleet = cls(cfg, urls, limits, leader_index=0)
         watch = Watch(cfg, fleet.servers, served, Path(run_dir), fleet._keys, fleet._dispatch.lost)
         fleet._watch, fleet._owns = watch, True
         try:
@@ -186,25 +178,22 @@ class Fleet:
         if not self.cfg.servers:
             return  # this run started them, on the model that it chose
         for server in self.wait_ready():
-            info = self.run(self._described(server))
+            client = self.control(server)
+            info = self.run(client.server_info()) | self.run(client.model_info())
             check_quantization(server.url, info, self.cfg.quantization)
-
-    async def _described(self, server: Server) -> dict[str, Any]:
-        client = self._owner().client(server)
-        return await client.server_info() | await client.model_info()
 
     def begin_publish(self) -> None:
         """No server is judged or brought up to date by the watch until `end_publish`."""
-        self._owner().hold()
+        self.run(self._owner().hold())
 
     def end_publish(self, version: int, updated: Sequence[Server], weights_dir: Path | None) -> None:
         """`updated` now have `version`, the others are stale; `weights_dir` is where they can still get it from."""
         self.version = version
-        self._owner().release(version, updated, weights_dir)
+        self.run(self._owner().release(version, updated, weights_dir))
 
     def abandon_publish(self) -> None:
         """The publish failed: the servers stay at what they say they have."""
-        self._owner().release(self.version, None, None)
+        self.run(self._owner().release(self.version, None, None))
 
     def _owner(self) -> Watch:
         if self._watch is None or not self._owns:

@@ -70,8 +70,6 @@ class ModelLimits:
 
     def check(self, input_ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> None:
         """Raise ValueError for a prompt that no server of this model can answer."""
-        if len(input_ids) != len(sampling):
-            raise ValueError(f"{len(input_ids)} prompts but {len(sampling)} sampling parameters")
         for i, (ids, s) in enumerate(zip(input_ids, sampling, strict=True)):
             if not ids:
                 raise ValueError(f"prompt {i} is empty")

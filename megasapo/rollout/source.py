@@ -147,10 +147,6 @@ class RolloutSource:
         for flight in self._flights:
             flight.give_up()
 
-    def close(self) -> None:
-        """Nobody waits for what is in flight any more."""
-        self.discard_pending()
-
     def take_metrics(self) -> Metrics:
         """Graders' errors, groups given up, retries by cause and restarts of servers since the last call."""
         counts = {"groups/stale": Sum(float(self._stale)), "groups/given_up": Sum(float(self._given_up))}

@@ -118,10 +118,11 @@ class ServerProcess:
         number = -code if code < 0 else code - 128  # the guard passes on the shell's code for a signal
         return f"was killed by signal {number}" if 0 < number <= signal.SIGRTMAX else f"ended with code {code}"
 
-    def log_tail(self, lines: int = 20) -> str:
+    def log_tail(self) -> str:
+        """Its last 20 lines."""
         with self.log_file.open("rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
-            return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
+            return "\n".join(f.read().decode(errors="replace").splitlines()[-20:])
 
     def stop(self) -> None:
         """End the process group: SIGTERM, and SIGKILL to what is left after the grace."""

@@ -102,14 +102,6 @@ class Watch:
             )
         return client
 
-    def hold(self) -> None:
-        """Leave all versions alone until `release`; waits for an update that is under way."""
-        self._loop.run(self._acquire())
-
-    def release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
-        """`updated` have `version` now and the rest do not; None: nothing is known, ask them."""
-        self._loop.run(self._release(version, updated, weights_dir))
-
     def needs_publish(self, server: Server) -> bool:
         behind = self._version is not None and server.version is not None and server.version != self._version
         return server.up and behind and self._weights_dir is None and not self._updating.locked()
@@ -168,11 +160,13 @@ class Watch:
                 log.warning("cannot write %s: %s", path, e)
             await asyncio.sleep(REPORT_EVERY_S)
 
-    async def _acquire(self) -> None:
+    async def hold(self) -> None:
+        """Leave all versions alone until `release`; waits for an update that is under way."""
         await self._updating.acquire()
         self._epoch += 1
 
-    async def _release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
+    async def release(self, version: int | None, updated: Sequence[Server] | None, weights_dir: Path | None) -> None:
+        """`updated` have `version` now and the rest do not; None: nothing is known, ask them."""
         self._epoch += 1
         self._version = version
         if updated is not None:

@@ -72,11 +72,11 @@ class WeightGroup:
         c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
         return WeightGroup(group, store, group_name)
 
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> None:
-        """Send (on rank src) or fill `tensor`, in place; returns when it is done here. Contiguous tensors only."""
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Send (on rank 0) or fill `tensor`, in place; returns when it is done here. Contiguous tensors only."""
         if self._group is None:
             raise RuntimeError(f"weight group {self.name!r} is closed")
-        dist.broadcast(tensor, src=src, group=self._group)
+        dist.broadcast(tensor, src=0, group=self._group)
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()
 
