@@ -24,7 +24,7 @@ from megasapo.config import Config, ConfigError
 from megasapo.placed import placed, refuse_unwritable
 from megasapo.rewards import model as rewards
 from megasapo.rewards.model import RewardModel
-from megasapo.rollout.episode import Completer, Decode
+from megasapo.rollout.episode import Completer, Decode, seed_of
 from megasapo.types import Prompt, SamplingParams
 
 EVAL_STREAM = 0x5EED  # keeps the seeds of evaluation apart from those of training
@@ -73,7 +73,7 @@ def summary(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, float]:
 
 
 def _sampling(cfg: Config, prompt: Prompt, index: int) -> SamplingParams:
-    seed = int(np.random.SeedSequence([cfg.run.seed, EVAL_STREAM, prompt.index, index]).generate_state(1)[0] >> 1)
+    seed = seed_of(cfg.run.seed, EVAL_STREAM, prompt.index, index)
     return SamplingParams(
         max_new_tokens=cfg.rollout.max_new_tokens,
         temperature=cfg.eval.temperature,

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,31 +30,8 @@ from megasapo.sections import RolloutConfig
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
-
-
-class Delivery(Protocol):
-    """One way to bring weights to servers: `open`, `send` bucket by bucket, `finish`; or `abandon` at any point."""
-
-    @property
-    def weights_dir(self) -> Path | None:
-        """Where a server that missed it can load what was delivered last."""
-        ...
-
-    def open(self, version: int) -> None: ...
-
-    def send(self, bucket: Bucket) -> None: ...
-
-    def finish(self) -> list[Server]:
-        """The servers that have all of it, none of them in doubt. RolloutError when there is no such server."""
-        ...
-
-    def settle(self) -> None:
-        """Nobody needs what was delivered before."""
-        ...
-
-    def abandon(self) -> None: ...
-
-    def close(self) -> None: ...
+# `open`, `send` bucket by bucket, `finish`, and `settle` once all is known to be well; or `abandon` at any point
+Delivery = DiskDelivery | OnlineDelivery
 
 
 class Publisher:

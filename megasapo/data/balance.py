@@ -122,7 +122,7 @@ def _level(rows: _Rows, num_ranks: int, num_micro: int) -> list[Bins] | None:
 
 
 def _add(cost: float, heap: list[tuple[float, int]], takes: Callable[[int], bool]) -> bool:
-    """Whether one of `heap`'s (cost, number) takes it; its cost, the least of those that would, then grows by `cost`."""
+    """Whether one of `heap`'s (cost, number) takes it: the least that does, whose cost then grows by `cost`."""
     passed: list[tuple[float, int]] = []
     taken = False
     while heap and not taken:

@@ -112,7 +112,7 @@ class GraderPool:
     """
 
     def __init__(self, target: str, options: dict[str, Any], *, timeout_s: float, max_workers: int) -> None:
-        self._target, self._options, self._timeout_s, self._max_workers = target, options, timeout_s, max_workers
+        self._target, self._options, self._timeout_s = target, options, timeout_s
         self._workers: list[_Worker] = []
         self._starting = asyncio.Lock()
         self._is_async = False
@@ -122,7 +122,6 @@ class GraderPool:
         """Start the first worker, which says whether the grader can be loaded and whether it is async."""
         self._workers.append(await self._start_worker())
         if self._is_async:
-            self._max_workers = 1
             self._slots = asyncio.Semaphore(ASYNC_CALLS)
 
     async def __call__(self, prompt: Prompt, response: str) -> float:

@@ -25,7 +25,7 @@ class DiskDelivery:
 
     def __init__(self, fleet: Fleet, run_dir: Path, model_dir: Path, *, quantised: bool = False) -> None:
         """`model_dir`: of the learner's model, whose config and tokenizer go along; `quantised`: what `send` gets."""
-        self.weights_dir: Path | None = None
+        self.weights_dir: Path | None = None  # where a server that missed it can load what was delivered last
         self._fleet, self._root, self._model_dir = fleet, Path(run_dir).absolute() / "weights", Path(model_dir)
         self._config = quantised_config(read_config(self._model_dir), self._model_dir) if quantised else None
         self._version = 0
@@ -39,6 +39,7 @@ class DiskDelivery:
         self._writer.add(bucket)
 
     def finish(self) -> list[Server]:
+        """The servers that have all of it. RolloutError when there is no such server."""
         assert self._writer is not None
         self._writer.finish(self._model_dir, self._config)
         target, up, mode = self._writer.target, self._fleet.wait_ready(), self._fleet.cfg.on_publish
@@ -48,6 +49,7 @@ class DiskDelivery:
         return updated
 
     def settle(self) -> None:
+        """Nobody needs what was delivered before."""
         for old in self._root.iterdir():
             if old != self.weights_dir:
                 _remove(old)  # or, where a server still has it mapped, at the next publish

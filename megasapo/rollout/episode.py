@@ -27,6 +27,11 @@ Decode = Callable[[tuple[int, ...]], str]
 Encode = Callable[[str], Sequence[int]]
 
 
+def seed_of(*numbers: int) -> int:
+    """A sampling seed below 2**31 for these numbers, not negative: the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
+
+
 class EpisodeError(RuntimeError):
     """An episode asked for what cannot be; counted like anything else that an episode raises."""
 
@@ -105,7 +110,7 @@ class Turns:
         room = sample.tokens_left
         seed = base.sampling_seed
         if seed is not None and sample.turns:
-            seed = int(np.random.SeedSequence([seed, sample.turns]).generate_state(1)[0] >> 1)
+            seed = seed_of(seed, sample.turns)
         sampling = replace(
             base,
             max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),

@@ -81,6 +81,7 @@ class OnlineDelivery:
                 update.begun = True
 
     def finish(self) -> list[Server]:
+        """The servers that have all of it, none of them in doubt. RolloutError when there is no such server."""
         self._wait()
         if _starts(self._servers) != self._starts:  # one without sessions takes the rest without the beginning
             raise RolloutError("a server was started again during the update")

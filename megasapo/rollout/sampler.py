@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import numpy as np
-
 from megasapo.config import Config
 from megasapo.rewards.model import RewardModel, Scored
-from megasapo.rollout.episode import Completer, Decode, Outcome
+from megasapo.rollout.episode import Completer, Decode, Outcome, seed_of
 from megasapo.types import Group, Prompt, Sample, SamplingParams
 
 Drawn = tuple[int, Prompt]  # uid and prompt
@@ -45,12 +43,11 @@ class Sampler:
 
     def _sampling(self, uid: int, index: int) -> SamplingParams:
         r = self._cfg.rollout
-        seed = int(np.random.SeedSequence([self._cfg.run.seed, uid, index]).generate_state(1)[0] >> 1)
         return SamplingParams(
             max_new_tokens=r.max_new_tokens,
             temperature=r.temperature,
             top_p=r.top_p,
             top_k=r.top_k,
             stop_token_ids=r.stop_token_ids,
-            sampling_seed=seed if r.repeatable else None,
+            sampling_seed=seed_of(self._cfg.run.seed, uid, index) if r.repeatable else None,
         )

@@ -239,9 +239,7 @@ class RolloutSource:
     def _finished(self, flights: list[_Flight]) -> tuple[list[int], list[int]]:
         """Collective: the uids of all ranks' finished groups that are useful, and that are not, in order."""
         found = [(f.uid, self._is_useful(g)) for f in flights if self._is_mine(f) and (g := f.group()) is not None]
-        everyones: list[list[tuple[int, bool]]] = [[] for _ in range(dist.get_world_size(self._ranks.world_group_cpu))]
-        dist.all_gather_object(everyones, found, group=self._ranks.world_group_cpu)
-        known = sorted(one for part in everyones for one in part)
+        known = sorted(one for part in self._ranks.gather(found) for one in part)
         return [uid for uid, useful in known if useful], [uid for uid, useful in known if not useful]
 
     def _take(self, chosen: set[int], dull: set[int]) -> tuple[list[Group], int]:

@@ -115,7 +115,8 @@ def make(
 ) -> tuple[RolloutSource, Stream, Fleet]:
     settings = {"prompts_per_step": 8, "group_size": 2, "max_new_tokens": 4} | rollout
     cfg = config.from_dict({"model": {"path": "m"}, "rollout": settings, "train": {"steps": 10}}, over)
-    ranks = SimpleNamespace(dp=1, dp_rank=0, is_leader=True, world_group_cpu=dist.group.WORLD)
+    group = dist.group.WORLD
+    ranks = SimpleNamespace(dp=1, dp_rank=0, is_leader=True, world_group_cpu=group, gather=lambda own: [own])
     stream, fleet = Stream(), Fleet()
     scorer: Any = Scorer(rare)
     complete = Completer(fleet, cfg.rollout, lambda ids: "x", lambda text: [], version=lambda: 0)

@@ -172,7 +172,6 @@ class Batch:
     def _check_finish(self, s: Sequence, token: int) -> None:
         """SGLang's order: stop string, stop token, length."""
         if s.sampling.stop_strings and (matched := self._matched_stop(s)) is not None:
-            s.stop_matched = matched
             s.finish = {"type": "stop", "matched": matched}
         elif token in s.sampling.stop_ids:
             s.finish = {"type": "stop", "matched": token}

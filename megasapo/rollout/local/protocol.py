@@ -156,13 +156,12 @@ def _token_texts(loaded: Loaded, wanted: bool) -> Any:
 def _text(s: Sequence, ids: list[int], finish: dict[str, Any] | None, loaded: Loaded) -> str:
     if loaded.tokenizer is None:
         return ""
-    trim = (finish or {}).get("type") == "stop" and not s.sampling.no_stop_trim
-    if trim and s.stop_matched is None:
+    stop = None if finish is None or s.sampling.no_stop_trim else finish.get("matched")
+    if isinstance(stop, int):
         ids = ids[:-1]
     text = loaded.tokenizer.decode(ids, skip_special_tokens=s.sampling.skip_special_tokens)
-    if trim and s.stop_matched is not None:
-        at = text.find(s.stop_matched)
-        text = text if at < 0 else text[:at]
+    if isinstance(stop, str):
+        text = text.partition(stop)[0]
     if finish is None:
         text = text.rstrip("\ufffd")  # bytes of a character that is still coming
     return text

@@ -49,8 +49,7 @@ class Sequence:
     prompt_logprobs: list[float] | None = None  # of prompt tokens logprob_start + 1 ... P - 1
     routing: list[np.ndarray] = field(default_factory=list)  # [tokens, layers, K] pieces, in order
     versions: list[tuple[str, int, int]] = field(default_factory=list)  # (version, start, end) over output
-    finish: dict[str, Any] | None = None
-    stop_matched: str | None = None
+    finish: dict[str, Any] | None = None  # with the stop string or token that ended it, if one did, as `matched`
     retractions: int = 0
 
     def tokens(self) -> list[int]:
