@@ -50,9 +50,10 @@ async def format_match(prompt: Prompt, response: str, *, pattern: str, full: boo
 async def http(
     prompt: Prompt,
     response: str,
+    client: Any,
+    /,
     *,
     url: str,
-    client: Any,
     headers: dict[str, str] | None = None,
     retries: int = 3,
 ) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import functools
 import importlib.util
 import logging
 import math
@@ -165,14 +164,15 @@ class RewardModel:
             self._opened.push_async_callback(pool.close)
             await pool.start()
             return pool
-        options = dict(spec.options)
+        given = []
         if spec.name == "http":
             import httpx
 
             # No limits of its own: every call has reward.timeout_s as a whole.
             client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=HTTP_CONNECTIONS))
-            options["client"] = await self._opened.enter_async_context(client)
-        return _timed(functools.partial(INLINE[spec.name], **options), self._cfg.timeout_s)
+            given.append(await self._opened.enter_async_context(client))
+        grade = INLINE[spec.name]
+        return _timed(lambda prompt, response: grade(prompt, response, *given, **spec.options), self._cfg.timeout_s)
 
 
 def _timed(score: Reward, timeout_s: float) -> Reward:
@@ -206,7 +206,7 @@ def _check(spec: RewardSpec) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)} or package.module:function"
         raise ConfigError(f"reward.rewards: unknown reward {spec.name!r}; {hint}")
     try:
-        bind_options(spec.name, INLINE[spec.name], spec.options, given=("client",) if spec.name == "http" else ())
+        bind_options(spec.name, INLINE[spec.name], spec.options)
         if spec.options.get("pattern") is not None:
             regex.compile(spec.options["pattern"])
     except (ValueError, TypeError, regex.error) as e:

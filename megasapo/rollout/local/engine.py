@@ -53,13 +53,13 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Fail what is left and end the thread, which has 10 s."""
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Fail what is left and end the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join(10.0)
+            self._thread.join(timeout_s)
 
     # From any thread
 
