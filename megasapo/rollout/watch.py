@@ -56,7 +56,7 @@ class Watch:
         self._weights_dir: Path | None = None
         self._restarts_counted = 0
         self._epoch = 0  # of versions: an answer asked for in an earlier one says nothing now
-        self._clients: dict[int, ServerClient] = {}
+        self._clients: dict[str, ServerClient] = {}  # by URL
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = LoopThread("rollout-watch")
         self._updating = asyncio.Lock()  # held while weights of any server change
@@ -92,9 +92,9 @@ class Watch:
 
     def client(self, server: Server) -> ServerClient:
         """For calls in this watch's loop."""
-        client = self._clients.get(server.index)
-        if client is None or client.url != server.url:
-            client = self._clients[server.index] = ServerClient(
+        client = self._clients.get(server.url)
+        if client is None:
+            client = self._clients[server.url] = ServerClient(
                 server.url,
                 self._keys,
                 request_timeout_s=self._cfg.request_timeout_s,

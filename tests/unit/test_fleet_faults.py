@@ -93,6 +93,14 @@ def test_ten_percent_of_all_connections_are_dropped(tmp_path: Path) -> None:
         assert counts(fleet)["unreachable"] >= NUMBER // 10 - 3
 
 
+def test_a_url_that_ends_with_a_slash_has_one_client_too(tmp_path: Path) -> None:
+    """Where a server hangs, that client's connections are closed, which ends whatever waits for it."""
+    with serving(Servers(SPEED)) as [url], start([f"{url}/"], tmp_path) as fleet:
+        [server] = fleet.servers
+        assert fleet.control(server) is fleet.control(server)
+        sample(fleet, number=8)
+
+
 def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
     first = Servers(SPEED)
     with serving(first, Servers(SPEED, ports=2)) as urls, start(urls, tmp_path) as fleet:

@@ -95,8 +95,7 @@ class App:
         wanted = protocol.parse(body, self._loaded, self._max_total_tokens, routing)
         if wanted.stream:
             return Stream(self._engine, self._loaded, wanted)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        job = self._submit(wanted.sequences, _resolver(done))
+        job, done = self._submit(wanted.sequences)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,10 +116,19 @@ class App:
         answers = [protocol.answer(s, self._loaded, version, wanted.text_in_logprobs) for s in wanted.sequences]
         return answers if wanted.many else answers[0]
 
-    def _submit(self, sequences: list[Sequence], notify: Callable[[Exception | None], None]) -> Job:
+    def _submit(self, sequences: list[Sequence]) -> tuple[Job, asyncio.Future[None]]:
+        """A job of these, and what is done when it is, or has the engine's error."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def notify(error: Exception | None) -> None:
+            settle = partial(done.set_result, None) if error is None else partial(done.set_exception, error)
+            with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
+                loop.call_soon_threadsafe(settle)
+
         job = Job(sequences, notify)
         self._engine.submit(job)
-        return job
+        return job, done
 
     # State
 
@@ -138,9 +146,8 @@ class App:
         return Response(status_code=200)
 
     async def _generate_one(self) -> None:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sampling = Sampling(1, 0.0, 1.0, protocol.TOP_K_ALL, 0.0, 0, frozenset(), (), 0)
-        job = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)], _resolver(done))
+        job, done = self._submit([Sequence(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)])
         try:
             while not (done.done() or self._engine.paused):
                 await asyncio.wait({done}, timeout=0.1)
@@ -324,14 +331,3 @@ async def _body(request: Request) -> dict[str, Any]:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _resolver(done: asyncio.Future[None]) -> Callable[[Exception | None], None]:
-    """A Job's `notify` that settles `done` on its own event loop."""
-
-    def notify(error: Exception | None) -> None:
-        settle = partial(done.set_result, None) if error is None else partial(done.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed: the server has ended and nobody waits
-            done.get_loop().call_soon_threadsafe(settle)
-
-    return notify
