@@ -147,7 +147,8 @@ def _served_model(url: str, known: keys.Keys) -> str:
 
     try:
         headers = {"Authorization": f"Bearer {known.api}"} if known.api else {}
-        answer = httpx.get(f"{url}/model_info", timeout=30, trust_env=False, headers=headers).raise_for_status()
+        question = f"{url.rstrip('/')}/model_info"
+        answer = httpx.get(question, timeout=30, trust_env=False, headers=headers).raise_for_status()
     except httpx.HTTPError as e:
         hint = f"a server with an API key needs rollout.api_key_file, or ${keys.VARIABLE}"
         raise ConfigError(f"--url {url}: {e}; {hint}") from e

@@ -55,9 +55,12 @@ def test_running_servers_get_the_environments_keys(tmp_path: Path, monkeypatch: 
     assert ("/continue_generation", "Bearer of-the-admin") in asked
 
 
-def test_evaluate_asks_a_running_server_with_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["", "/"])
+def test_evaluate_asks_a_running_server_with_the_key(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(keys.VARIABLE, "of-the-environment")
     with serving(Standin(["ok"])) as server:
         with pytest.raises(ConfigError, match=r"its /model_info names no model: .*set model\.path"):
-            evaluate(["--url", server.url])
-    assert [headers["authorization"] for _, headers in server.asked] == ["Bearer of-the-environment"]
+            evaluate(["--url", server.url + end])
+    assert [(path, headers["authorization"]) for path, headers in server.asked] == [
+        ("/model_info", "Bearer of-the-environment")
+    ]
