@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megasapo import __version__
+from megasapo.keys import Keys
 from megasapo.rollout.local import protocol
 from megasapo.rollout.local.control import Control
 from megasapo.rollout.local.engine import Engine, EngineError
@@ -261,9 +262,8 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, options: Options, control_paths: frozenset[str]) -> None:
-        self._app = app
-        self._options = options
-        self.control_paths = control_paths
+        self._app, self.control_paths, self._max_body_bytes = app, control_paths, options.max_body_bytes
+        self._keys = Keys(options.api_key, options.admin_api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -279,9 +279,7 @@ class Guard:
         """As SGLang: health is open, control paths take only the admin key where there is one, the rest the API key."""
         if path.startswith("/health"):
             return True
-        key = self._options.api_key
-        if path in self.control_paths and self._options.admin_api_key is not None:
-            key = self._options.admin_api_key
+        key = self._keys.control if path in self.control_paths else self._keys.api
         if key is None:
             return True
         scheme, _, given = authorization.partition(b" ")
@@ -295,8 +293,8 @@ class Guard:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self._options.max_body_bytes:
-                raise HTTPException(413, f"the body has more than {self._options.max_body_bytes} bytes")
+            if seen > self._max_body_bytes:
+                raise HTTPException(413, f"the body has more than {self._max_body_bytes} bytes")
             return message
 
         return limited
