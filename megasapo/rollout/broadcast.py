@@ -53,18 +53,9 @@ class Broadcast:
             torch.cuda.current_stream(flat.device).synchronize()  # the broadcast runs in another thread
         group, dtype = self._group, str(tensors[0][1].dtype).removeprefix("torch.")
         assert group is not None
-        receiving = [
-            self._fleet.submit(
-                self._fleet.control(s).update_from_distributed(
-                    names=[name for name, _ in tensors],
-                    dtypes=[dtype] * len(tensors),
-                    shapes=[list(t.shape) for _, t in tensors],
-                    group=group.name,
-                )
-            )
-            for s in self._servers
-        ]
-        return [*receiving, _in_thread(lambda: group.broadcast(flat))]
+        shapes = {name: list(t.shape) for name, t in tensors}
+        calls = [self._fleet.control(s).update_from_distributed(group.name, dtype, shapes) for s in self._servers]
+        return [*map(self._fleet.submit, calls), _in_thread(lambda: group.broadcast(flat))]
 
     def close(self) -> None:
         """Leave the group, and have the servers that are still there leave it."""
@@ -89,23 +80,16 @@ class Broadcast:
         name = f"megasapo-{os.getpid()}-{self.groups_made}"
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         store = host_store(address, world_size, self._timeout_s)
-        joining = [
-            self._fleet.submit(
-                self._fleet.control(s).init_group(
-                    master_address=address,
-                    master_port=store.port,
-                    rank_offset=1 + sum(sizes[:i]),
-                    world_size=world_size,
-                    name=name,
-                    backend=backend,
-                )
-            )
+        where: dict[str, str | int] = {"master_address": address, "master_port": store.port, "world_size": world_size}
+        where |= {"group_name": name, "backend": backend}
+        calls = [
+            self._fleet.control(s).init_group(rank_offset=1 + sum(sizes[:i]), **where)
             for i, s in enumerate(self._servers)
         ]
         joined = _in_thread(
             lambda: WeightGroup.join(address, store.port, 0, world_size, name, backend, self._timeout_s, store=store)
         )
-        wait_for([*joining, joined])
+        wait_for([*map(self._fleet.submit, calls), joined])
         self._group = joined.result()
         log.info("weight group %s: %d servers over %s", name, len(self._servers), backend)
 

@@ -218,31 +218,22 @@ class ServerClient:
     async def end_update(self) -> None:
         await self._control("/end_weight_update", {})
 
-    async def init_group(
-        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, name: str, backend: str
-    ) -> None:
-        """Join a WeightGroup; returns when every member has."""
-        body = {
-            "master_address": master_address,
-            "master_port": master_port,
-            "rank_offset": rank_offset,
-            "world_size": world_size,
-            "group_name": name,
-            "backend": backend,
-        }
-        await self._control("/init_weights_update_group", body)
+    async def init_group(self, **member: str | int) -> None:
+        """Join a WeightGroup: `master_address`, `master_port`, `rank_offset`, `world_size`, `group_name`, `backend`.
+
+        Returns when every member has.
+        """
+        await self._control("/init_weights_update_group", member)
 
     async def destroy_group(self, name: str) -> None:
         await self._control("/destroy_weights_update_group", {"group_name": name})
 
-    async def update_from_distributed(
-        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
-    ) -> None:
-        """Receive tensors that rank 0 broadcasts meanwhile, all as one uint8 bucket."""
+    async def update_from_distributed(self, group: str, dtype: str, shapes: dict[str, list[int]]) -> None:
+        """Receive tensors of these names and shapes, which rank 0 broadcasts meanwhile as one uint8 bucket."""
         body = {
-            "names": names,
-            "dtypes": dtypes,
-            "shapes": shapes,
+            "names": list(shapes),
+            "dtypes": [dtype] * len(shapes),
+            "shapes": list(shapes.values()),
             "group_name": group,
             # SGLang asserts that this flush succeeds and dies if requests hold the cache: flush() afterwards instead
             "flush_cache": False,
