@@ -62,8 +62,10 @@ class OnlineDelivery:
         self._servers, self._updates, self._on_the_way = self._fleet.wait_ready(), [], []
         self._starts = _starts(self._servers)
         self._channel.open(self._servers)
-        if self._changed_only and not self._hold(self._held_version):
-            self._held = {}
+        if self._changed_only:  # all servers say what they have: one may have been started again without our notice
+            infos = asked(self._fleet, self._servers, ServerClient.model_info)
+            if any(parse_version(info.get("weight_version")) != self._held_version for info in infos):
+                self._held = {}
         contexts = [self._fleet.control(s).updating(version, self._fleet.cfg.on_publish) for s in self._servers]
         entered = together(self._fleet, [context.__aenter__() for context in contexts])
         self._updates = [(c, u) for c, u in zip(contexts, entered, strict=True) if isinstance(u, Update)]
@@ -122,11 +124,6 @@ class OnlineDelivery:
             self._sent[name] = digest
         return changed
 
-    def _hold(self, version: int | None) -> bool:
-        """Whether all servers say that they have it, none having been started again without our notice."""
-        infos = asked(self._fleet, self._servers, ServerClient.model_info)
-        return version is not None and all(parse_version(info.get("weight_version")) == version for info in infos)
-
 
 def _starts(servers: Sequence[Server]) -> list[tuple[int, int]]:
     return [(s.incarnation, s.restarts) for s in servers]
@@ -154,10 +151,12 @@ def asked(
 
 def succeeded(servers: Sequence[Server], outcomes: Sequence[Any], what: str) -> list[Server]:
     """The servers whose outcome is no error; the others are logged. RolloutError when there is none."""
+    updated = []
     for server, outcome in zip(servers, outcomes, strict=True):
         if isinstance(outcome, BaseException):
             log.warning("%s did not %s: %s", server.url, what, outcome)
-    updated = [s for s, outcome in zip(servers, outcomes, strict=True) if not isinstance(outcome, BaseException)]
+        else:
+            updated.append(server)
     if not updated:
         raise RolloutError(f"no server could {what}: {outcomes[0]}")
     return updated
