@@ -30,7 +30,8 @@ LOOPBACK = "127.0.0.1"
 TERM_GRACE_S = 10.0
 SGLANG_WITH_KEY = Path(__file__).with_name("sglang_with_key.py")  # run by its path: SGLang's python has no megasapo
 # What SGLang (0.5.21) never removes: where it publishes its load, 16 KB for each start, and a semaphore
-LEFT_BEHIND = re.compile(r"/dev/shm/(?:sglang_loads_\S+\.shm|sem\.mp-\S+)$", re.MULTILINE)
+LEFT_BEHIND = ("sglang_loads_*.shm", "sem.mp-*")
+SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY_S = 1.0
 ROUTING_FLAG = "--enable-return-routed-experts"  # SGLang's, and the embedded server's
 # What a launcher sets for the learner's ranks; a server that read it would take itself for one of them.
@@ -174,12 +175,17 @@ def guard(command: list[str]) -> int:
 
 def _mapped(group: int) -> set[Path]:
     """What processes of this group have mapped of the files, of random names, that SGLang leaves behind."""
-    found = set()
+    numbers = set()  # a semaphore had another name when it was mapped
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's
             if os.getpgid(int(process.name)) == group:
-                found |= set(LEFT_BEHIND.findall((process / "maps").read_text()))
-    return {Path(name) for name in found}
+                numbers |= set(re.findall(rf"(\d+) +{SHARED_MEMORY}/", (process / "maps").read_text()))
+    found = set()
+    for file in (file for pattern in LEFT_BEHIND for file in SHARED_MEMORY.glob(pattern)):
+        with suppress(FileNotFoundError):
+            if str(file.stat().st_ino) in numbers:
+                found.add(file)
+    return found
 
 
 if __name__ == "__main__":
