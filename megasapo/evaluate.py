@@ -130,14 +130,14 @@ def _config(args: argparse.Namespace) -> Config:
         overrides.insert(0, args.config)
         args.config = None
     if args.url:
-        overrides.append(f"rollout.servers=[{args.url}]")
+        overrides.append(f"rollout.servers={json.dumps([args.url])}")  # overrides are YAML
     if args.config is not None:
         return config.load(args.config, overrides)
     if not args.url:
         raise ConfigError("give a CONFIG.yaml, or --url with data.eval=FILE")
     if not any(o.startswith("model.path=") for o in overrides):
         named = [o.partition("=")[2] for o in overrides if o.startswith("rollout.api_key_file=")]
-        overrides.append(f"model.path={_served_model(args.url, keys.read(*named[-1:]))}")
+        overrides.append(f"model.path={json.dumps(_served_model(args.url, keys.read(*named[-1:])))}")
     return config.from_dict({}, overrides, source="command line")
 
 

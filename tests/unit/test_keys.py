@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from megasapo import evaluate as evaluation
 from megasapo import keys
 from megasapo.errors import ConfigError
 from megasapo.evaluate import main as evaluate
@@ -64,3 +66,9 @@ def test_evaluate_asks_a_running_server_with_the_key(end: str, monkeypatch: pyte
     assert [(path, headers["authorization"]) for path, headers in server.asked] == [
         ("/model_info", "Bearer of-the-environment")
     ]
+
+
+def test_evaluate_takes_a_url_and_the_path_that_its_server_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_served_model", lambda _url, _keys: "/models/moe #2")
+    cfg = evaluation._config(Namespace(config=None, overrides=["data.eval=x.jsonl"], url="http://[::1]:30000"))
+    assert (cfg.rollout.servers, cfg.model.path) == (("http://[::1]:30000",), "/models/moe #2")
