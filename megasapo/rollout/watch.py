@@ -225,7 +225,8 @@ class Watch:
         while trouble := await self._trouble(server):
             if server.process is None:
                 if not any(s.trouble for s in self._servers):  # of many that are started now, one will do
-                    self._say("rollout server %d is not there yet: %s", server.index, trouble)
+                    patience = f"for up to rollout.start_timeout_s={self._cfg.start_timeout_s:g}"
+                    self._say("rollout server %d is not there yet; waits %s: %s", server.index, patience, trouble)
                 server.trouble = trouble
             end = server.end()
             if end is not None or time.monotonic() > deadline:

@@ -267,7 +267,7 @@ def test_a_remote_server_that_is_not_there_stops_the_start_and_says_why_at_once(
         Fleet.start(cfg, model, tmp_path)
     assert "left it paused" not in str(error.value)
     [said] = [line for line in caplog.messages if "is not there yet" in line]  # of both
-    assert re.match(f"rollout server 0 is not there yet: {why}", said)
+    assert re.match(f"rollout server 0 is not there yet; waits for up to rollout.start_timeout_s=0.5: {why}", said)
 
 
 def test_a_remote_server_that_is_not_healthy_may_have_been_left_paused(model: Path, tmp_path: Path) -> None:
