@@ -122,8 +122,8 @@ def _read_completion(
         entries = meta["output_token_logprobs"]
         logprobs, tokens = [entry[0] for entry in entries], [entry[1] for entry in entries]
         spans = _version_spans(meta, len(output_ids))
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise BadAnswer(f"the answer lacks a field: {type(e).__name__}: {e}") from e
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+        raise BadAnswer(f"the answer lacks a field, or has it of a wrong kind: {type(e).__name__}: {e}") from e
     if reason not in ("stop", "length", "abort"):
         raise BadAnswer(f"unknown finish_reason {reason!r}")
     if not isinstance(output_ids, list) or set(map(type, output_ids)) - {int} or min(output_ids, default=0) < 0:

@@ -116,6 +116,12 @@ def test_malformed_answers(change: dict[str, Any], message: str) -> None:
         read(answer() | change)
 
 
+def test_versions_without_numbers_are_a_bad_answer() -> None:
+    """Asked again as any other malformed answer is, and not the end of the run."""
+    with pytest.raises(BadAnswer, match="invalid literal for int"):
+        read(answer(weight_versions=[{"version": "7", "start": "", "end": 2}]))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), None, "x"])
 def test_logprobs_must_be_finite_numbers(value: Any) -> None:
     with pytest.raises(BadAnswer, match=r"finite|not numbers"):

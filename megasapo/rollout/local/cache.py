@@ -54,15 +54,17 @@ class Cache:
         heads = torch.arange(self.num_heads, device=self.device) * self.capacity
         return ((rows * (self.num_heads * self.capacity) + positions)[:, None] + heads).flatten()
 
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def write(
+        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [T, kv heads, d] at `slots`; returns the layer's [rows, kv heads, capacity, d] keys and values."""
         if not self._stored:
             shape = (self.num_layers, self.rows, key.shape[1], self.capacity)
             self._stored = [x.new_zeros(*shape, x.shape[2]) for x in (key, value)]
-        both = [x[layer] for x in self._stored]
-        for stored, x in zip(both, (key, value), strict=True):
-            stored.view(-1, x.shape[2]).index_copy_(0, slots, x.reshape(-1, x.shape[2]))
-        return both
+        keys, values = self._stored[0][layer], self._stored[1][layer]
+        keys.view(-1, key.shape[2]).index_copy_(0, slots, key.reshape(-1, key.shape[2]))
+        values.view(-1, value.shape[2]).index_copy_(0, slots, value.reshape(-1, value.shape[2]))
+        return keys, values
 
     def move(self, source: list[int], target: list[int], length: int) -> None:
         """Copy the first `length` positions of rows `source` to rows `target`."""
