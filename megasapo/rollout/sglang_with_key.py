@@ -6,6 +6,7 @@ SGLang takes its key as a flag only, which every user of the machine could read,
 Run by its path in SGLang's own environment: it must import nothing of megasapo, and nothing at all but by need.
 """
 
+import importlib.util
 import logging
 import os
 import runpy
@@ -34,8 +35,13 @@ def hide(secret: str) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     named = sys.argv[1]
-    keys = {"--api-key": os.environ.get(VARIABLE, "") if named == "-" else Path(named).read_text()}
+    try:
+        keys = {"--api-key": os.environ.get(VARIABLE, "") if named == "-" else Path(named).read_text()}
+    except (OSError, ValueError) as e:
+        sys.exit(f"the API key cannot be read: {e}; `-` as first argument takes that in {VARIABLE}")
     keys |= {"--admin-api-key": os.environ[ADMIN_VARIABLE]} if os.environ.get(ADMIN_VARIABLE) else {}
     flags = []
     for flag, text in keys.items():
@@ -45,6 +51,8 @@ def main() -> None:
         hide(key)
         flags.append(f"{flag}={key}")  # one word, for a key may begin with -
     sys.path.pop(0)  # this file's directory, whose modules are not SGLang's
+    if importlib.util.find_spec("sglang") is None:
+        sys.exit(f"{sys.executable} has no SGLang: name the python that has (rollout.spawn_command, SERVER_PYTHON)")
     sys.argv = ["sglang.launch_server", *sys.argv[2:], *flags]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 

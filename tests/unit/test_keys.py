@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from megasapo import keys
 from megasapo.errors import ConfigError
 from megasapo.evaluate import main as evaluate
 from megasapo.rollout.fleet import Fleet
+from megasapo.rollout.spawn import SGLANG_WITH_KEY
 from megasapo.sections import RolloutConfig
 from tests.unit.load import model
 from tests.unit.standin_server import Standin, serving
@@ -43,6 +47,25 @@ def test_what_is_no_key_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(keys.ADMIN_VARIABLE, "same")
     with pytest.raises(ConfigError, match="are the same"):
         keys.read()
+
+
+def test_sglang_with_a_key_says_in_one_line_what_it_lacks(tmp_path: Path) -> None:
+    def start(*arguments: str) -> str:
+        plain = [sys.executable, "-S", str(SGLANG_WITH_KEY), *arguments]  # without packages, so without SGLang
+        ended = subprocess.run(plain, env={}, capture_output=True, text=True, check=False)
+        assert ended.returncode == 1
+        assert ended.stdout == ""
+        return ended.stderr
+
+    assert start().startswith("`python sglang_with_key.py KEY_FILE [flags]`")
+    missing = start(str(tmp_path / "missing"), "--model-path", "m")
+    assert re.fullmatch(r"the API key cannot be read: .*/missing'; `-` as first argument .*MEGASAPO_API_KEY\n", missing)
+    (tmp_path / "key").write_text("long enough")
+    assert "expected one key of at least 8 characters, without spaces" in start(str(tmp_path / "key"))
+    (tmp_path / "key").write_text("a-key-of-ours")
+    assert start(str(tmp_path / "key")) == (
+        f"{sys.executable} has no SGLang: name the python that has (rollout.spawn_command, SERVER_PYTHON)\n"
+    )
 
 
 def test_running_servers_get_the_environments_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
