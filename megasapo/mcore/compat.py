@@ -246,6 +246,17 @@ def separate_expert_gradients(model: torch.nn.Module, topo: Topology) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
+def let_biased_experts_go_backward(model: torch.nn.Module) -> None:
+    """Give experts with biases an output of their own.
+
+    0.16.1 to 0.19.2 add an expert's last bias in place to what its linear layer returned, which without Transformer
+    Engine is a view made inside of an autograd function: that cannot go backward.
+    """
+    for name, module in model.named_modules():
+        if ".mlp.experts." in name and name.endswith("linear_fc2") and getattr(module, "bias", None) is not None:
+            module.register_forward_hook(lambda _module, _args, result: (result[0].clone(), result[1]))
+
+
 def set_quantised(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Give a parameter that Transformer Engine keeps in FP8 the values of a tensor of its shape and dtype.
 

@@ -1,12 +1,13 @@
 """Emulation of FP8 in a model of megatron-core's local spec: which products are rounded, and what is remembered.
 
 model.py installs it, precision.py switches it off, step.py ends a pass of fp8_delayed, checkpoint.py keeps its memory.
-The arithmetic is in rounded.py and megasapo.fp8.
+How a matrix is rounded, megasapo.fp8 says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,39 +19,60 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megasapo.fp8.history import AmaxHistory
-from megasapo.fp8.recipes import ROLES, Recipe
-from megasapo.mcore.experts import GroupedExperts
-from megasapo.mcore.rounded import Emulation, Rounding, rounded_linear
+from megasapo.fp8.recipes import ROLES, Recipe, Role
+from megasapo.mcore.latent import WholeLinear
+from megasapo.mcore.main_grad import WeightGradient
 from megasapo.mcore.topology import Topology
 from megasapo.sections import PrecisionConfig
 
 
+@dataclass(slots=True)
+class Emulation:
+    """How the products of one model chunk are rounded, and whether they are."""
+
+    recipe: Recipe
+    history: AmaxHistory | None = None  # of fp8_delayed
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """The rounding of one linear layer's tensors, which have columns of their own in the history."""
+
+    emulation: Emulation
+    first_column: int
+
+    def __call__(self, x: Tensor, role: Role, along: int, *, seen: bool = False) -> Tensor:
+        """[M, N] -> fp32, for a product that sums over dimension `along`. `seen`: count it in the history."""
+        history, recipe = self.emulation.history, self.emulation.recipe
+        if history is None or x.numel() == 0:
+            return recipe.rounded(x, role, along)
+        column = self.first_column + ROLES.index(role)
+        if seen:
+            history.see(column, x)
+        return recipe.rounded(x, role, along, history.scale[column])
+
+
 def install(chunk: Any, cfg: PrecisionConfig, quantises_layer: Callable[[int], bool], device: torch.device) -> None:
-    """Round the products of a GPTModel's linear layers and experts, in the layers that `quantises_layer` names.
+    """Round the products of a GPTModel's linear layers, experts' too, in the layers that `quantises_layer` names.
 
     Layers count from 0 over all stages. Attention's core, router, norms, embedding and output head stay as they are.
     """
     emulation = Emulation(Recipe.of(cfg))
-    columns = 0
-
-    def rounding(weights: int) -> Rounding:
-        nonlocal columns
-        own = Rounding(emulation, columns)
-        columns += weights * len(ROLES)
-        return own
-
-    for layer in chunk.decoder.layers:
-        if not quantises_layer(layer.layer_number - 1):
-            continue
-        for module in layer.modules():
-            if isinstance(module, GroupedExperts):
-                module.roundings = rounding(module.num_local_experts), rounding(module.num_local_experts)
-            elif isinstance(module, ColumnParallelLinear | RowParallelLinear) and not module.is_expert:
-                module._forward_impl = partial(_forward, module, rounding(1))
+    linears = [
+        module
+        for layer in chunk.decoder.layers
+        if quantises_layer(layer.layer_number - 1)
+        for module in layer.modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | WholeLinear)
+    ]
+    for i, linear in enumerate(linears):
+        linear._forward_impl = partial(_forward, linear, Rounding(emulation, i * len(ROLES)))
     if cfg.recipe == "fp8_delayed":
-        formats = [emulation.recipe.format(role) for role in ROLES] * (columns // len(ROLES))
+        formats = [emulation.recipe.format(role) for role in ROLES] * len(linears)
         emulation.history = AmaxHistory(formats, cfg.amax_history, cfg.amax_algo, device)
     chunk.emulation = emulation
 
@@ -69,9 +91,44 @@ def _forward(
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=how["tp_group"])
     elif how["allreduce_dgrad"]:
         input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
-    rows = input.reshape(-1, input.shape[-1])
-    out = rounded_linear(rows, [rows.shape[0]], [weight], rounding).view(*input.shape[:-1], -1)
+    out = rounded_linear(input.flatten(0, -2), weight, rounding).unflatten(0, input.shape[:-1])
     return out if bias is None else out + bias
+
+
+def rounded_linear(x: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:
+    """x [N, H], weight [F, H], to [N, F]: q(x) @ q(weight).T, in x's dtype.
+
+    Products are summed in fp32. Backward rounds the output's gradient and multiplies with the rounded weight and
+    inputs: q(dy) @ q(w), q(dy).T @ q(x), each rounded along what is summed over. The gradient of a weight wrapped in
+    megatron-core's DDP goes to its `main_grad`. Tensors are counted in the history while gradients are enabled; the
+    weight of an expert without tokens is not.
+    """
+    seen = torch.is_grad_enabled() and x.shape[0] > 0  # inside the function gradients are always off
+    return _RoundedLinear.apply(x, weight, rounding, seen)
+
+
+class _RoundedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounding: Rounding, seen: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rounding = rounding
+        rounded_weight = rounding(weight, "weight", 1, seen=seen)
+        return (rounding(x, "input", 1, seen=seen) @ rounded_weight.t()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rounding: Rounding = ctx.rounding
+        gradient = rounding(dy, "gradient", 1, seen=True)
+        dx = (gradient @ rounding(weight, "weight", 0)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        if not rounding.emulation.recipe.by_tensor:
+            gradient = rounding(dy, "gradient", 0)
+        total = WeightGradient(weight)
+        total.add(gradient, rounding(x, "input", 0))
+        return dx, total.result(), None, None
 
 
 def emulations(chunks: Sequence[nn.Module]) -> list[Emulation]:

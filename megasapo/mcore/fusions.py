@@ -66,7 +66,7 @@ def _gradient_accumulation(*, use_te: bool, on_gpu: bool) -> tuple[bool, str]:
     if use_te:
         return True, "Transformer Engine's layers do it themselves, our output head too"
     if not on_gpu:
-        return False, "no GPU; our experts and output head add into main_grad by themselves"
+        return False, "no GPU; our output head adds into main_grad by itself"
     if apex_kernel():
         return True, "NVIDIA Apex's fused_weight_gradient_mlp_cuda"
     return False, "without Transformer Engine's layers it needs NVIDIA Apex's fused_weight_gradient_mlp_cuda"

@@ -36,10 +36,6 @@ class WeightGradient:
         else:
             into += grad_output.t() @ inputs
 
-    def add_rows(self, grad_output: Tensor) -> None:
-        """Of a bias: add the sum of grad_output [n, rows] over its first dimension."""
-        self._sum += grad_output.sum(0, dtype=self._sum.dtype)
-
     def result(self) -> Tensor | None:
         """What autograd is to be given: nothing when the gradient is in `main_grad` already."""
         if not self._in_place:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
@@ -29,9 +31,8 @@ from megasapo.families.family import Rotary
 from megasapo.geometry import geometry
 from megasapo.layout import padded_vocab_size
 from megasapo.mcore.attention import PackedAttention, pack
-from megasapo.mcore.compat import separate_expert_gradients
+from megasapo.mcore.compat import let_biased_experts_go_backward, separate_expert_gradients
 from megasapo.mcore.emulation import install
-from megasapo.mcore.experts import use_grouped_experts
 from megasapo.mcore.fusions import Fusions, apex_kernel, output_layer_without_kernel
 from megasapo.mcore.head import token_logprobs
 from megasapo.mcore.head_rows import choose_kernel
@@ -120,6 +121,8 @@ def _build_chunk(config: TransformerConfig, hf_config: Any, topo: Topology, numb
         model.output_layer.forward = _hidden_states
     model.outside = outside
     separate_expert_gradients(model, topo)
+    if not use_te:
+        let_biased_experts_go_backward(model)
     if outside.precision.emulates:
         install(model, outside.precision.cfg, outside.precision.quantises_layer, topo.device)
     return model.to(topo.device)
@@ -253,13 +256,19 @@ QUANTISING = re.compile("fp4|fp8|quant|kitchen")
 TUNING = ("fp8_margin", "fp8_wgrad")
 
 
+def _has_experts(mlp: Any) -> bool:
+    """Whether the spec of a layer's MLP, a ModuleSpec in megatron-core 0.16 and a partial from 0.19 on, has experts."""
+    submodules = mlp.keywords.get("submodules") if isinstance(mlp, partial) else mlp.submodules
+    return isinstance(submodules, MoESubmodules)
+
+
 def _use_own_modules(block: TransformerBlockSubmodules) -> None:
     """Put our norms and attention into megatron-core's local spec, which refuses sequence parallel and packing."""
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        if use_grouped_experts(layer.submodules.mlp):
+        if _has_experts(layer.submodules.mlp):
             # 0.16.1 to 0.19.2 name this norm in a checkpoint as in a dense layer, but not with Transformer Engine
             names = layer.submodules.sharded_state_dict_keys_map
             layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}

@@ -133,8 +133,8 @@ class Kernels:
         return (3 if self.fused else 5) * width * element
 
     def experts(self, g: Geometry, etp: int, element: int) -> float:
-        """Of a routed token: the experts' input, their first product, and (fused) the second's input."""
-        routed = g.hidden * etp + (3 if self.fused else 2) * g.moe_ffn
+        """Of a routed token: what `mlp` says and the experts' input; not fused, what a gate multiplied and gave."""
+        routed = g.hidden * etp + (3 if self.fused else 6) * g.moe_ffn
         return g.top_k * (routed * element + 4 * 8) + 2 * 4 * g.experts  # indices and gates; router logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from megasapo.fp8.formats import E4M3, E5M2, Format, cast
 from megasapo.fp8.history import AmaxHistory
 from megasapo.fp8.recipes import ROLES, Recipe
 from megasapo.mcore.checkpoint import CheckpointError
-from megasapo.mcore.emulation import emulations
-from megasapo.mcore.experts import GroupedExperts
+from megasapo.mcore.emulation import Emulation, Rounding, emulations, rounded_linear
+from megasapo.mcore.latent import WholeLinear
+from megasapo.mcore.model import build_model, read_hf_config
 from megasapo.mcore.optim import wrap_ddp
 from megasapo.mcore.precision import unquantised
-from megasapo.mcore.rounded import Emulation, Rounding, rounded_linear, rounded_swiglu
 from megasapo.mcore.topology import Topology
-from megasapo.sections import ParallelConfig
+from megasapo.sections import ModelConfig, ParallelConfig, PrecisionConfig
 from tests.emulated import Learner, sequences
 from tests.tiny import make_model
 
@@ -69,7 +70,7 @@ def test_products_are_those_of_torchs_fp8_matrix_product(name: str, rows: int, w
     """One block a row, so that scales can be multiplied with afterwards: torch 2.11 knows no others on a CPU."""
     inner = {"fp8_tensorwise": 160, "fp8_blockwise": 128, "mxfp8": 32}[name]
     x, w = randn(48, inner, seed=0, dtype=dtype).requires_grad_(), randn(256, inner, seed=1, dtype=dtype)
-    found = rounded_linear(x, [48], [w], rounding(name))
+    found = rounded_linear(x, w, rounding(name))
     qx, sx = scaled(x.detach().float(), E4M3, (rows, inner) if rows else None)
     qw, sw = scaled(w.float(), E4M3, (weight_rows, inner) if weight_rows else None)
     one = torch.tensor(1.0)
@@ -81,7 +82,7 @@ def test_products_are_those_of_torchs_fp8_matrix_product(name: str, rows: int, w
 
 def test_gradients_are_those_of_torchs_fp8_matrix_product() -> None:
     x, w, dy = randn(64, 96, seed=0).requires_grad_(), randn(80, 96, seed=1).requires_grad_(), randn(64, 80, seed=2)
-    rounded_linear(x, [64], [w], rounding("fp8_tensorwise")).backward(dy)
+    rounded_linear(x, w, rounding("fp8_tensorwise")).backward(dy)
     (qx, sx), (qw, sw) = scaled(x.detach(), E4M3, None), scaled(w.detach(), E4M3, None)
     qdy, sdy = scaled(dy, E5M2, None)
 
@@ -96,7 +97,7 @@ def test_gradients_are_those_of_torchs_fp8_matrix_product() -> None:
 def test_gradients_by_hand() -> None:
     """Scales 448 / 7 = 64 and 448 / 3.5 = 128 for x and w; the gradient's is 57344 / 7 = 8192."""
     x, w = torch.tensor([[7.0, 0.1]], requires_grad=True), torch.tensor([[3.5, 0.3]], requires_grad=True)
-    y = rounded_linear(x, [1], [w], rounding("fp8_tensorwise"))
+    y = rounded_linear(x, w, rounding("fp8_tensorwise"))
     qx, qw = (7.0, 0.1015625), (3.5, 0.3125)  # 6.4 -> 6.5 sixty-fourths; 38.4 -> 40 hundred-and-twenty-eighths
     assert y.tolist() == [[pytest.approx(qx[0] * qw[0] + qx[1] * qw[1])]]
     y.backward(torch.tensor([[7.0]]))
@@ -120,7 +121,7 @@ def test_each_product_rounds_along_what_it_sums_over(name: Any) -> None:
         for along in (0, 1)
     }
     x.requires_grad_(), w.requires_grad_()
-    y = rounded_linear(x, [n], [w], rounding(name, gradients=E4M3))
+    y = rounded_linear(x, w, rounding(name, gradients=E4M3))
     y.backward(dy)
     torch.testing.assert_close(y, q["input", 1] @ q["weight", 1].t())
     torch.testing.assert_close(x.grad, q["gradient", 1] @ q["weight", 0])
@@ -129,24 +130,31 @@ def test_each_product_rounds_along_what_it_sums_over(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("counts", [[3, 0, 40, 2], [0, 0, 0, 0]], ids=str)
-def test_experts_are_rounded_each_by_itself(name: Any, counts: Sequence[int]) -> None:
-    hidden, ffn, total = 48, 36, sum(counts)
-    x, gates = randn(total, hidden, seed=0), randn(total, seed=1).abs()
-    fc1 = [randn(2 * ffn, hidden, seed=10 + i) * 2**i for i in range(4)]
-    fc2 = [randn(hidden, ffn, seed=20 + i) for i in range(4)]
+@pytest.mark.parametrize("counts", [[3, 0, 40, 2, 0, 0, 1, 9], [0] * 8], ids=str)
+def test_experts_are_rounded_each_by_itself(name: Any, counts: Sequence[int], topo: Topology, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "model", num_hidden_layers=1)
+    precision = PrecisionConfig(**emulated(name))
+    (chunk,) = build_model(
+        ModelConfig(path=str(path), dtype="float32"), read_hf_config(path), topo, precision=precision
+    )
+    layer: Any = chunk.decoder.layers[0].mlp.experts  # type: ignore[union-attr, index]
+    total = sum(counts)
+    x, gates = randn(total, 64, seed=0).requires_grad_(), randn(total, seed=1).abs().requires_grad_()
+    fc1, fc2 = ([getattr(e, name).weight for e in layer.local_experts] for name in ("linear_fc1", "linear_fc2"))
+    with torch.no_grad():
+        for i, weight in enumerate(fc1):
+            weight.copy_(randn(*weight.shape, seed=10 + i) * 2**i)
     tensors = [x, gates, *fc1, *fc2]
-    for tensor in tensors:
-        tensor.requires_grad_()
-    out = rounded_swiglu(x, gates, counts, fc1, fc2, (rounding(name, 4), rounding(name, 4)))
+    out = layer(x, torch.tensor(counts), gates)[0]
     out.sum().backward()
     found = [out.detach()] + [t.grad for t in tensors]
     for tensor in tensors:
         tensor.grad = None
+    own_rounding = partial(rounding, name, gradients=Recipe.of(precision).gradients)
     parts = []
     for i, (own, gate) in enumerate(zip(x.split(list(counts)), gates.split(list(counts)), strict=True)):
-        a, b = rounded_linear(own, [own.shape[0]], [fc1[i]], rounding(name)).chunk(2, dim=1)
-        parts.append(rounded_linear(F.silu(a) * b * gate[:, None], [own.shape[0]], [fc2[i]], rounding(name)))
+        a, b = rounded_linear(own, fc1[i], own_rounding()).chunk(2, dim=1)
+        parts.append(rounded_linear(F.silu(a) * b * gate[:, None], fc2[i], own_rounding()))
     expected = torch.cat(parts)
     expected.sum().backward()
     for one, other in zip(found, [expected.detach()] + [t.grad for t in tensors], strict=True):
@@ -159,8 +167,8 @@ def test_histories_count_passes_with_gradients_only() -> None:
     assert history is not None
     x, w = torch.full((2, 32), 7.0, requires_grad=True), torch.full((16, 32), 3.5, requires_grad=True)
     with torch.no_grad():
-        rounded_linear(10 * x, [2], [w], own)
-    rounded_linear(x, [2], [w], own).backward(torch.full((2, 16), 0.5))
+        rounded_linear(10 * x, w, own)
+    rounded_linear(x, w, own).backward(torch.full((2, 16), 0.5))
     history.roll(lambda values: None)
     assert history.scale.tolist() == [448 / 7, 448 / 3.5, 57344 / 0.5]
 
@@ -174,9 +182,9 @@ def test_weight_gradients_go_where_ddp_wants_them() -> None:
     own = rounding("fp8_tensorwise")
     alone = torch.zeros(48, 32)
     for x in inputs:
-        rounded_linear(x, [len(x)], [layer.weight], own).square().sum().backward()
+        rounded_linear(x, layer.weight, own).square().sum().backward()
         weight = layer.weight.detach().clone().requires_grad_()
-        rounded_linear(x, [len(x)], [weight], own).square().sum().backward()
+        rounded_linear(x, weight, own).square().sum().backward()
         assert weight.grad is not None
         alone += weight.grad
     assert layer.weight.grad is None
@@ -236,24 +244,25 @@ def rounded_layers(learner: Learner) -> dict[int, int]:
     """By number of layer, how many products of it are rounded: found by running each alone."""
     found = {}
     for layer in learner.policy._chunks[0].decoder.layers:
-        linears = [m for m in layer.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+        linears = [m for m in layer.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear | WholeLinear)]
         x = {id(m): randn(3, 1, m.weight.shape[1], seed=0) for m in linears}
         with torch.no_grad():
-            differ = [not torch.equal(m(x[id(m)])[0], x[id(m)] @ m.weight.t()) for m in linears if not m.is_expert]
-            experts = [m for m in layer.modules() if isinstance(m, GroupedExperts)]
-            for grouped in experts:
-                own = (randn(8, 64, seed=1), torch.tensor([1] * 8), torch.ones(8))
-                out = grouped(*own)[0]
-                with unquantised(learner.policy._ddp):
-                    differ.append(not torch.equal(out, grouped(*own)[0]))
+            differ = [not torch.equal(m(x[id(m)])[0], x[id(m)] @ m.weight.t()) for m in linears]
         found[layer.layer_number - 1] = sum(differ)
     return found
 
 
 def test_first_and_last_layers_router_and_head_stay_as_they_are(model: Path, topo: Topology) -> None:
     learner = Learner(model, topo, emulated("fp8_tensorwise", first_layers_bf16=1, last_layers_bf16=1))
-    products = 3 if model.parent.name.startswith("moe") else 4  # qkv, projection, and experts or two of the MLP
+    # qkv and projection, and two of each expert or of the MLP
+    products = 2 + 2 * (8 if model.parent.name.startswith("moe") else 1)
     assert rounded_layers(learner) == {0: 0, 1: products, 2: 0}
+
+
+def test_all_projections_of_latent_attention_are_rounded(topo: Topology, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "deepseek_v3", num_hidden_layers=1)
+    # queries and keys with values to latents and from them, the projection, and two of the MLP
+    assert rounded_layers(Learner(model, topo, emulated("fp8_tensorwise"))) == {0: 7}
 
 
 @pytest.mark.parametrize("recipe", ["fp8_delayed", "fp8_blockwise"])
