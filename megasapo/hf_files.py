@@ -7,6 +7,7 @@ nothing of models.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from math import prod
 from operator import index
 from pathlib import Path
@@ -84,6 +85,11 @@ class HFFiles:
         if dtype not in DTYPES:
             raise BridgeError(f"{self.file(name)}: tensor {name!r} has dtype {dtype}: known are {', '.join(DTYPES)}")
         return TensorSpec(name, shape, DTYPES[dtype])
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        """Those of all tensors, file by file."""
+        return [self.spec(name) for name in self.names]
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """A copy of one box of a tensor, or of all of it, in the file's dtype."""

@@ -10,13 +10,14 @@ import multiprocessing
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Never, get_args
+
+from tqdm import tqdm
 
 from megasapo import config, failures, launch
 from megasapo.arguments import Parser
@@ -30,7 +31,6 @@ from megasapo.layout import check_layout, fewest_ranks
 from megasapo.sections import ParallelConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-POLL_S = 0.3
 EXAMPLES = """examples:
   convert_checkpoint.py hf-to-megatron --src Qwen3-30B-A3B --dst start parallel.tp=4 parallel.ep=8
   convert_checkpoint.py megatron-to-hf --src runs/NAME --dst trained --dtype bfloat16 --verify
@@ -70,9 +70,10 @@ def convert(request: Request, target: Path, *, nproc: int = 1, verify: Verify = 
             print(f"{len(kept)} of {len(work.outputs)} files are there already, whole: going on with the rest")
         job.check_space(todo)
         try:
-            with _progress(job, sum(output.nbytes for output in work.outputs)):
-                _write(request, work, todo, job.folder, nproc)
-                work.complete(job.folder)
+            total, there = (sum(output.nbytes for output in some) for some in (work.outputs, kept))
+            with tqdm(total=total, initial=there, unit="B", unit_scale=True, disable=None, desc="written") as bar:
+                _write(request, work, todo, job.folder, nproc, bar)
+            work.complete(job.folder)
             if verify is not None:
                 print(check_tensors(request, work, job.folder.files), flush=True)
             if verify == "logprobs" and request.direction != "hf-to-hf":
@@ -85,24 +86,23 @@ def convert(request: Request, target: Path, *, nproc: int = 1, verify: Verify = 
             ) from e
 
 
-def _write(request: Request, work: Work, todo: Sequence[Output], folder: Folder, nproc: int) -> None:
+def _write(request: Request, work: Work, todo: Sequence[Output], folder: Folder, nproc: int, bar: tqdm[Never]) -> None:
     count = min(nproc, len(todo))
     if count <= 1:
         for output in todo:
             work.write(output, folder)
+            bar.update(output.nbytes)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=launch.die_with_parent) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for all: this process ends the others
         try:
-            shares = [
-                pool.submit(_write_share, request, [o.name for o in todo[i::count]], folder) for i in range(count)
-            ]
+            parts = [pool.submit(_write_one, request, output, folder) for output in todo]
         finally:
             signal.signal(signal.SIGINT, handler)
         try:
-            for share in as_completed(shares):
-                share.result()
+            for part in as_completed(parts):
+                bar.update(part.result())
         except BrokenProcessPool as e:
             raise ConvertError(
                 "a process that was writing has died, as when memory runs out: give the same command again with fewer "
@@ -114,35 +114,15 @@ def _write(request: Request, work: Work, todo: Sequence[Output], folder: Folder,
             raise
 
 
-def _write_share(request: Request, names: Sequence[str], folder: Folder) -> None:
-    """In a process of its own."""
-    launch.die_with_parent()
-    work = make_work(request)
-    for output in work.outputs:
-        if output.name in names:
-            work.write(output, folder)
+def _write_one(request: Request, output: Output, folder: Folder) -> int:
+    """In a process of its own, which plans once."""
+    _planned(request).write(output, folder)
+    return output.nbytes
 
 
-@contextmanager
-def _progress(job: Job, total: int) -> Iterator[None]:
-    """A bar of the bytes that are on disk, where somebody looks."""
-    from tqdm import tqdm
-
-    done = threading.Event()
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="written") as bar:
-
-        def watch() -> None:
-            while not done.wait(POLL_S):
-                bar.update(job.written() - bar.n)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield
-            bar.update(total - bar.n)
-        finally:
-            done.set()
-            thread.join()
+@cache
+def _planned(request: Request) -> Work:
+    return make_work(request)
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -15,7 +15,6 @@ from megasapo.arguments import Parser
 from megasapo.convert import figures
 from megasapo.convert.errors import ConvertError
 from megasapo.convert.sources import (
-    HFSource,
     KeySource,
     MegatronSource,
     Source,
@@ -27,6 +26,7 @@ from megasapo.convert.sources import (
     run_settings,
 )
 from megasapo.geometry import read_config
+from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.torch_dist import StoredTensors
 
 Row = dict[str, Any]
@@ -101,7 +101,7 @@ def facts(directory: Path) -> Row:
 
 def _open(directory: Path, model: str | None) -> Source:
     if not is_megatron(directory):
-        return HFSource(directory)
+        return DequantisedFiles(directory)
     try:
         hf_dir = model_of(directory, model)
     except ConvertError:

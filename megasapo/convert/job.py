@@ -141,16 +141,6 @@ class Job:
         if needed > free:
             raise WriteError(f"{self._target}: {needed / 1e9:.3f} GB are to be written and {free / 1e9:.3f} are free")
 
-    def written(self) -> int:
-        """Bytes of files, finished or not."""
-        total = 0
-        for path in self.folder.files.iterdir():
-            try:
-                total += path.stat().st_size
-            except FileNotFoundError:  # renamed in this moment
-                continue
-        return total
-
     def put_in_place(self) -> None:
         """The target is there, in full, from one moment to the next."""
         with writing(self._target):

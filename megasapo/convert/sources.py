@@ -20,7 +20,6 @@ from megasapo.geometry import read_config
 from megasapo.hf_files import INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore import checkpoint
 from megasapo.mcore.blueprint import Stored, blueprint
-from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.export import copy_out
 from megasapo.mcore.bridge.placement import Placed, nearest
 from megasapo.mcore.bridge.save import Carried
@@ -30,23 +29,12 @@ from megasapo.sections import ParallelConfig
 
 
 class Source(Protocol):
-    """HF-named tensors."""
+    """HF-named tensors: DequantisedFiles are one."""
 
     @property
     def specs(self) -> list[TensorSpec]: ...
 
     def read(self, name: str) -> torch.Tensor: ...
-
-
-class HFSource:
-    """An HF directory, its block-FP8 weights dequantised to `fp8_as`; in the order of its files."""
-
-    def __init__(self, directory: Path, fp8_as: torch.dtype = torch.bfloat16) -> None:
-        self.files = DequantisedFiles(directory, fp8_as)
-        self.specs = [self.files.spec(name) for name in sorted(self.files.names, key=self.files.file)]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.files.read(name)
 
 
 class MegatronSource:
@@ -62,7 +50,7 @@ class MegatronSource:
         own = KeySource(self.stored)
         names = set(mtp_names(read_config(hf_dir), self.stored.tensors))
         carried = [spec for spec in own.specs if spec.name in names]
-        self.carried: dict[str, Source | Carried] = {spec.name: own for spec in carried}
+        self.carried: dict[str, Source] = {spec.name: own for spec in carried}
         if beside and not carried:
             carried = beside.specs
             self.carried = {spec.name: beside for spec in carried}

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from megasapo.checksum import Checksum
 from megasapo.convert.errors import ConvertError
-from megasapo.convert.sources import HFSource, MegatronSource
+from megasapo.convert.sources import MegatronSource
 from megasapo.convert.work import Request, ToHF, Work, megatron_source
 from megasapo.geometry import read_config, read_geometry
 from megasapo.hf_files import HFFiles
+from megasapo.mcore.bridge.dequantised import DequantisedFiles
 from megasapo.mcore.bridge.load import fill
 
 LARGEST_DIFFERENCE = 1e-3  # of a logprob, in fp32 on both sides
@@ -47,7 +48,7 @@ def check_tensors(request: Request, work: Work, made: Path) -> str:
 def _pairs(request: Request, work: Work, made: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, what it should be, what it is): what was cut is joined here, and what was joined cut."""
     if request.direction == "hf-to-megatron":
-        source, back = HFSource(request.source, request.fp8_as), MegatronSource(made, made)
+        source, back = DequantisedFiles(request.source, request.fp8_as), MegatronSource(made, made)
         for spec in back.specs:
             yield spec.name, source.read(spec.name).to(spec.dtype), back.read(spec.name)
         return

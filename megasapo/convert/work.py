@@ -16,18 +16,26 @@ import torch
 from megasapo import __version__, checkpoints
 from megasapo.convert.errors import WriteError, writing
 from megasapo.convert.job import Folder, Output
-from megasapo.convert.sources import HFSource, MegatronSource, Source
+from megasapo.convert.sources import MegatronSource, Source
 from megasapo.families.mtp import exported_config, mtp_names
-from megasapo.families.weights import Shape
 from megasapo.fp8.blocks import SCALE, WEIGHT_BLOCK
 from megasapo.geometry import read_config
 from megasapo.hf_files import INDEX, TensorSpec
 from megasapo.layout import fewest_ranks
 from megasapo.mcore.blueprint import Stored, blueprint
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
+from megasapo.mcore.bridge.export import split_by_bytes
 from megasapo.mcore.bridge.load import check_files, fill, refuse_other_head
 from megasapo.mcore.bridge.placement import Placed, as_it_is, keeps_dtype
-from megasapo.mcore.bridge.save import Carried, SafetensorsWriter, assign_files, say_mtp, write_companions, write_json
+from megasapo.mcore.bridge.save import (
+    Carried,
+    SafetensorsWriter,
+    assign_files,
+    say_mtp,
+    write_companions,
+    write_json,
+    write_weight_map,
+)
 from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
 from megasapo.rollout.quantise import is_quantised, quantise_bucket, quantised_config
 from megasapo.sections import ParallelConfig
@@ -83,10 +91,10 @@ def make_work(request: Request) -> Work:
         case "megatron-to-hf":
             return ToHF(request, megatron_source(request))
         case "hf-to-hf":
-            source = HFSource(request.source, request.fp8_as)
+            source = DequantisedFiles(request.source, request.fp8_as)
             whole = blueprint(request.model, ParallelConfig()).locals[0]
-            check_files(whole, source.files)
-            refuse_other_head(whole, source.files)
+            check_files(whole, source)
+            refuse_other_head(whole, source)
             return ToHF(request, source)
 
 
@@ -110,7 +118,8 @@ class ToMegatron:
         refuse_other_head(plan.locals[0], self._files)
         self._stored: dict[str, list[Stored]] = {}
         self.outputs = []
-        for i, group in enumerate(self._groups([*plan.stored, *map(self._as_it_is, self._mtp)])):
+        stored = [*plan.stored, *map(self._as_it_is, self._mtp)]
+        for i, group in enumerate(split_by_bytes(stored, self._nbytes, request.shard_bytes)):
             name = f"__{i}_0.distcp"
             self._stored[name] = group
             self.outputs.append(Output(name, sum(map(self._nbytes, group))))
@@ -174,17 +183,6 @@ class ToMegatron:
         placed = as_it_is(name, shape, self._config)
         return Stored(name, (0,) * len(shape), shape, shape, False, placed, (shape, placed.tensor.stride(), 0))
 
-    def _groups(self, stored: list[Stored]) -> Iterator[list[Stored]]:
-        group: list[Stored] = []
-        filled = 0
-        for one in stored:
-            if group and filled + self._nbytes(one) > self._request.shard_bytes:
-                yield group
-                group, filled = [], 0
-            group.append(one)
-            filled += self._nbytes(one)
-        yield group
-
     def _dtype(self, one: Stored) -> torch.dtype:
         """Of the source, unless another was asked for."""
         if self._request.cast is not None and not one.placed.keeps_dtype:
@@ -195,7 +193,7 @@ class ToMegatron:
         return Piece(one.key, one.offset, one.shape, one.global_shape, self._dtype(one))
 
     def _nbytes(self, one: Stored) -> int:
-        return _nbytes(one.shape, self._dtype(one))
+        return TensorSpec(one.key, one.shape, self._dtype(one)).nbytes
 
 
 class ToHF:
@@ -208,8 +206,9 @@ class ToHF:
             unquantised = {k: v for k, v in self._config.items() if k != "quantization_config"}
             told = quantised_config(unquantised, request.model)
             self._quantisation = {"quantization_config": told["quantization_config"]}
-        self._specs = [s if keeps_dtype(self._config, s.name) else s.cast(request.cast) for s in source.specs]
-        written = [part for spec in self._specs for part in self._written(spec)]
+        self.specs = [s if keeps_dtype(self._config, s.name) else s.cast(request.cast) for s in source.specs]
+        """Every tensor as it is cast, before it is quantised."""
+        written = [part for spec in self.specs for part in self._written(spec)]
         self._files = assign_files(written, request.shard_bytes)
         self.outputs = [Output(name, sum(s.nbytes for s in specs)) for name, specs in self._files.items()]
 
@@ -227,26 +226,18 @@ class ToHF:
             raise WriteError(f"{folder.files / output.name}: cannot write tensor {name!r}: {e.strerror}") from e
 
     def complete(self, folder: Folder) -> None:
-        if len(self._files) > 1:
-            total = sum(output.nbytes for output in self.outputs)
-            weight_map = {spec.name: file for file, specs in self._files.items() for spec in specs}
-            with writing(folder.files / INDEX):
-                write_json(folder.files / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        with writing(folder.files / INDEX):
+            write_weight_map(folder.files, self._files)
         with writing(folder.files / "config.json"):
             self._write_companions(folder.files)
         if self._request.direction == "megatron-to-hf":
-            say_mtp(self._request.model, [spec.name for spec in self._specs])
+            say_mtp(self._request.model, [spec.name for spec in self.specs])
 
     def _write_companions(self, directory: Path) -> None:
-        write_companions(self._request.model, self._config, self._specs, directory)
+        write_companions(self._request.model, self._config, self.specs, directory)
         if self._request.quantise:
             said = read_config(directory)  # with the dtype of what is not quantised
             write_json(directory / "config.json", said | self._quantisation)
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """Every tensor as it is cast, before it is quantised."""
-        return self._specs
 
     def converted(self, spec: TensorSpec) -> list[tuple[str, torch.Tensor]]:
         """A tensor of the source as it is written: cast, and quantised with its scales."""
@@ -255,7 +246,7 @@ class ToHF:
 
     def _tensors(self, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """In the order of the specs. A matrix and its scales may be in two files: it is quantised for both."""
-        for spec in self._specs:
+        for spec in self.specs:
             if wanted & {part.name for part in self._written(spec)}:
                 yield from (part for part in self.converted(spec) if part[0] in wanted)
 
@@ -267,7 +258,3 @@ class ToHF:
             spec._replace(dtype=torch.float8_e4m3fn),
             TensorSpec(spec.name + SCALE, blocks, torch.float32),
         ]
-
-
-def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
-    return TensorSpec("", shape, dtype).nbytes

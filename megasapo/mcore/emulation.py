@@ -62,7 +62,7 @@ def install(chunk: Any, cfg: PrecisionConfig, quantises_layer: Callable[[int], b
     Layers count from 0 over all stages. Attention's core, router, norms, embedding and output head stay as they are.
     """
     emulation = Emulation(Recipe.of(cfg))
-    linears = [
+    linears: list[Any] = [
         module
         for layer in chunk.decoder.layers
         if quantises_layer(layer.layer_number - 1)

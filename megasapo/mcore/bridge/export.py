@@ -7,9 +7,9 @@ ranks the buckets; each bucket is then one batch of point-to-point sends straigh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from megasapo.mcore.bridge.placement import Locals, as_stored, place
 from megasapo.mcore.topology import Topology
 
 NamedTensors = list[tuple[str, torch.Tensor]]
+T = TypeVar("T")
 
 
 class _Offer(NamedTuple):
@@ -74,16 +75,8 @@ class Export:
 
     def _plan(self, bucket_bytes: int) -> list[list[str]]:
         """Names by bucket."""
-        plan: list[list[str]] = []
-        filled = 0
-        for spec in self.tensors:
-            cost = spec.nbytes + self._staged_bytes(spec)
-            if not plan or filled + cost > bucket_bytes:
-                plan.append([])
-                filled = 0
-            plan[-1].append(spec.name)
-            filled += cost
-        return plan
+        plan = split_by_bytes(self.tensors, lambda spec: spec.nbytes + self._staged_bytes(spec), bucket_bytes)
+        return [[spec.name for spec in bucket] for bucket in plan]
 
     def _staged_bytes(self, spec: TensorSpec) -> int:
         """Bytes that cannot be received in place, because they are not contiguous in the full tensor."""
@@ -161,6 +154,19 @@ def _combine(gathered: list[list[_Offer]]) -> tuple[list[TensorSpec], dict[str, 
         if sum(map(_volume, boxes)) != prod(spec.shape) or len(set(boxes)) != len(boxes):
             raise BridgeError(f"{spec.name}: the ranks' parts {sources[spec.name]} do not make up {list(spec.shape)}")
     return [spec for _, spec in sorted(ordered.values(), key=lambda item: item[0])], dict(sources)
+
+
+def split_by_bytes(items: Iterable[T], nbytes: Callable[[T], int], most: int) -> list[list[T]]:
+    """Consecutive items in as few groups of at most so many bytes as can be; one that has more is alone."""
+    groups: list[list[T]] = []
+    filled = 0
+    for item in items:
+        if not groups or filled + nbytes(item) > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += nbytes(item)
+    return groups
 
 
 def _run(ops: list[dist.P2POp]) -> None:

@@ -24,7 +24,7 @@ from megasapo.families.weights import BridgeError
 from megasapo.geometry import read_config
 from megasapo.hf_files import DTYPE_NAMES, INDEX, SINGLE, TensorSpec, has_weights
 from megasapo.mcore.bridge.dequantised import DequantisedFiles
-from megasapo.mcore.bridge.export import Export, NamedTensors
+from megasapo.mcore.bridge.export import Export, NamedTensors, split_by_bytes
 from megasapo.mcore.topology import Topology
 from megasapo.placed import unwritable
 
@@ -121,22 +121,20 @@ def _write_weights(
             writers[file_of[name]].write(name, tensor)
     for writer in writers.values():
         writer.finish()
+    write_weight_map(directory, files)
+
+
+def write_weight_map(directory: Path, files: dict[str, list[TensorSpec]]) -> None:
+    """Which file has which tensor, where there are several."""
     if len(files) > 1:
-        total = sum(spec.nbytes for spec in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        write_json(directory / INDEX, index)
+        total = sum(spec.nbytes for specs in files.values() for spec in specs)
+        weight_map = {spec.name: file for file, specs in files.items() for spec in specs}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def assign_files(tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """File names and what goes into each, in order."""
-    shards: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in tensors:
-        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(spec)
-        filled += spec.nbytes
+    shards = split_by_bytes(tensors, lambda spec: spec.nbytes, max_shard_bytes)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
