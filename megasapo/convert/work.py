@@ -36,7 +36,7 @@ from megasapo.mcore.bridge.save import (
     write_json,
     write_weight_map,
 )
-from megasapo.mcore.torch_dist import Piece, Place, write_index, write_pieces
+from megasapo.mcore.torch_dist import Piece, Place, write_index, write_piece
 from megasapo.rollout.quantise import is_quantised, quantise_bucket, quantised_config
 from megasapo.sections import ParallelConfig
 
@@ -126,18 +126,15 @@ class ToMegatron:
         self._last: tuple[Placed, torch.Tensor] | None = None
 
     def write(self, output: Output, folder: Folder) -> None:
-        key = ""
-
-        def pieces() -> Iterator[tuple[Piece, torch.Tensor]]:
-            nonlocal key
-            for one in self._stored[output.name]:
-                key = one.key
-                yield self._piece(one), self._numbers(one)
-
+        stored = self._stored[output.name]
+        one, places = stored[0], []
         try:
-            folder.finish(output.name, write_pieces(folder.unfinished(output.name), pieces()))
+            with folder.unfinished(output.name).open("wb") as file:
+                for one in stored:
+                    places.append(write_piece(file, self._numbers(one)))
+            folder.finish(output.name, places)
         except OSError as e:
-            raise WriteError(f"{folder.files / output.name}: cannot write tensor {key!r}: {e.strerror}") from e
+            raise WriteError(f"{folder.files / output.name}: cannot write tensor {one.key!r}: {e.strerror}") from e
 
     def complete(self, folder: Folder) -> None:
         told: list[tuple[Piece, Place]] = []

@@ -222,14 +222,12 @@ def _named(model: list[torch.nn.Module]) -> list[tuple[str, Any]]:
 
 
 def _random_state() -> dict[str, Any]:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
     name, keys, *rest = np.random.get_state()
     state = {  # tensors and plain values alone: they are read without unpickling anything else
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -237,8 +235,6 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -246,7 +242,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     # A GPU's generator has another kind of state than a CPU's, and a tracker given the wrong one fails at its next use:
     # a run that changes from one to the other keeps the seeds that it began with.
     if ("cuda" in state) == torch.cuda.is_available():
-        get_cuda_rng_tracker().set_states(state["megatron"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
 

@@ -300,7 +300,7 @@ def forward_micro_batch(
     Tokens outside `mb.wanted` get logprob and entropy 0. For use inside a schedule's forward step, training or forward
     only; the schedule hands over hidden states.
     """
-    gpt = _unwrapped(model)
+    gpt = unwrapped(model)
     out = model(
         input_ids=mb.tokens[None],
         position_ids=mb.position_ids[None],
@@ -354,8 +354,8 @@ def _packed_seq_params(mb: MicroBatch, outside: Outside, topo: Topology) -> Pack
     )
 
 
-def _unwrapped(model: nn.Module) -> GPTModel:
-    while not isinstance(model, GPTModel):
-        assert isinstance(model.module, nn.Module), f"{type(model).__name__} wraps no model"
-        model = model.module
-    return model
+def unwrapped(chunk: Any) -> Any:
+    """The GPTModel of a model chunk that may be wrapped for training (DDP, Float16Module)."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

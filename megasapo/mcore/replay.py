@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megasapo.config import ConfigError
+from megasapo.mcore.model import unwrapped
 from megasapo.routing.validate import storage_dtype
 from megasapo.types import MicroBatch
 
@@ -36,7 +37,7 @@ class RoutingReplay:
 
         ConfigError for a model whose routing cannot be replayed.
         """
-        models = [_unwrapped(chunk) for chunk in chunks]
+        models: list[nn.Module] = [unwrapped(chunk) for chunk in chunks]
         config: Any = models[0].config
         _check_config(config)
         self.num_experts, self.top_k = int(config.num_moe_experts), int(config.moe_router_topk)
@@ -74,10 +75,10 @@ class RoutingReplay:
         with _forward(layers, _Mode.COMPARE, afterwards=self._between):
             yield
         self._recorded[model].append(self._choices(layers, mb))
-        given_up = [layer.given_up for layer in layers] or [
-            torch.empty(mb.loss_mask.numel(), 0, device=mb.loss_mask.device)
-        ]
-        self._given_up[model].append(torch.stack(given_up, 1) if layers else given_up[0])
+        given_up = torch.empty(mb.loss_mask.numel(), len(layers), device=mb.loss_mask.device)
+        for column, layer in enumerate(layers):
+            given_up[:, column] = layer.given_up
+        self._given_up[model].append(given_up)
 
     def _choices(self, layers: list[_Layer], mb: MicroBatch) -> Tensor:
         """[Tl, L of the chunk, K] what its routers chose in the forward that just ended."""
@@ -149,7 +150,7 @@ class RoutingReplay:
                 layer.reset()
 
     def _known(self, chunk: nn.Module) -> nn.Module:
-        model = _unwrapped(chunk)
+        model: nn.Module = unwrapped(chunk)
         if model not in self._layers:
             raise ValueError("this chunk is not of the model that the RoutingReplay was made for")
         return model
@@ -309,9 +310,3 @@ def _install(model: nn.Module) -> list[_Layer]:
         router.router_replay = _Layer(router.layer_number - 1)
         layers.append(router.router_replay)
     return layers
-
-
-def _unwrapped(chunk: nn.Module) -> nn.Module:
-    while isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk

@@ -1,17 +1,16 @@
 """The files of a megatron-core checkpoint (torch's distributed format), piece by piece, without ranks or a model.
 
 Called by megasapo/convert, for which megatron-core's own save and load would hold everything at once. `StoredTensors`
-reads boxes of tensors by key, `write_pieces` and `write_index` write what dist_checkpointing.load reads.
+reads boxes of tensors by key, `write_piece` and `write_index` write what dist_checkpointing.load reads.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -58,29 +57,22 @@ class StoredTensors:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors: dict[str, TensorStorageMetadata] = {}
         self._whole: set[str] = set()  # those whose parts have been looked at
-        self._places: dict[tuple[str, Shape], Place] = {}
-        self._chunks: dict[tuple[str, Shape], Shape] = {}
-        self._offsets: dict[str, list[Shape]] = defaultdict(list)
         try:
-            self._read_index()
+            index = FileSystemReader(directory).read_metadata()
+            found = index.state_dict_metadata.items()
+            self.tensors = {key: value for key, value in found if isinstance(value, TensorStorageMetadata)}
+            self._shapes: dict[str, dict[Shape, Shape]] = {  # of each tensor's pieces, by offset
+                key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in value.chunks}
+                for key, value in self.tensors.items()
+            }
+            self._places: dict[tuple[str, Shape], Place] = {
+                (entry.fqn, tuple(entry.offset or ())): Place(info.relative_path, info.offset, info.length)
+                for entry, info in index.storage_data.items()
+                if entry.fqn in self.tensors
+            }
         except Exception as e:  # damaged pickles fail in many ways
             raise StoredError(f"{directory / '.metadata'}: cannot read the checkpoint's index: {e!r}") from e
-
-    def _read_index(self) -> None:
-        index = FileSystemReader(self.directory).read_metadata()
-        for key, value in index.state_dict_metadata.items():
-            if isinstance(value, TensorStorageMetadata):
-                self.tensors[key] = value
-        for entry, info in index.storage_data.items():
-            if entry.fqn in self.tensors:
-                at = entry.fqn, tuple(entry.offset or ())
-                self._places[at] = Place(info.relative_path, info.offset, info.length)
-        for key, value in self.tensors.items():
-            for chunk in value.chunks:
-                self._chunks[key, tuple(chunk.offsets)] = tuple(chunk.sizes)
-                self._offsets[key].append(tuple(chunk.offsets))
 
     def shape(self, key: str) -> Shape:
         """The whole tensor's. Raises StoredError when there is none of that key."""
@@ -92,20 +84,19 @@ class StoredTensors:
 
     def file(self, key: str) -> Path:
         """One of the files that hold a tensor."""
-        return self.directory / self._places[key, self._offsets[key][0]].file
+        return self.directory / self._places[key, next(iter(self._shapes[key]))].file
 
     def pieces(self, key: str) -> list[tuple[Shape, Shape]]:
         """Offset and shape of each stored piece."""
-        return [(offset, self._chunks[key, offset]) for offset in self._offsets[key]]
+        return list(self._shapes[key].items())
 
     @torch.no_grad()
     def read(self, key: str, offset: Shape, into: torch.Tensor) -> None:
         """Copy the box at `offset` of the tensor into `into`, of the box's shape; what lies outside is left alone."""
         self._tensor(key)
         shape = tuple(into.shape)
-        exact = self._chunks.get((key, offset)) == shape
-        for start in [offset] if exact else self._offsets[key]:
-            length = self._chunks[key, start]
+        pieces = self._shapes[key]
+        for start, length in [(offset, shape)] if pieces.get(offset) == shape else pieces.items():
             low = tuple(map(max, offset, start))
             high = tuple(min(o + n, s + m) for o, n, s, m in zip(offset, shape, start, length, strict=True))
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -143,25 +134,20 @@ class StoredTensors:
             piece: torch.Tensor = torch.load(io.BytesIO(encoded), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
             raise StoredError(f"{path}: tensor {key!r} is damaged: {e}: take another copy of the checkpoint") from e
-        if tuple(piece.shape) != self._chunks[key, offset]:
+        if tuple(piece.shape) != self._shapes[key][offset]:
             raise StoredError(f"{path}: tensor {key!r} has shape {list(piece.shape)}, and another in .metadata")
         return piece
 
 
-def write_pieces(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> list[tuple[int, int]]:
-    """Write a file of pieces, made one after another; where each begins and how long it is. OSError on a full disk."""
-    places = []
-    with path.open("wb") as f:
-        for piece, tensor in pieces:
-            assert (tuple(tensor.shape), tensor.dtype) == (piece.shape, piece.dtype), f"{piece}: {tensor.shape}"
-            if tensor.untyped_storage().nbytes() > tensor.nbytes:
-                tensor = tensor.clone()  # torch.save writes all that a view is part of
-            encoded = io.BytesIO()  # torch.save straight into a file says RuntimeError where a disk is full
-            torch.save(tensor, encoded)
-            places.append((f.tell(), len(encoded.getbuffer())))
-            f.write(encoded.getbuffer())
-            del tensor, encoded  # before the next is made
-    return places
+def write_piece(file: BinaryIO, tensor: torch.Tensor) -> tuple[int, int]:
+    """Append a piece; where it begins and how long it is. OSError on a full disk."""
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        tensor = tensor.clone()  # torch.save writes all that a view is part of
+    encoded = io.BytesIO()  # torch.save straight into a file says RuntimeError where a disk is full
+    torch.save(tensor, encoded)
+    start = file.tell()
+    file.write(encoded.getbuffer())
+    return start, len(encoded.getbuffer())
 
 
 def write_index(directory: Path, stored: Iterable[tuple[Piece, Place]]) -> None:

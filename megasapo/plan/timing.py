@@ -74,19 +74,15 @@ def _stage_pass(s: Setting, stage: int, *, backward: bool) -> tuple[Pass, dict[s
     """One micro-batch through one stage: seconds and messages. Recomputation counts as backward."""
     seconds: Pass = {}
     traffic: dict[str, Traffic] = {}
-    again = backward and s.recompute == "full"
+    ways = [True, False] if backward and s.recompute == "full" else [backward]
     for moe, layers in layer_counts(s.geometry, s.degrees, stage).items():
-        found = _layer_seconds(s, moe, backward=backward)
-        moved = layer_traffic(s, moe=moe, backward=backward)
-        if again:
-            found = _added(found, _layer_seconds(s, moe, backward=False))
-            moved = _added(moved, layer_traffic(s, moe=moe, backward=False))
-        elif backward and s.recompute == "selective":
-            found["attention"] += _layer_seconds(s, moe, backward=False)["attention"]
-        for kind, amount in found.items():
-            seconds[kind] = seconds.get(kind, 0.0) + layers * amount
-        for kind, message in moved.items():
-            traffic[kind] = traffic.get(kind, Traffic()) + message * layers
+        for way in ways:
+            for kind, amount in _layer_seconds(s, moe, backward=way).items():
+                seconds[kind] = seconds.get(kind, 0.0) + layers * amount
+            for kind, message in layer_traffic(s, moe=moe, backward=way).items():
+                traffic[kind] = traffic.get(kind, Traffic()) + message * layers
+        if backward and s.recompute == "selective":
+            seconds["attention"] += layers * _layer_seconds(s, moe, backward=False)["attention"]
     if stage == s.degrees.pp - 1:
         flops = 2 * s.geometry.vocab * s.geometry.hidden * s.work.mean_micro_tokens / (s.degrees.tp * s.degrees.cp)
         seconds["head"] = flops * (3 if backward else 1) / (s.flops * ASSUMED.gemm)  # logits are computed again
@@ -131,7 +127,3 @@ def _optimizer_seconds(s: Setting) -> float:
         shard = held.dense / (s.degrees.dp * s.degrees.cp) + held.experts / s.degrees.edp
         stages.append(2 * 4 * held.total + 2 * 12 * shard)
     return max(stages) / (s.gpu.hbm * ASSUMED.hbm)
-
-
-def _added(a: dict, b: dict) -> dict:
-    return {kind: a[kind] + b[kind] if kind in b else a[kind] for kind in a}

@@ -28,6 +28,7 @@ from megasapo.families.weights import (
     index_of,
     pattern,
 )
+from megasapo.mcore.model import unwrapped
 
 SHUFFLING_SETTINGS = ("moe_mlp_glu_interleave_size", "attention_output_gate")
 """TransformerConfig fields that change the order of rows inside a weight; no table knows them yet."""
@@ -82,7 +83,7 @@ def place(chunks: Sequence[nn.Module], hf_config: Any) -> Locals:
 
     Raises BridgeError for a tensor without a rule or a setting that no table covers, ConfigError for an unknown family.
     """
-    models = [_unwrap(chunk) for chunk in chunks]
+    models = [unwrapped(chunk) for chunk in chunks]
     config: Any = models[0].config
     for name in SHUFFLING_SETTINGS:
         if getattr(config, name, None):
@@ -137,12 +138,6 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
     """A phrase for error messages: the names most like `name`."""
     close = difflib.get_close_matches(name, candidates, n=3)
     return f"nearest: {', '.join(close)}" if close else "nothing of a similar name"
-
-
-def _unwrap(chunk: nn.Module) -> Any:
-    while not hasattr(chunk, "decoder"):
-        chunk = cast(nn.Module, chunk.module)
-    return chunk
 
 
 def _ranks(model: Any) -> Ranks:
