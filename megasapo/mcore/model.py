@@ -198,7 +198,7 @@ def _common_fields(cfg: ModelConfig, topo: Topology, precision: Precision) -> di
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "activation_func": "silu",
-        "bias_activation_fusion": on_gpu,
+        "bias_activation_fusion": precision.use_te,  # torch.compile would meet other numbers of tokens in every expert
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": precision.use_te,
         "moe_grouped_gemm": precision.use_te,
