@@ -66,7 +66,7 @@ class Optimizer:
         """`total_steps`: optimizer steps of the whole run, over which the schedule decays."""
         self._cfg = cfg
         self._inner: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(cfg, model), model)
-        _use_fused_adam(self._inner)
+        self._use_fused_adam()
         if model[0].config.grad_scale_func is None:
             for chunk in model:
                 chunk.config.grad_scale_func = self._inner.scale_loss
@@ -189,20 +189,17 @@ class Optimizer:
         self._schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]
 
+    def _use_fused_adam(self) -> None:
+        """On a CPU let torch's Adam, megatron-core's choice without TE and Apex, pass over its tensors once."""
+        for part in self._parts:
+            if isinstance(part.optimizer, TORCH_ADAMS) and not torch.cuda.is_available():
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True
+
     @property
     def _parts(self) -> list[Any]:
         """megatron-core's distributed optimizers, which share the parameters: one, or another for experts."""
         return getattr(self._inner, "chained_optimizers", [self._inner])
-
-
-def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
-    """On a CPU let torch's Adam, megatron-core's choice without TE and Apex, pass over its tensors once."""
-    if torch.cuda.is_available():
-        return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, TORCH_ADAMS):
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
 
 
 def _everywhere_finite(norm: float) -> bool:

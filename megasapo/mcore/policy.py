@@ -235,7 +235,6 @@ class Policy:
         RUN/checkpoints/latest will name it, unless a word that is added to its name puts it `aside`. Raises
         CheckpointError if the one before failed.
         """
-        self._saver.finish()
         state, record = checkpoint.contents(self._chunks, self._optimizer, self._topo, trainer_state)
         return self._saver.save(run_dir, trainer_state["step"], state, record, aside=aside)
 

@@ -74,10 +74,7 @@ class Topology:
     @property
     def degrees(self) -> dict[str, int]:
         """The layout: what decides which part of the model, and of the data, a rank has."""
-        return {
-            **{"world_size": self.world_size, "tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp},
-            **{"ep": self.ep, "etp": self.etp},
-        }
+        return {name: getattr(self, name) for name in ("world_size", "tp", "pp", "vpp", "cp", "ep", "etp")}
 
     @property
     def shard(self) -> Shard:
@@ -160,8 +157,8 @@ def imagined(parallel: ParallelConfig, rank: int) -> Iterator[Imagined]:
     try:
         _make_groups(parallel, seed=1, create_gloo_process_groups=False)
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        degrees = {name: getattr(parallel, name) for name in ("tp", "pp", "ep", "cp", "etp", "vpp")}
-        yield Imagined(rank, **degrees, is_first_stage=stage == 0, is_last_stage=stage == parallel.pp - 1, device=META)
+        ends = {"is_first_stage": stage == 0, "is_last_stage": stage == parallel.pp - 1}
+        yield Imagined(rank, **parallel.model_dump(), **ends, device=META)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -238,12 +235,7 @@ def _read_parallel_state(parallel: ParallelConfig, device: torch.device) -> Topo
     return Topology(
         rank=rank,
         world_size=world_size,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        ep=parallel.ep,
-        cp=parallel.cp,
-        etp=parallel.etp,
-        vpp=parallel.vpp,
+        **parallel.model_dump(),
         dp=dp,
         tp_rank=tp_rank,
         pp_rank=pp_rank,
