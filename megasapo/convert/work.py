@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -72,18 +72,6 @@ class Request:
         return {"version": __version__, **said, **places}
 
 
-class Work(Protocol):
-    outputs: list[Output]
-
-    def write(self, output: Output, folder: Folder) -> None:
-        """Write one file in full and record it. Raises WriteError when the disk is full."""
-        ...
-
-    def complete(self, folder: Folder) -> None:
-        """Once all files are there: what makes them a checkpoint."""
-        ...
-
-
 def make_work(request: Request) -> Work:
     match request.direction:
         case "hf-to-megatron":
@@ -126,6 +114,7 @@ class ToMegatron:
         self._last: tuple[Placed, torch.Tensor] | None = None
 
     def write(self, output: Output, folder: Folder) -> None:
+        """Write one file in full and record it. Raises WriteError when the disk is full."""
         stored = self._stored[output.name]
         one, places = stored[0], []
         try:
@@ -137,6 +126,7 @@ class ToMegatron:
             raise WriteError(f"{folder.files / output.name}: cannot write tensor {one.key!r}: {e.strerror}") from e
 
     def complete(self, folder: Folder) -> None:
+        """Once all files are there: what makes them a checkpoint."""
         told: list[tuple[Piece, Place]] = []
         files: dict[str, str] = {}
         for output in self.outputs:
@@ -210,6 +200,7 @@ class ToHF:
         self.outputs = [Output(name, sum(s.nbytes for s in specs)) for name, specs in self._files.items()]
 
     def write(self, output: Output, folder: Folder) -> None:
+        """Write one file in full and record it. Raises WriteError when the disk is full."""
         specs = self._files[output.name]
         name = specs[0].name
         try:
@@ -223,6 +214,7 @@ class ToHF:
             raise WriteError(f"{folder.files / output.name}: cannot write tensor {name!r}: {e.strerror}") from e
 
     def complete(self, folder: Folder) -> None:
+        """Once all files are there: what makes them an HF directory."""
         with writing(folder.files / INDEX):
             write_weight_map(folder.files, self._files)
         with writing(folder.files / "config.json"):
@@ -255,3 +247,6 @@ class ToHF:
             spec._replace(dtype=torch.float8_e4m3fn),
             TensorSpec(spec.name + SCALE, blocks, torch.float32),
         ]
+
+
+Work = ToMegatron | ToHF

@@ -18,6 +18,12 @@ Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # start and stop in every dimension
 
 
+HEAD_NAME, EMBEDDING_NAME = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+)  # with tied embeddings the first is the second
+
+
 class BridgeError(UserError, ValueError):
     """Weights do not fit the model: a tensor is missing, left over, of the wrong shape, or its file is broken."""
 
@@ -88,10 +94,6 @@ class WeightTable:
     """The weights of one HF model_type; rules stand in the order of the HF state dict."""
 
     rules: tuple[Rule, ...]
-    tied: tuple[str, str] = (
-        "lm_head.weight",
-        "model.embed_tokens.weight",
-    )  # with tied embeddings the first is the second
     mtp_layers: bool = False  # files may have layers for multi-token prediction after the last: see mtp.py
 
 

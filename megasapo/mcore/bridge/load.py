@@ -19,7 +19,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
 from megasapo.families.mtp import is_mtp
-from megasapo.families.weights import BridgeError, full_box
+from megasapo.families.weights import EMBEDDING_NAME, HEAD_NAME, BridgeError, full_box
 from megasapo.geometry import read_config
 from megasapo.hf_files import FLOATS, HFFiles
 from megasapo.mcore.bridge.placement import Locals, Placed, as_stored, find_hf, nearest, place
@@ -73,19 +73,18 @@ def refuse_other_head(mine: Locals, files: HFFiles) -> None:
 
     transformers 5 would compute with the files' head, transformers 4 and SGLang with the embedding.
     """
-    head, embedding = mine.table.tied
-    wanted = any(embedding in placed.names for placed in mine.placed)
-    if not (mine.is_tied and wanted and {head, embedding} <= set(files.names)):
+    wanted = any(EMBEDDING_NAME in placed.names for placed in mine.placed)
+    if not (mine.is_tied and wanted and {HEAD_NAME, EMBEDDING_NAME} <= set(files.names)):
         return
-    shape = files.entry(embedding).shape
+    shape = files.entry(EMBEDDING_NAME).shape
     rows = max(1, ROWS_BYTES // (8 * prod(shape[1:])))
     boxes = [((at, min(at + rows, shape[0])), *full_box(shape[1:])) for at in range(0, shape[0], rows)]
-    if files.entry(head).shape != shape or any(
-        not torch.equal(files.read(head, box), files.read(embedding, box)) for box in boxes
+    if files.entry(HEAD_NAME).shape != shape or any(
+        not torch.equal(files.read(HEAD_NAME, box), files.read(EMBEDDING_NAME, box)) for box in boxes
     ):
         raise BridgeError(
-            f"{files.file(head)}: {head!r} is not {embedding!r}, and config.json says tie_word_embeddings: set that to "
-            "false, or remove the tensor"
+            f"{files.file(HEAD_NAME)}: {HEAD_NAME!r} is not {EMBEDDING_NAME!r}, and config.json says "
+            "tie_word_embeddings: set that to false, or remove the tensor"
         )
 
 
@@ -151,7 +150,7 @@ def _left_over(mine: Locals, files: HFFiles) -> list[Problem]:
 def _is_elsewhere(mine: Locals, name: str) -> bool:
     if is_mtp(mine.mtp_layers, name) or ROTATION.fullmatch(name):
         return True
-    if mine.is_tied and name == mine.table.tied[0]:
+    if mine.is_tied and name == HEAD_NAME:
         return True  # the same as the embedding: see refuse_other_head
     found = find_hf(mine.table, name)
     if found is None:

@@ -16,6 +16,8 @@ from torch import nn
 from megasapo.families import family
 from megasapo.families.mtp import mtp_layers
 from megasapo.families.weights import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
     BridgeError,
     Dims,
     Mapped,
@@ -186,9 +188,9 @@ def _place(
     if (local_expert := index_of(match, "expert")) is not None:
         index["expert"] = first_expert + local_expert
     names = tuple(template.format(**index) for template in rule.hf)
-    is_copy = is_tied and names == (table.tied[0],)
+    is_copy = is_tied and names == (HEAD_NAME,)
     if is_copy:
-        names = (table.tied[1],)
+        names = (EMBEDDING_NAME,)
     dims = dims._replace(expert=index.get("expert", 0))
     mapped = rule.layout(tuple(tensor.shape), ranks.expert if rule.is_expert else ranks.dense, dims)
     is_primary = not is_copy and _is_primary(rule, mapped, ranks, dims, tuple(tensor.shape))
