@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def apply() -> None:
-    """Fill the holes that megatron-core leaves without Transformer Engine; a second call does nothing."""
+    """Fill the holes that megatron-core leaves without Transformer Engine. Called once, by the package."""
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -124,8 +124,6 @@ def _keep_adam_step() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if getattr(original, "keeps_adam_step", False):
-        return
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -135,7 +133,6 @@ def _keep_adam_step() -> None:
             tensors = tensors | {"step": state["step"]}
         original(self, model_param, tensors)
 
-    set_states.keeps_adam_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
@@ -202,15 +199,12 @@ def _refuse_foreign_pickles() -> None:
         return metadata
 
     original = DefaultLoadPlanner.load_bytes
-    if getattr(original, "looks_first", False):
-        return
 
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)  # raises before anything is made of the same bytes
         value.seek(0)
         original(self, read_item, value)
 
-    load_bytes.looks_first = True  # type: ignore[attr-defined]
     FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
     DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
 
