@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,8 @@ class Cluster:
         }
         log = directory / "job.log"
         own = ["--parsable", "--nodes=3", "--gpus-per-node=0", "--time=30", f"--output={log}", *flags]
-        number = self.login("sbatch", *own, str(SCRIPT), *arguments, **environment).split()[-1]
+        said = self.login("sbatch", *own, str(SCRIPT), *arguments, **environment)
+        [number] = re.findall(r"^\d+$", said, re.MULTILINE)  # beside what sbatch has to say on stderr
         return Job(self, number, log)
 
     def tidy(self) -> None:
@@ -103,10 +105,11 @@ class Job:
         self.cluster, self.number, self._log = cluster, number, log
 
     def output(self) -> str:
-        return self._log.read_text() if self._log.exists() else ""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def last_line(self) -> str:
-        return self.output().splitlines()[-1]
+        """Of what the script says; a srun that it has left behind may say more after it."""
+        return [line for line in self.output().splitlines() if f" job {self.number} attempt " in line][-1]
 
     def _shown(self) -> dict[str, str]:
         words = self.cluster.login("scontrol", "-o", "show", "job", self.number).split()

@@ -78,8 +78,10 @@ class Experiment:
     def go_on(self) -> None:
         self._gate.unlink()
 
-    def checkpoint(self) -> str:
-        return (self.run / "checkpoints" / "latest").read_text()
+    def checkpoint(self) -> str | None:
+        """The last one; None before the first."""
+        latest = self.run / "checkpoints" / "latest"
+        return latest.read_text() if latest.exists() else None
 
     def rows(self) -> list[dict[str, Any]]:
         return without_timing(metrics(self.run))

@@ -79,9 +79,10 @@ def test_arithmetic_example(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_time_limit(cluster: Cluster, experiment: Experiment, unbroken: Experiment) -> None:
-    job = standing(cluster, experiment, "--signal=B:USR1@100")
+    job = standing(cluster, experiment, "--signal=B:USR1@150")
     minutes = int(cluster.login("squeue", "-h", "-j", job.number, "-o", "%M").split(":")[-2])
-    cluster.login("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 2}")
+    # two to three minutes from now; Slurm looks twice a minute, and leaves more than one to lift the limit again
+    cluster.login("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 3}")
     job.until_said("time limit or preemption: asking the learner to save")
     cluster.login("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     experiment.go_on()
@@ -182,12 +183,11 @@ def test_a_learner_that_cannot_start(cluster: Cluster, experiment: Experiment) -
 
 
 def test_a_server_that_cannot_start(cluster: Cluster, experiment: Experiment) -> None:
+    logs = experiment.run / "logs" / "*" / "server-n3-30000.log"
+    # it ends when its words are there: Slurm may lose what a step says that ends at once
+    command = f"sh -c 'echo no GPU >&2; until grep -qs GPU {logs}; do sleep 0.1; done; exit 3'"
     job = cluster.submit(
-        experiment.root,
-        experiment.config,
-        "rollout.engine=sglang",
-        SERVER_COMMAND="sh -c 'echo no GPU >&2; sleep 1; exit 3'",  # Slurm may lose what a step says as it ends at once
-        MAX_CRASHES="0",
+        experiment.root, experiment.config, "rollout.engine=sglang", SERVER_COMMAND=command, MAX_CRASHES="0"
     )
     assert job.end() == "FAILED"
     assert "    | no GPU" in job.output()
