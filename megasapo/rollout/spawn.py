@@ -96,6 +96,7 @@ class ServerProcess:
             k: v for k, v in keys.keyless().items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
         }
         with log_file.open("ab") as log:
+            self._log_begins = log.tell()  # after what those before it wrote
             log.write(f"--- {time.strftime('%F %T')} {' '.join(command)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(
@@ -122,7 +123,7 @@ class ServerProcess:
     def log_tail(self) -> str:
         """Its last 20 lines."""
         with self.log_file.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
+            f.seek(max(self._log_begins, f.seek(0, os.SEEK_END) - 20_000))
             return "\n".join(f.read().decode(errors="replace").splitlines()[-20:])
 
     def stop(self) -> None:

@@ -202,6 +202,17 @@ time.sleep(600)
 LEFT = pytest.mark.parametrize("name", ["sglang_loads_{}.shm", "sem.mp-{}"])
 
 
+def test_the_end_of_a_log_has_nothing_of_the_server_before(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        command = [sys.executable, "-c", f"print('the {word}')"]
+        process = ServerProcess(command, tmp_path / "log", exits_with_stdin=False)
+        wait_until(lambda ended=process: ended.end() is not None, "its end")
+        header, *said = process.log_tail().splitlines()
+        assert header.startswith("--- ")
+        assert said == [f"the {word}"]
+    assert (tmp_path / "log").read_text().count("the first\n") == 1
+
+
 @LEFT
 def test_what_sglang_leaves_in_memory_goes_with_its_server_and_no_other(name: str, tmp_path: Path) -> None:
     own, others = (Path("/dev/shm") / name.format(f"{os.getpid()}_{whose}") for whose in ("own", "others"))
