@@ -70,7 +70,10 @@ class Saver:
 
     def __init__(self, cfg: TrainConfig, topo: Topology) -> None:
         self._cfg, self._topo = cfg, topo
-        self._group: dist.ProcessGroup | None = None
+        # made at once: it takes the launcher's store, and a launcher that was killed is a reason to save
+        patience = datetime.timedelta(seconds=cfg.save_timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience)
+        self._compared = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}  # on the host, for the next checkpoint again
@@ -82,12 +85,9 @@ class Saver:
         """
         self.finish()
         folder = run_dir / "checkpoints"
-        first = self._group is None
-        if self._group is None:
-            patience = datetime.timedelta(seconds=self._cfg.save_timeout_s)
-            self._group = dist.new_group(backend="gloo", timeout=patience)
         # every rank's part is compared with the others' once: it does not change while a process lives
-        sharded, common = save_preprocess(state, first)
+        sharded, common = save_preprocess(state, not self._compared)
+        self._compared = True
         kept = _own_parts(sharded)
         self._settle(kept)
         job = Job(folder, step, torch_dist.mcore_to_pyt_state_dict(kept), common, record, aside)

@@ -8,10 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import STEPS
-from tests.e2e.runs import Run, kill_hard, metrics, run_and_break, running, steps_done, without_timing, write_config
+from tests.e2e.runs import (
+    TIMEOUT_S,
+    Run,
+    kill_hard,
+    metrics,
+    run_and_break,
+    running,
+    steps_done,
+    without_timing,
+    write_config,
+)
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -140,6 +151,21 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_continues(
     config, run = start_and_break(tmp_path, settings, stop)
     reached = steps_done(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}", run.output()[-2000:]
+    finish(tmp_path, config)
+    assert_as_unbroken(tmp_path / "run", unbroken)
+
+
+def test_ranks_whose_launcher_is_killed_save_and_the_same_command_continues(
+    tmp_path: Path, settings: Settings, unbroken: Path
+) -> None:
+    def kill_launcher(run: Run) -> None:
+        launcher, ranks = run.processes()[0], run.ranks()
+        kill_hard([launcher])
+        assert psutil.wait_procs(ranks, TIMEOUT_S)[1] == [], "they live on"
+
+    config, run = start_and_break(tmp_path, settings, kill_launcher, "train.save_every=1000")
+    reached = steps_done(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{reached:08d}", run.output()[-3000:]
     finish(tmp_path, config)
     assert_as_unbroken(tmp_path / "run", unbroken)
 
